@@ -1,0 +1,128 @@
+"""The floor: a Llama training step in plain JAX, one file, as an expert would write it by hand for one mesh.
+
+No part of shardtrain is used. The library must compute the same, no slower.
+
+Shapes: B batch, S sequence, D model dim, H query heads, G key/value heads, K head dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Sizes of the model."""
+
+    n_layers: int = 4
+    d_model: int = 256
+    n_heads: int = 8
+    n_kv_heads: int = 8
+    d_ff: int = 1024
+    vocab_size: int = 2048
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+
+#: How the rows of a batch lie on a mesh.
+BATCH = P(("data", "fsdp"))
+
+#: How each weight lies on a mesh with axes data, fsdp and tensor.
+SPECS = {
+    "embedding": P("tensor", "fsdp"),
+    "head": P("fsdp", "tensor"),
+    "norm": P(),
+    "layers": {
+        "attention_norm": P(),
+        "query": P(None, "fsdp", "tensor"),
+        "key": P(None, "fsdp", "tensor"),
+        "value": P(None, "fsdp", "tensor"),
+        "out": P(None, "tensor", None, "fsdp"),
+        "mlp_norm": P(),
+        "gate": P(None, "fsdp", "tensor"),
+        "up": P(None, "fsdp", "tensor"),
+        "down": P(None, "tensor", "fsdp"),
+    },
+}
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * scale
+
+
+def rope(x_BSHK: jax.Array, theta: float) -> jax.Array:
+    _, S, _, K = x_BSHK.shape
+    angle = jnp.arange(S)[:, None] * theta ** (-jnp.arange(0, K, 2, dtype=x_BSHK.dtype) / K)
+    cos, sin = jnp.cos(angle)[None, :, None], jnp.sin(angle)[None, :, None]
+    a, b = jnp.split(x_BSHK, 2, -1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def block(x_BSD: jax.Array, w: Any, shape: Shape, pin: Any) -> jax.Array:
+    B, S, _ = x_BSD.shape
+    G, R, K = shape.n_kv_heads, shape.n_heads // shape.n_kv_heads, shape.head_dim
+    h_BSD = rms_norm(x_BSD, w["attention_norm"], shape.norm_eps)
+    q = rope(jnp.einsum("BSD,DHK->BSHK", h_BSD, w["query"]), shape.rope_theta)
+    k = rope(jnp.einsum("BSD,DGK->BSGK", h_BSD, w["key"]), shape.rope_theta)
+    v = jnp.einsum("BSD,DGK->BSGK", h_BSD, w["value"])
+    scores = jnp.einsum("BSGRK,BTGK->BGRST", (q * K**-0.5).reshape(B, S, G, R, K), k)
+    scores = jnp.where(jnp.tril(jnp.ones((S, S), bool)), scores, -1e30)
+    y = jnp.einsum("BGRST,BTGK->BSGRK", jax.nn.softmax(scores, -1), v).reshape(B, S, G * R, K)
+    x_BSD = pin(x_BSD + jnp.einsum("BSHK,HKD->BSD", y, w["out"]))
+    h_BSD = rms_norm(x_BSD, w["mlp_norm"], shape.norm_eps)
+    return pin(x_BSD + (jax.nn.silu(h_BSD @ w["gate"]) * (h_BSD @ w["up"])) @ w["down"])
+
+
+def loss_fn(params: Any, batch: Any, shape: Shape, mesh: Mesh | None = None, *, remat: bool = True) -> jax.Array:
+    """Mean next-token cross entropy over the tokens that `loss_mask` weighs."""
+
+    def pin(x: jax.Array, spec: P = BATCH) -> jax.Array:
+        return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    x_BSD = pin(pin(params["embedding"], P("tensor", None))[batch["tokens"]])
+    body = partial(block, shape=shape, pin=pin)
+    body = jax.checkpoint(body, prevent_cse=False) if remat else body
+    x_BSD, _ = jax.lax.scan(lambda x, w: (body(x, w), None), x_BSD, params["layers"])
+    logits_BSV = rms_norm(x_BSD, params["norm"], shape.norm_eps) @ params["head"]
+    logits_BSV = pin(logits_BSV, P(("data", "fsdp"), None, "tensor"))
+    log_z_BS = jax.nn.logsumexp(logits_BSV, -1)
+    target_BS = jnp.sum(jnp.where(jnp.arange(shape.vocab_size) == batch["targets"][..., None], logits_BSV, 0), -1)
+    return jnp.sum((log_z_BS - target_BS) * batch["loss_mask"]) / jnp.sum(batch["loss_mask"])
+
+
+def make_step(tx: optax.GradientTransformation, shape: Shape, mesh: Mesh | None = None) -> Any:
+    """The jitted `(params, opt_state, batch) -> (params, opt_state, loss, grad_norm)`; parameters and state donated."""
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(params: Any, opt_state: Any, batch: Any) -> Any:
+        loss, grads = jax.value_and_grad(loss_fn)(params, batch, shape, mesh)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss, optax.tree.norm(grads)
+
+    return step
+
+
+def from_library(params: Any) -> Any:
+    """The library's parameters of the same model, under the names of this file."""
+    layer = params["blocks"]["layer"]
+    weights = {name: layer["attention"][name]["weight"] for name in ("query", "key", "value", "out")}
+    weights |= {name: layer["mlp"][name]["weight"] for name in ("gate", "up", "down")}
+    weights |= {name: layer[name]["scale"] for name in ("attention_norm", "mlp_norm")}
+    return {
+        "embedding": params["embedding"]["weight"],
+        "head": params["unembedding"]["weight"],
+        "norm": params["norm"]["scale"],
+        "layers": weights,
+    }

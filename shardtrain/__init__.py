@@ -1,0 +1,82 @@
+"""shardtrain: train neural networks that are too large, or too slow, for one accelerator.
+
+The names below are the public surface, loaded when first used. Rooms: `shardtrain.nn` (layers), `shardtrain.models`,
+`shardtrain.data`, `shardtrain.checkpoint`, `shardtrain.metrics`, `shardtrain.hlo`.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shardtrain.checkpoint import Checkpointer as Checkpointer
+    from shardtrain.config import ConfigError as ConfigError
+    from shardtrain.config import RunConfig as RunConfig
+    from shardtrain.config import load_config as load_config
+    from shardtrain.data import Loader as Loader
+    from shardtrain.data import open_source as open_source
+    from shardtrain.errors import UserError as UserError
+    from shardtrain.generate import generate as generate
+    from shardtrain.job import Job as Job
+    from shardtrain.job import build as build
+    from shardtrain.mesh import MeshSpec as MeshSpec
+    from shardtrain.mesh import select_devices as select_devices
+    from shardtrain.nn.precision import Precision as Precision
+    from shardtrain.optim import optimizer as optimizer
+    from shardtrain.report import sharding_report as sharding_report
+    from shardtrain.run import Trainer as Trainer
+    from shardtrain.sharding import Partitioner as Partitioner
+    from shardtrain.sharding import constrain as constrain
+    from shardtrain.sharding import make_rules as make_rules
+    from shardtrain.state import ModelDef as ModelDef
+    from shardtrain.state import TrainState as TrainState
+    from shardtrain.state import init_state as init_state
+    from shardtrain.step import evaluate as evaluate
+    from shardtrain.step import make_eval_step as make_eval_step
+    from shardtrain.step import make_train_step as make_train_step
+    from shardtrain.trainer import Callback as Callback
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Callback": "trainer",
+    "Checkpointer": "checkpoint",
+    "ConfigError": "config",
+    "Job": "job",
+    "Loader": "data",
+    "MeshSpec": "mesh",
+    "ModelDef": "state",
+    "Partitioner": "sharding",
+    "Precision": "nn.precision",
+    "RunConfig": "config",
+    "TrainState": "state",
+    "Trainer": "run",
+    "UserError": "errors",
+    "build": "job",
+    "constrain": "sharding",
+    "evaluate": "step",
+    "generate": "generate",
+    "init_state": "state",
+    "load_config": "config",
+    "make_eval_step": "step",
+    "make_rules": "sharding",
+    "make_train_step": "step",
+    "open_source": "data",
+    "optimizer": "optim",
+    "select_devices": "mesh",
+    "sharding_report": "report",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from its room when it is first used, so that the import itself stays light."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'shardtrain' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"shardtrain.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

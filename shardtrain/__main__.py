@@ -1,0 +1,5 @@
+"""`python -m shardtrain`."""
+
+from shardtrain.cli import main
+
+main()

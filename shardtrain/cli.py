@@ -1,0 +1,247 @@
+"""The command line: train, config, checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import shardtrain
+from shardtrain.errors import UserError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+checkpoint_app = typer.Typer(no_args_is_help=True, help="Look at a run's checkpoints.")
+app.add_typer(checkpoint_app, name="checkpoint")
+
+File = Annotated[str, typer.Argument(help="Config file, such as configs/quickstart.yaml.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as mesh.tensor=4.", show_default=False),
+]
+Directory = Annotated[Path, typer.Argument(help="Run directory, such as runs/quickstart.", show_default=False)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one message and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"shardtrain {shardtrain.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Train neural networks that are too large, or too slow, for one accelerator."""
+
+
+@app.command()
+def train(
+    file: File,
+    overrides: Overrides = None,
+    *,
+    allow_changes: Annotated[
+        bool,
+        typer.Option(help="Resume although model, data, optimizer or seed differ from the stored run's."),
+    ] = False,
+    coordinator: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Of several processes: where process 0 listens.")
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Number of processes of the run.")] = 1,
+    process: Annotated[int, typer.Option(min=0, help="Number of this process.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Train, or resume where the run directory holds checkpoints. Ctrl-C saves; the same command goes on."""
+    from shardtrain.config import load_config
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    config = load_config(file, overrides or ())
+    if processes > 1:
+        _join(coordinator, processes, process)
+    _train(config, allow_changes, processes)
+
+
+def _join(coordinator: str | None, processes: int, process: int) -> None:
+    """Start JAX's distributed runtime; it must come before anything else of JAX."""
+    import jax
+
+    if coordinator is None or process >= processes:
+        raise UserError(
+            f"--processes {processes} needs --coordinator HOST:PORT and --process from 0 to {processes - 1}, the same "
+            "coordinator for all"
+        )
+    # Unless told, the coordinator would listen on every interface; its traffic is neither authenticated nor encrypted.
+    jax.distributed.initialize(
+        coordinator,
+        processes,
+        process,
+        cluster_detection_method="deactivate",
+        coordinator_bind_address=coordinator if process == 0 else None,
+    )
+
+
+def _train(config: Any, allow_changes: bool, processes: int) -> None:
+    import jax
+
+    from shardtrain.metrics import progress
+    from shardtrain.run import Trainer
+    from shardtrain.signals import stop_on_signals, stop_together
+
+    with (stop_together if processes > 1 else stop_on_signals)() as should_stop:
+        run = Trainer.from_config(config, should_stop=should_stop, allow_changes=allow_changes, processes=processes)
+        if run.step >= run.steps:
+            print(f"the run in {run.directory} is finished: {run.step} of {run.steps} steps; nothing to do")
+            run.close()
+        elif jax.process_index() == 0:
+            with progress(run.steps, run.step) as run.display:
+                for line in summary(run):
+                    run.display.message(line)
+                run.fit()
+            if run.stopped_early:
+                print(f"stopped and saved after step {run.step}; to resume:\n  {resume_command()}")
+            else:
+                print(f"done: {run.step} steps; results in {run.directory}")
+                if (sample := run.directory / "sample.txt").exists():
+                    print(sample.read_text().rstrip())
+        else:
+            run.fit()
+
+
+def summary(run: Any) -> list[str]:
+    """What is about to happen, in a few lines."""
+    job, report = run.job, run.job.report
+    mesh = ", ".join(f"{axis} {size}" for axis, size in job.partitioner.mesh.shape.items() if size > 1) or "one device"
+    devices = job.partitioner.mesh.devices
+    count = sum(row.weight.size for row in report.rows)
+    lines = [
+        f"{job.config.run.name}: {job.config.model.type}, {count:,} parameters on {devices.size} x "
+        f"{devices.flat[0].device_kind} ({mesh})",
+        f"parameters: {report.total_bytes / 2**20:,.1f} MiB, {report.device_bytes / 2**20:,.1f} MiB on each device, "
+        f"{report.replicated_share:.1%} replicated",
+        f"directory: {run.directory}",
+    ]
+    if report.unannotated:
+        lines.append(f"whole on every device, having no logical axes: {', '.join(report.unannotated)}")
+    if run.resumed_from is not None:
+        lines.append(f"resumed from the checkpoint of step {run.resumed_from}")
+    return lines
+
+
+def resume_command() -> str:
+    """This very command, for a shell."""
+    program = "python -m shardtrain" if sys.argv[0].endswith("__main__.py") else Path(sys.argv[0]).name
+    return f"{program} {shlex.join(sys.argv[1:])}"
+
+
+@app.command()
+def config(file: File, overrides: Overrides = None, *, debug: Debug = False) -> None:
+    """Print the resolved config as YAML; fed back, it gives the same result."""
+    from shardtrain.config import load_config
+
+    print(load_config(file, overrides or ()).to_yaml(), end="")
+
+
+@checkpoint_app.command("list")
+def checkpoint_list(directory: Directory, debug: Debug = False) -> None:
+    """Every step with its status, size and time."""
+    import datetime
+
+    from shardtrain.checkpoint import list_steps
+
+    rows = [
+        (
+            str(record.step),
+            record.status,
+            f"{record.bytes / 2**20:,.1f} MiB",
+            f"{datetime.datetime.fromtimestamp(record.time):%Y-%m-%d %H:%M:%S}",
+            record.detail,
+        )
+        for record in list_steps(directory)
+    ]
+    _print_table(("step", "status", "size", "saved", ""), rows)
+
+
+@checkpoint_app.command("verify")
+def checkpoint_verify(
+    directory: Directory,
+    step: Annotated[int | None, typer.Option(help="Only this step.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Hash every file of every step against its manifest; exit code 2 if one does not match."""
+    from shardtrain.checkpoint import verify
+
+    records = verify(directory, step)
+    if not records:
+        raise UserError(f"{directory} holds no checkpoint that a run could restore")
+    for record in records:
+        print(f"step {record.step}: {record.status}{record.detail and f': {record.detail}'}")
+    if any(record.status != "verified" for record in records):
+        raise typer.Exit(2)
+
+
+@checkpoint_app.command("show")
+def checkpoint_show(
+    directory: Directory,
+    step: Annotated[int | None, typer.Option(help="Default: the newest.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Parameters of a step, its data position and mesh, and how its config differs from the run directory's."""
+    import difflib
+
+    from shardtrain.checkpoint import list_steps, parameter_table, read_extra
+    from shardtrain.config import dump
+
+    sound = [record.step for record in list_steps(directory, hashes=False) if record.status == "unchecked"]
+    if step is None and not sound:
+        raise UserError(f"no sound checkpoint in {directory}; `shardtrain checkpoint list` shows what there is")
+    step = sound[-1] if step is None else step
+    rows = [
+        (row.path, " x ".join(map(str, row.shape)), row.dtype, f"{row.bytes:,} B")
+        for row in parameter_table(directory, step)
+    ]
+    _print_table((f"step {step}", "shape", "dtype", "size"), rows)
+    extra = read_extra(directory, step)
+    print(f"data position: {extra['data']}")
+    print(f"mesh: { {axis: size for axis, size in extra['mesh'].items() if size > 1} }")
+    stored = directory / "config.yaml"
+    if stored.exists():
+        lines = list(
+            difflib.unified_diff(
+                dump(extra["config"]).splitlines(),
+                stored.read_text().splitlines(),
+                "checkpoint",
+                "now",
+                "",
+                "",
+                0,
+                "",
+            )
+        )
+        print("\n".join(["config:", *lines]) if lines else "config: the same as the run directory's")
+
+
+def _print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    Console(soft_wrap=True).print(table)

@@ -1,0 +1,86 @@
+"""Text from a trained model, one token at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from shardtrain.errors import UserError
+from shardtrain.nn.context import Context
+from shardtrain.sharding import Partitioner, use
+from shardtrain.state import ModelDef, TrainState
+
+
+def generate(
+    model: ModelDef,
+    state: TrainState,
+    partitioner: Partitioner,
+    prompt: Sequence[int],
+    *,
+    tokens: int,
+    window: int,
+    temperature: float = 0.8,
+    seed: int = 0,
+) -> np.ndarray:
+    """Continue a prompt; several samples at once, one per piece of the mesh's batch axes.
+
+    Every token runs the whole window through the model (no key/value cache): right for samples, not for serving.
+
+    Args:
+      model: a definition whose module follows `nn.Model` and has `logits(x)`.
+      prompt: token ids, at least one; only the last `window` count.
+      window: context length in tokens, at most what the model was trained on.
+      temperature: 0 takes the likeliest token.
+
+    Returns:
+      int32 `[samples, tokens]`, without the prompt.
+
+    Raises:
+      UserError: an empty prompt, or a model without `logits`.
+    """
+    if not prompt:
+        raise UserError("generation needs a prompt of at least one token; give sample.prompt some text")
+    rows = partitioner.size("batch")
+    step = _next_token(model, partitioner, float(temperature))
+    known = min(len(prompt), window)
+    text = np.zeros((rows, window), np.int32)
+    text[:, :known] = list(prompt)[-known:]
+    out = np.zeros((rows, tokens), np.int32)
+    key = jax.random.key(seed)
+    for i in range(tokens):
+        out[:, i] = step(state.params, state.model_state, text, known - 1, jax.random.fold_in(key, i))
+        if known == window:
+            text[:, :-1] = text[:, 1:].copy()
+        else:
+            known += 1
+        text[:, known - 1] = out[:, i]
+    return out
+
+
+def _next_token(model: ModelDef, partitioner: Partitioner, temperature: float) -> Any:
+    @partial(jax.jit, out_shardings=partitioner.sharding(()))
+    def step(params: Any, model_state: Any, text_BS: jax.Array, last: jax.Array, key: jax.Array) -> jax.Array:
+        with use(partitioner):
+            module: Any = model.merge(params, model_state)
+            if not hasattr(module, "logits"):
+                raise UserError(f"{type(module).__name__} has no method logits(x), which generation needs; add one")
+            rows, length = text_BS.shape
+            batch = {
+                "tokens": partitioner.constrain(text_BS, "batch", "seq"),
+                "positions": jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), text_BS.shape),
+                "row": jnp.arange(rows, dtype=jnp.int32),
+            }
+            ctx = Context(inputs=batch)
+            x_BSD, _ = module.blocks(module.embedder(batch, ctx), ctx)
+            logits_BV = jax.lax.dynamic_index_in_dim(module.logits(x_BSD), last, axis=1, keepdims=False)
+            logits_BV = logits_BV.astype(jnp.float32)
+            if temperature == 0:
+                return logits_BV.argmax(-1)
+            return jax.random.categorical(key, logits_BV / temperature)
+
+    return step

@@ -1,0 +1,127 @@
+"""What follows from a config alone: mesh, model, optimizer and step. No data, no directory, no arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from shardtrain import lr_schedules
+from shardtrain.config import RunConfig, check_devices, thaw
+from shardtrain.mesh import MeshSpec, select_devices
+from shardtrain.metrics import peak_flops, transformer_flops_per_token
+from shardtrain.nn.precision import Precision
+from shardtrain.optim import optimizer
+from shardtrain.report import ShardingReport, sharding_report
+from shardtrain.sharding import Partitioner, make_rules
+from shardtrain.state import ModelDef, TrainState, abstract_state, flatten, init_state
+from shardtrain.step import make_eval_step, make_train_step
+from shardtrain.trainer import Speed
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """The parts of a training job, made by `build`."""
+
+    config: RunConfig
+    partitioner: Partitioner
+    model: ModelDef
+    precision: Precision
+    tx: optax.GradientTransformation
+    lr: optax.Schedule
+    report: ShardingReport
+
+    def abstract_state(self) -> TrainState:
+        """The state as shapes and shardings."""
+        return abstract_state(self.model, self.tx, self.partitioner)
+
+    def init_state(self) -> TrainState:
+        """A fresh sharded state from the config's seed."""
+        return init_state(self.model, self.tx, self.partitioner, seed=self.config.run.seed)
+
+    def train_step(self) -> Any:
+        """See `make_train_step`."""
+        return make_train_step(
+            self.model,
+            self.tx,
+            self.partitioner,
+            seed=self.config.run.seed,
+            accumulate=self.config.optimizer.accumulate,
+            reduce_dtype=self.precision.reduce,
+            lr=self.lr,
+        )
+
+    def eval_step(self) -> Any:
+        """See `make_eval_step`."""
+        return make_eval_step(self.model, self.partitioner)
+
+    def speed(self) -> Speed:
+        """What turns step times into tokens/s and, on a GPU with a known peak, MFU."""
+        data, options = self.config.data, thaw(self.config.model.options)
+        matmul = sum(w.size for w in flatten(self.model.weights).values() if w.role in ("matrix", "head", "router"))
+        if options.get("tie_embeddings"):
+            matmul += options["vocab_size"] * options["d_model"]
+        heads = options.get("n_heads") or 0
+        flops = transformer_flops_per_token(
+            matmul,
+            n_layers=options.get("n_layers") or 0,
+            n_heads=heads,
+            head_dim=options.get("head_dim") or (options["d_model"] // heads if heads else 0),
+            seq_len=data.seq_len,
+        )
+        devices = self.partitioner.mesh.devices
+        peak = peak_flops(devices.flat[0].device_kind, jnp.dtype(self.precision.compute).name)
+        return Speed(data.global_batch * data.seq_len, flops, None if peak is None else peak * devices.size)
+
+
+def build(config: RunConfig, *, processes: int = 1) -> Job:
+    """Assemble the parts that a config names. Starts JAX's backend; makes no array and touches no file.
+
+    Args:
+      processes: how many processes share emulated devices.
+
+    Raises:
+      UserError: the devices are missing or do not fit the mesh, or the rules cannot lay the model out on it.
+    """
+    devices = select_devices(config.devices.platform, config.devices.emulate, processes)
+    check_devices(config, len(devices))
+    sizes = config.mesh.model_dump()
+    max_replicated = sizes.pop("max_replicated")
+    mesh = MeshSpec(**sizes).build(devices)
+    partitioner = Partitioner(mesh, make_rules(config.rules))
+    precision = _precision(config, devices[0])
+    make, arguments = config.model.load(), config.model.arguments()
+    model = ModelDef(lambda rngs: make(**arguments, precision=precision, rngs=rngs))
+    report = sharding_report(model.weights, partitioner)
+    report.check(max_replicated)
+    section = config.optimizer
+    schedule = section.schedule.model_dump(exclude={"cooldown_ratio"})
+    assert section.schedule.decay_steps is not None or section.schedule.type == "constant"
+    schedule["decay_steps"] = schedule["decay_steps"] or config.run.steps
+    if section.schedule.type == "wsd":
+        schedule["stable_ratio"] = 1 - section.schedule.cooldown_ratio
+    lr = lr_schedules.schedule(lr=section.lr, **schedule)
+    tx = optimizer(
+        section.type,
+        model.weights,
+        lr=lr,
+        clip_norm=section.clip_norm,
+        weight_decay=section.weight_decay,
+        decay_roles=section.decay_roles,
+        per_layer=section.per_layer,
+        **thaw(section.options),
+    )
+    return Job(config, partitioner, model, precision, tx, lr, report)
+
+
+def _precision(config: RunConfig, device: jax.Device) -> Precision:
+    compute = config.precision.compute
+    if compute == "auto":
+        compute = "float32" if device.platform == "cpu" else "bfloat16"
+    dtypes = (config.precision.params, compute, config.precision.reduce)
+    if "float64" in dtypes:
+        jax.config.update("jax_enable_x64", True)  # asked for by name; JAX would otherwise narrow it silently
+    return Precision(*map(jnp.dtype, dtypes))

@@ -1,0 +1,224 @@
+"""Trees that follow the weights (params, optimizer state): which leaf is whose, and how each is laid out."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.tree_util import DictKey, GetAttrKey, keystr, tree_flatten_with_path, tree_map_with_path
+
+from shardtrain.errors import UserError
+from shardtrain.nn.param import Weight
+
+Path = tuple[Any, ...]
+
+# What the dims that replace `layers` are called. Only the middle one, the pipeline rank, may be sharded.
+_LEAD_AXES: dict[int, tuple[str | None, ...]] = {1: ("layers",), 3: (None, "stages", None)}
+_SMALL = (
+    1024  # elements up to which a leaf of no weight (a count, coefficients, a key) is kept on every device
+)
+
+
+def dotted(path: Path) -> str:
+    """A tree path in words: `blocks.layer.attn.query`."""
+    return keystr(path, simple=True, separator=".")
+
+
+def match_weights(tree: Any, weights: Any) -> Any:
+    """For each leaf of a tree, the weight that it belongs to, or `None`.
+
+    Args:
+      tree: any tree (params, gradients, the state of any optax transform).
+      weights: nested dicts with `Weight` leaves. (Other leaves do: given shardings, it finds those.)
+
+    Returns:
+      A tree like `tree`. A leaf belongs to the weight whose dict keys end the leaf's own path; of several, to
+      the one with the most keys. So `state[0].mu["blocks"]["w"]` belongs to `blocks.w`, a `count` to none.
+    """
+    by_keys = {tuple(entry.key for entry in path): leaf for path, leaf in tree_flatten_with_path(weights)[0]}
+
+    def find(path: Path, _: Any) -> Any:
+        keys: list[str] = []
+        for entry in reversed(path):
+            if not isinstance(entry, DictKey):
+                break
+            keys.insert(0, entry.key)
+        return next((by_keys[tail] for i in range(len(keys)) if (tail := tuple(keys[i:])) in by_keys), None)
+
+    return tree_map_with_path(find, tree)
+
+
+def shardings_like(tree: Any, params: Any, weights: Any) -> Any:
+    """The shardings of a tree that follows the weights, such as optimizer state.
+
+    Args:
+      tree: arrays or `jax.ShapeDtypeStruct`s.
+      params: arrays or `jax.ShapeDtypeStruct`s, with `NamedSharding`s.
+      weights: tree of `Weight`, congruent with `params`.
+
+    Returns:
+      Tree of `NamedSharding`, congruent with `tree`. A leaf of its weight's shape takes the weight's
+      sharding; one of another shape (Adafactor's rows and columns) dim by dim; small leaves of no weight are
+      replicated.
+
+    Raises:
+      UserError: a leaf whose dims cannot be traced to its weight's. Nothing large is ever replicated.
+    """
+    shardings = jax.tree.map(lambda p: p.sharding, params)
+    mesh = jax.tree.leaves(shardings)[0].mesh
+
+    def derive(path: Path, leaf: Any, weight: Weight | None, sharding: NamedSharding | None) -> NamedSharding:
+        if weight is None or sharding is None:
+            if leaf.size > _SMALL:
+                raise UserError(
+                    f"state {dotted(path)} of shape {leaf.shape} belongs to no weight and is too large to "
+                    "keep on every device; use an optimizer whose state mirrors the params"
+                )
+            return NamedSharding(mesh, PartitionSpec())
+        if leaf.shape == weight.shape:
+            return sharding
+        spec = (*sharding.spec, *(None,) * (len(weight.shape) - len(sharding.spec)))
+        kept = PartitionSpec(*_kept_dims(path, leaf.shape, weight, spec))
+        return NamedSharding(mesh, kept, memory_kind=sharding.memory_kind)
+
+    return tree_map_with_path(derive, tree, match_weights(tree, weights), match_weights(tree, shardings))
+
+
+def _kept_dims(path: Path, shape: tuple[int, ...], weight: Weight, spec: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The partition of a leaf that lacks some dims of its weight."""
+    k = weight.stack if shape[: weight.stack] == weight.shape[: weight.stack] else 0
+    rest, size = shape[k:], weight.shape[k:]
+    if math.prod(rest) == 1:  # a scalar for each weight, or a placeholder
+        return (*spec[:k], *(None,) * len(rest))
+    choices = [
+        c for c in itertools.combinations(range(len(size)), len(rest)) if tuple(size[d] for d in c) == rest
+    ]
+    field = next((entry.name for entry in reversed(path) if isinstance(entry, GetAttrKey)), None)
+    if len(choices) > 1 and field in ("v_row", "v_col"):
+        # Adafactor averages v_row over the largest dim and v_col over the second largest. Equal sizes are
+        # told apart by the sort that optax uses.
+        averaged = np.argsort(size)[-1 if field == "v_row" else -2]
+        choices = [c for c in choices if averaged not in c]
+    found = {tuple(spec[k + dim] for dim in c) for c in choices}
+    if len(found) != 1:
+        raise UserError(
+            f"state {dotted(path)} of shape {shape} cannot be laid out like its weight of shape "
+            f"{weight.shape}: {'more than one' if found else 'no'} choice of its dims fits; use an optimizer "
+            "whose state has the shapes of the params"
+        )
+    return (*spec[:k], *found.pop())
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where each layer lives: canonical `[layers, ...]` to live `[chunks, pipe, k, ...]` and back.
+
+    Attributes:
+      n_layers: number of layers in the canonical `[layers, ...]`.
+      lead: the dims that replace `layers` in the live tree: `(n_layers,)`, or `(chunks, pipe, k)` in a
+        pipeline.
+      slots: for each layer, its flat index within `lead`. Slots of no layer hold zeros.
+
+    Raises:
+      UserError: more layers than `lead` has slots.
+    """
+
+    n_layers: int
+    lead: tuple[int, ...]
+    slots: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        room = math.prod(self.lead)
+        if self.n_layers > room:
+            sizes = " x ".join(map(str, self.lead))
+            raise UserError(
+                f"{self.n_layers} layers do not fit in {sizes} = {room} slots; use at most {room} layers, "
+                "or more chunks or layers per stage"
+            )
+        assert len(self.lead) in _LEAD_AXES, self.lead
+        assert len(self.slots) == self.n_layers == len(set(self.slots)), (
+            "one slot for each layer, none shared"
+        )
+        assert all(0 <= slot < room for slot in self.slots), "slots lie within lead"
+
+    @classmethod
+    def identity(cls, n_layers: int) -> Layout:
+        """The live tree is the canonical one."""
+        return cls(n_layers, (n_layers,), tuple(range(n_layers)))
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether packing changes nothing."""
+        return self.slots == tuple(range(self.n_layers)) and self.lead == (self.n_layers,)
+
+    def live_weight(self, weight: Weight) -> Weight:
+        """A weight as it is in the live tree; weights without a `layers` dim stay as they are."""
+        if not _has_layers(weight):
+            return weight
+        return dataclasses.replace(
+            weight,
+            shape=(*self.lead, *weight.shape[1:]),
+            axes=(*_LEAD_AXES[len(self.lead)], *weight.axes[1:]),
+            stack=weight.stack - 1 + len(self.lead),
+        )
+
+    def live_weights(self, weights: Any) -> Any:
+        """`live_weight` of a whole tree."""
+        return jax.tree.map(self.live_weight, weights)
+
+    def pack(self, tree: Any, weights: Any) -> Any:
+        """Canonical to live, inside or outside of jit. Identity returns the very same arrays.
+
+        Args:
+          tree: params, gradients or optimizer state with `[layers, ...]` leaves.
+          weights: the canonical weights; they say which leaves have a `layers` dim.
+
+        Raises:
+          UserError: a leaf of a stacked weight that has no `layers` dim of this layout's size.
+        """
+        if self.is_identity:
+            return tree
+        source = [self.n_layers] * math.prod(self.lead)  # beyond the end: filled with zero
+        for layer, slot in enumerate(self.slots):
+            source[slot] = layer
+
+        def pack(x: Any) -> Any:
+            live = jnp.asarray(x).at[jnp.array(source)].get(mode="fill", fill_value=0)
+            return live.reshape(*self.lead, *x.shape[1:])
+
+        return self._map(pack, (self.n_layers,), tree, weights)
+
+    def unpack(self, tree: Any, weights: Any) -> Any:
+        """Live to canonical, padding dropped: the inverse of `pack`, with the same arguments and errors."""
+        if self.is_identity:
+            return tree
+
+        def unpack(x: Any) -> Any:
+            rest = x.shape[len(self.lead) :]
+            return jnp.asarray(x).reshape(-1, *rest)[jnp.array(self.slots)]
+
+        return self._map(unpack, self.lead, tree, weights)
+
+    def _map(self, fn: Any, lead: tuple[int, ...], tree: Any, weights: Any) -> Any:
+        def one(path: Path, x: Any, weight: Weight | None) -> Any:
+            if weight is None or not _has_layers(weight):
+                return x
+            if tuple(x.shape[: len(lead)]) != lead:
+                raise UserError(
+                    f"{dotted(path)} has shape {tuple(x.shape)}, but the layout wants leading dims {lead}; "
+                    "only one stack of layers can be laid out, and optimizer state must keep its layers "
+                    "apart (per_layer)"
+                )
+            return fn(x)
+
+        return tree_map_with_path(one, tree, match_weights(tree, weights))
+
+
+def _has_layers(weight: Weight) -> bool:
+    return weight.stack > 0 and weight.axes[0] == "layers"

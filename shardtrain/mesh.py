@@ -1,0 +1,182 @@
+"""Mesh axes, their sizes, and the device mesh that they name."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
+
+from shardtrain.errors import UserError
+
+#: Every mesh axis, from the slowest network to the fastest.
+AXES = ("island", "pipe", "data", "fsdp", "expert", "context", "tensor")
+
+Platform = Literal["auto", "cpu", "cuda"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSpec:
+    """Sizes of the mesh axes. At most one may be -1, which takes the devices that the others leave.
+
+    Attributes:
+      slow: for hybrid meshes, how much of an axis lies across the slow network (between hosts or pods); the rest
+        of it, `size / slow`, stays within the fast one. Axes that are not named lie wholly within the fast one.
+    """
+
+    island: int = 1
+    pipe: int = 1
+    data: int = 1
+    fsdp: int = 1
+    expert: int = 1
+    context: int = 1
+    tensor: int = 1
+    slow: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for axis, size in self.sizes.items():
+            if size == 0 or size < -1:
+                raise UserError(f"mesh.{axis} is {size}: an axis size is 1 or more, or -1 to take what is left")
+        if len(free := [axis for axis, size in self.sizes.items() if size == -1]) > 1:
+            raise UserError(f"mesh axes {' and '.join(free)} are both -1: at most one may be; give the others a size")
+        for axis, factor in self.slow.items():
+            if axis not in AXES:
+                raise UserError(f"mesh.slow names {axis!r}, which is no mesh axis; the axes are {', '.join(AXES)}")
+            size = self.sizes[axis]
+            if factor < 1 or (size != -1 and size % factor):
+                raise UserError(
+                    f"mesh.slow.{axis} is {factor}: it must divide mesh.{axis} = {size}; "
+                    f"use one of {divisors(max(size, 1))}"
+                )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Axis name to size, in mesh order."""
+        return {axis: getattr(self, axis) for axis in AXES}
+
+    def arithmetic(self) -> str:
+        """The sizes that matter, written as a product: `fsdp 4 x tensor 2 = 8`."""
+        named = {axis: size for axis, size in self.sizes.items() if size != 1} or {"data": 1}
+        product = math.prod(size for size in named.values() if size != -1)
+        return " x ".join(f"{axis} {size}" for axis, size in named.items()) + f" = {product}"
+
+    def resolve(self, devices: int) -> MeshSpec:
+        """The same spec with -1 filled in.
+
+        Raises:
+          UserError: the product of the sizes is not the number of devices; shows the arithmetic and a mesh that fits.
+        """
+        product = math.prod(size for size in self.sizes.values() if size != -1)
+        free = [axis for axis, size in self.sizes.items() if size == -1]
+        if free and devices % product == 0:
+            return dataclasses.replace(self, **{free[0]: devices // product})
+        if not free and product == devices:
+            return self
+        raise UserError(
+            f"the mesh does not fit {devices} device{'s' * (devices != 1)}: {self.arithmetic()}"
+            + (f", and {devices} / {product} is no whole number for {free[0]}" if free else "")
+            + f"; nearest mesh that fits: {self.nearest(devices)}"
+        )
+
+    def nearest(self, devices: int) -> str:
+        """The mesh for `devices` devices that changes this one least, as `{axis: size}` text."""
+        fit: dict[str, int] = {}
+        left = devices
+        # The fastest axes keep their size first: they are the ones chosen to match the model's shapes.
+        for axis, size in reversed(self.sizes.items()):
+            fit[axis] = max(d for d in divisors(left) if d <= max(size, 1))
+            left //= fit[axis]
+        grows = next((axis for axis, size in self.sizes.items() if size == -1), None) or max(
+            ("data", "fsdp"), key=lambda axis: self.sizes[axis]
+        )
+        fit[grows] *= left
+        chosen = [f"{axis}: {fit[axis]}" for axis in AXES if fit[axis] > 1] or [f"{grows}: 1"]
+        return "{" + ", ".join(chosen) + "}"
+
+    def build(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+        """The `jax.sharding.Mesh` over `devices` (default: all of the process group), all axes of type Auto.
+
+        Raises:
+          UserError: the sizes do not multiply to the number of devices.
+        """
+        devices = list(jax.devices() if devices is None else devices)
+        spec = self.resolve(len(devices))
+        return Mesh(spec._arrange(devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+    def _arrange(self, devices: list[jax.Device]) -> np.ndarray:
+        shape = tuple(self.sizes.values())
+        slow = tuple(self.slow.get(axis, 1) for axis in AXES)
+        fast = tuple(size // factor for size, factor in zip(shape, slow, strict=True))
+        if devices[0].platform == "cpu":
+            # Emulated devices know no network: consecutive devices count as one fast group.
+            return interleave(np.array(devices).reshape(slow + fast))
+        if math.prod(slow) == 1:
+            return mesh_utils.create_device_mesh(shape, devices)
+        by_slice = len({getattr(d, "slice_index", 0) for d in devices}) > 1
+        return mesh_utils.create_hybrid_device_mesh(fast, slow, devices, process_is_granule=not by_slice)
+
+
+def interleave(devices: np.ndarray) -> np.ndarray:
+    """Merge `[*slow, *fast]` dims into `[slow_0 * fast_0, slow_1 * fast_1, ...]`."""
+    n = devices.ndim // 2
+    pairs = devices.transpose([dim for i in range(n) for dim in (i, n + i)])
+    return pairs.reshape([devices.shape[i] * devices.shape[n + i] for i in range(n)])
+
+
+def divisors(n: int) -> list[int]:
+    """All positive divisors of `n`, ascending."""
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def select_devices(platform: Platform = "auto", emulate: int | None = None, processes: int = 1) -> list[jax.Device]:
+    """Start JAX on a platform and return the devices to train on.
+
+    Args:
+      platform: `cpu`, `cuda`, or `auto` for whatever JAX finds first. `emulate` implies `cpu`.
+      emulate: number of CPU devices to pretend to have, all processes together. Takes effect only before JAX's backend
+        starts.
+      processes: how many processes share them.
+
+    Raises:
+      UserError: the platform is not there, or the backend already runs with other or fewer devices.
+    """
+    if emulate is not None:
+        if platform == "cuda":
+            raise UserError("devices.emulate pretends CPU devices, but devices.platform is cuda; drop one of the two")
+        if emulate % processes:
+            raise UserError(f"devices.emulate {emulate} does not divide over {processes} processes; use a multiple")
+        platform = "cpu"
+        with contextlib.suppress(RuntimeError):  # the backend already runs; what it has is checked below
+            jax.config.update("jax_num_cpu_devices", emulate // processes)
+    if platform != "auto":
+        jax.config.update("jax_platforms", platform)
+    try:
+        devices = jax.devices()
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # an empty assertion is how JAX says that it lacks the plugin
+        reason = str(error).partition("\n")[0] or "this JAX is installed without support for it"
+        raise UserError(
+            f"devices.platform is {platform}, but JAX finds no such device here ({reason}); "
+            "install the extra shardtrain[cuda12] or shardtrain[cuda13] on a machine with a GPU, or set "
+            "devices.platform=cpu"
+        ) from error
+    found = {"gpu": "cuda"}.get(devices[0].platform, devices[0].platform)
+    if platform not in ("auto", found):
+        raise UserError(
+            f"devices.platform is {platform}, but JAX already runs on {found}: the platform can only be chosen before "
+            "JAX is first used; start a fresh process, or select devices before any jax call"
+        )
+    if emulate is not None and len(devices) < emulate:
+        raise UserError(
+            f"devices.emulate is {emulate}, but JAX already runs with {len(devices)} CPU devices: the number can only "
+            "be set before JAX is first used; start a fresh process, or select devices before any jax call"
+        )
+    return devices[:emulate]

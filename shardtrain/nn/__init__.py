@@ -1,0 +1,35 @@
+"""Annotated layers on Flax NNX: the parts that models are written with."""
+
+from shardtrain.nn.attention import Attention
+from shardtrain.nn.attention_kernels import attend
+from shardtrain.nn.context import Context
+from shardtrain.nn.dropout import Dropout
+from shardtrain.nn.embedding import Embedding
+from shardtrain.nn.linear import Linear
+from shardtrain.nn.losses import chunked_cross_entropy, cross_entropy
+from shardtrain.nn.mlp import GatedMLP
+from shardtrain.nn.model import Model, forward
+from shardtrain.nn.norm import LayerNorm, RMSNorm
+from shardtrain.nn.param import Weight, param
+from shardtrain.nn.precision import Precision
+from shardtrain.nn.stack import Stack
+
+__all__ = [
+    "Attention",
+    "Context",
+    "Dropout",
+    "Embedding",
+    "GatedMLP",
+    "LayerNorm",
+    "Linear",
+    "Model",
+    "Precision",
+    "RMSNorm",
+    "Stack",
+    "Weight",
+    "attend",
+    "chunked_cross_entropy",
+    "cross_entropy",
+    "forward",
+    "param",
+]

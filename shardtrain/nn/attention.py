@@ -1,0 +1,101 @@
+"""Multi-head and grouped-query self-attention with rotary positions.
+
+Shapes: B batch, S sequence, D model dim, H query heads, G key/value heads, K head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from shardtrain.errors import UserError
+from shardtrain.nn.attention_kernels import Implementation, attend
+from shardtrain.nn.context import Context
+from shardtrain.nn.dropout import Dropout
+from shardtrain.nn.linear import Linear
+from shardtrain.nn.norm import RMSNorm
+from shardtrain.nn.precision import Precision
+from shardtrain.nn.rope import rope_frequencies, rotate
+from shardtrain.sharding import constrain
+
+
+class Attention(nnx.Module):
+    """Causal self-attention (Vaswani et al. 2017), grouped queries by `n_kv_heads` (Ainslie et al. 2023).
+
+    Args:
+      window: sliding window in tokens, itself included (Mistral); `None` for all of the past.
+      qk_norm: RMS-normalise queries and keys per head before rotation (Qwen 3).
+      qkv_bias: biases on query, key and value (Qwen 2).
+      logit_soft_cap: see `attend`.
+      implementation: see `attend`.
+
+    Raises:
+      UserError: query heads that are no multiple of the key/value heads, a width that is no multiple of the heads
+        without a head_dim, an empty window, or sizes that rotary embedding refuses.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        n_heads: int,
+        n_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        rope_theta: float = 10_000.0,
+        rope_scaling: Mapping[str, Any] | None = None,
+        window: int | None = None,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-5,
+        logit_soft_cap: float | None = None,
+        implementation: Implementation = "auto",
+        dropout: float = 0.0,
+        precision: Precision = Precision(),
+        rngs: nnx.Rngs,
+    ):
+        groups = n_heads if n_kv_heads is None else n_kv_heads
+        if groups < 1 or n_heads % groups:
+            raise UserError(f"n_heads {n_heads} is no multiple of n_kv_heads {groups}; each group needs as many queries")
+        if head_dim is None and dim % n_heads:
+            raise UserError(f"{dim} dims do not divide over n_heads {n_heads}; use a multiple, or give head_dim")
+        if window is not None and window < 1:
+            raise UserError(f"sliding window {window} leaves a token nothing to see; use 1 or more, or null for no window")
+        size = dim // n_heads if head_dim is None else head_dim
+        self.window, self.soft_cap, self.implementation = window, logit_soft_cap, implementation
+        frequencies, self.rope_factor = rope_frequencies(size, rope_theta, rope_scaling)
+        self.rope_frequencies = tuple(frequencies.tolist())
+        common: dict[str, Any] = {"precision": precision, "rngs": rngs}
+        into_kv = ("BSD,DGK->BSGK", (dim, groups, size), ("embed", "kv_heads", "head_dim"))
+        self.query = Linear(
+            "BSD,DHK->BSHK", (dim, n_heads, size), ("embed", "heads", "head_dim"), bias=qkv_bias, **common
+        )
+        self.key = Linear(*into_kv, bias=qkv_bias, **common)
+        self.value = Linear(*into_kv, bias=qkv_bias, **common)
+        self.out = Linear("BSHK,HKD->BSD", (n_heads, size, dim), ("heads", "head_dim", "embed"), inputs=2, **common)
+        self.query_norm = RMSNorm(size, eps=norm_eps, **common) if qk_norm else None
+        self.key_norm = RMSNorm(size, eps=norm_eps, **common) if qk_norm else None
+        self.dropout = Dropout(dropout, site="attention")
+
+    def __call__(self, x_BSD: jax.Array, ctx: Context) -> jax.Array:
+        """`[B, S, D]` to `[B, S, D]` in the compute dtype; reads `positions` and, when there, `segment_ids`."""
+        q_BSHK = constrain(self._position(self.query(x_BSD), self.query_norm, ctx), "batch", "seq", "heads", None)
+        k_BSGK = constrain(self._position(self.key(x_BSD), self.key_norm, ctx), "batch", "seq", "kv_heads", None)
+        v_BSGK = constrain(self.value(x_BSD), "batch", "seq", "kv_heads", None)
+        y_BSHK = attend(
+            q_BSHK,
+            k_BSGK,
+            v_BSGK,
+            window=self.window,
+            segment_ids_BS=ctx.inputs.get("segment_ids"),
+            soft_cap=self.soft_cap,
+            implementation=self.implementation,
+        )
+        y_BSD = self.out(constrain(y_BSHK, "batch", "seq", "heads", None))
+        return self.dropout(constrain(y_BSD, "batch", "seq", None), ctx)
+
+    def _position(self, x_BSHK: jax.Array, norm: RMSNorm | None, ctx: Context) -> jax.Array:
+        x_BSHK = x_BSHK if norm is None else norm(x_BSHK)
+        return rotate(x_BSHK, ctx.inputs["positions"], self.rope_frequencies, self.rope_factor)

@@ -1,0 +1,112 @@
+"""Softmax attention itself: one meaning, several implementations.
+
+Shapes: B batch, S queries, T keys, H query heads, G key/value heads, R = H / G, K head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from shardtrain.errors import UserError
+from shardtrain.sharding import current
+
+Implementation = Literal["auto", "einsum", "xla", "cudnn"]
+
+
+def attention_mask(
+    length: int, window: int | None = None, segment_ids_BS: jax.Array | None = None, causal: bool = True
+) -> jax.Array | None:
+    """Which key each query sees, bool `[B or 1, 1, S, T]`; `None` when all.
+
+    Args:
+      window: a query sees this many keys, itself included.
+      segment_ids_BS: queries see only keys of their own segment (packed documents).
+    """
+    query, key = jnp.arange(length)[:, None], jnp.arange(length)[None, :]
+    mask: jax.Array | None = (query >= key)[None, None] if causal else None
+    if window is not None:
+        near = (abs(query - key) < window)[None, None]
+        mask = near if mask is None else mask & near
+    if segment_ids_BS is not None:
+        same = (segment_ids_BS[:, :, None] == segment_ids_BS[:, None, :])[:, None]
+        mask = same if mask is None else mask & same
+    return mask
+
+
+def attend(
+    q_BSHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    segment_ids_BS: jax.Array | None = None,
+    soft_cap: float | None = None,
+    scale: float | None = None,
+    implementation: Implementation = "auto",
+) -> jax.Array:
+    """Attention `[B, S, H, K]`, in the dtype of `q`; the softmax runs in at least float32.
+
+    Args:
+      scale: on the scores; default `K ** -0.5`.
+      soft_cap: scores become `cap * tanh(scores / cap)` (Gemma 2).
+      implementation: `einsum` (any device, exact in float64), `xla` (`jax.nn.dot_product_attention`), `cudnn` (fused),
+        or `auto`, which takes `cudnn` on NVIDIA GPUs where it applies and `einsum` otherwise.
+
+    Raises:
+      UserError: the implementation asked for cannot do this here; it is never replaced by another.
+    """
+    scale = q_BSHK.shape[-1] ** -0.5 if scale is None else scale
+    obstacle = _cudnn_obstacle(q_BSHK, soft_cap)
+    if implementation == "auto":
+        implementation = "cudnn" if obstacle is None else "einsum"
+    if implementation == "cudnn" and obstacle is not None:
+        raise UserError(f"attention: cudnn is not available here: {obstacle}; use attention: auto, xla or einsum")
+    if implementation == "xla" and soft_cap is not None:
+        raise UserError(f"attention: xla has no logit_soft_cap (asked for {soft_cap}); use attention: einsum")
+    if implementation == "einsum":
+        mask = attention_mask(q_BSHK.shape[1], window, segment_ids_BS, causal)
+        return _einsum_attention(q_BSHK, k_BTGK, v_BTGK, mask, soft_cap, scale)
+    return jax.nn.dot_product_attention(
+        q_BSHK,
+        k_BTGK,
+        v_BTGK,
+        mask=None if segment_ids_BS is None else attention_mask(q_BSHK.shape[1], None, segment_ids_BS, causal=False),
+        is_causal=causal,
+        local_window_size=None if window is None else (window - 1, 0 if causal else window - 1),
+        scale=scale,
+        implementation=implementation,
+    )
+
+
+def _einsum_attention(
+    q_BSHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, mask: Any, soft_cap: float | None, scale: float
+) -> jax.Array:
+    B, S, H, K = q_BSHK.shape
+    G = k_BTGK.shape[2]
+    dtype = jnp.promote_types(jnp.float32, q_BSHK.dtype)
+    q_BSGRK = (q_BSHK * jnp.asarray(scale, q_BSHK.dtype)).reshape(B, S, G, H // G, K)
+    scores_BGRST = jnp.einsum("BSGRK,BTGK->BGRST", q_BSGRK, k_BTGK, preferred_element_type=dtype)
+    if soft_cap is not None:
+        scores_BGRST = jnp.tanh(scores_BGRST / soft_cap) * soft_cap
+    if mask is not None:
+        scores_BGRST = jnp.where(mask[:, :, None], scores_BGRST, jnp.finfo(dtype).min)
+    weights_BGRST = jax.nn.softmax(scores_BGRST, axis=-1).astype(v_BTGK.dtype)
+    return jnp.einsum("BGRST,BTGK->BSGRK", weights_BGRST, v_BTGK).reshape(B, S, H, K)
+
+
+def _cudnn_obstacle(q_BSHK: jax.Array, soft_cap: float | None) -> str | None:
+    partitioner = current()
+    device = partitioner.mesh.devices.flat[0] if partitioner is not None else jax.devices()[0]
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version.lower():
+        return f"the devices are {device.platform}, not NVIDIA GPUs"
+    if q_BSHK.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it needs bfloat16 or float16, and precision.compute is {q_BSHK.dtype}"
+    if q_BSHK.shape[-1] % 8 or q_BSHK.shape[-1] > 128:
+        return f"it needs a head_dim that is a multiple of 8 and at most 128, not {q_BSHK.shape[-1]}"
+    if soft_cap is not None:
+        return f"it has no logit_soft_cap (asked for {soft_cap})"
+    return None

@@ -1,0 +1,30 @@
+"""Feed-forward layers."""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+
+from shardtrain.nn.context import Context
+from shardtrain.nn.dropout import Dropout
+from shardtrain.nn.linear import Linear
+from shardtrain.nn.precision import Precision
+from shardtrain.sharding import constrain
+
+
+class GatedMLP(nnx.Module):
+    """`down(silu(gate(x)) * up(x))` (SwiGLU, Shazeer 2020)."""
+
+    def __init__(
+        self, dim: int, hidden: int, *, dropout: float = 0.0, precision: Precision = Precision(), rngs: nnx.Rngs
+    ):
+        up, down = ("BSD,DF->BSF", (dim, hidden), ("embed", "mlp")), ("BSF,FD->BSD", (hidden, dim), ("mlp", "embed"))
+        self.gate = Linear(*up, precision=precision, rngs=rngs)
+        self.up = Linear(*up, precision=precision, rngs=rngs)
+        self.down = Linear(*down, precision=precision, rngs=rngs)
+        self.dropout = Dropout(dropout, site="mlp")
+
+    def __call__(self, x_BSD: jax.Array, ctx: Context) -> jax.Array:
+        """`[B, S, dim]` to `[B, S, dim]` in the compute dtype."""
+        hidden_BSF = constrain(jax.nn.silu(self.gate(x_BSD)) * self.up(x_BSD), "batch", "seq", "mlp")
+        return self.dropout(constrain(self.down(hidden_BSF), "batch", "seq", None), ctx)

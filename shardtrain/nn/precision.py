@@ -1,0 +1,33 @@
+"""Which dtype is used where."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """The dtypes of a training step.
+
+    Attributes:
+      params: stored (master) weights, and with them the optimizer state.
+      compute: activations, and weights where they are used.
+      reduce: weight gradients, from the matmul that makes them through their reduction over devices and microbatches.
+    """
+
+    params: Any = jnp.float32
+    compute: Any = jnp.float32
+    reduce: Any = jnp.float32
+
+    @property
+    def softmax(self) -> Any:
+        """dtype of softmaxes and losses: at least float32, and never below the compute dtype."""
+        return jnp.promote_types(jnp.float32, self.compute)
+
+    @property
+    def gradient(self) -> Any:
+        """dtype in which a weight's gradient is made: `reduce`, but float64 stays float64."""
+        return jnp.float64 if jnp.dtype(self.compute) == jnp.float64 else self.reduce

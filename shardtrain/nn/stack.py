@@ -1,0 +1,118 @@
+"""A stack of equal blocks: one declaration, a leading `layers` dim, one scan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from shardtrain.errors import UserError
+from shardtrain.nn.context import Context
+from shardtrain.nn.param import describe, stacked
+
+Aux = dict[str, tuple[jax.Array, jax.Array]]
+Remat = str | Sequence[str]
+
+
+def remat_policy(remat: Remat) -> Callable[..., Any] | None:
+    """What the backward pass may keep, as a `jax.checkpoint` policy; `None` keeps everything.
+
+    Args:
+      remat: `none` keeps all; `full` only each block's input; `dots` the matmul results; `offload` moves them to host
+        memory; a list of names (or `names:a,b`) keeps what the block marked with `checkpoint_name`.
+
+    Raises:
+      UserError: another word.
+    """
+    policies = jax.checkpoint_policies
+    if isinstance(remat, str) and remat.startswith("names:"):
+        remat = [name.strip() for name in remat.removeprefix("names:").strip("[] ").split(",")]
+    if not isinstance(remat, str):
+        return policies.save_only_these_names(*remat)
+    known = {
+        "none": None,
+        "full": policies.nothing_saveable,
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "offload": policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    }
+    if remat not in known:
+        raise UserError(f"remat {remat!r} is none of {', '.join(known)}, names:a,b; pick one of these")
+    return cast(Callable[..., Any] | None, known[remat])
+
+
+class Stack(nnx.Module):
+    """`n_layers` blocks of one kind, `block(x, ctx) -> (x, aux)`, applied one after the other.
+
+    Each weight of a block gains a leading `layers` dim. `x` is any pytree, the same in and out; `aux` is a dict of
+    `(sum, weight)` pairs, added up over the layers. Blocks hold parameters only: state that changes in the forward
+    pass has no place in a stack.
+
+    Args:
+      make_block: builds one block from its `nnx.Rngs`.
+      n_layers: number of blocks, 1 or more.
+      remat: see `remat_policy`.
+      scan: one `lax.scan` (compile time independent of depth) instead of an unrolled loop.
+
+    Raises:
+      UserError: no layers, an unknown remat word, or a block with mutable state.
+    """
+
+    def __init__(
+        self,
+        make_block: Callable[[nnx.Rngs], nnx.Module],
+        n_layers: int,
+        *,
+        remat: Remat = "full",
+        scan: bool = True,
+        rngs: nnx.Rngs,
+    ):
+        if n_layers < 1:
+            raise UserError(f"a stack of {n_layers} layers; use 1 or more")
+        remat_policy(remat)
+        self.n_layers, self.remat, self.scan = n_layers, remat if isinstance(remat, str) else tuple(remat), scan
+        graph, one = nnx.split(nnx.eval_shape(lambda: make_block(nnx.Rngs(0))))
+        for path, variable in nnx.to_flat_state(one):
+            if not isinstance(variable, nnx.Param):
+                raise UserError(
+                    f"a block of the stack holds {'.'.join(map(str, path))}, a {type(variable).__name__}: blocks hold "
+                    "parameters only; take random bits from ctx.row_keys (nn.Dropout does), or keep such a layer "
+                    "outside of the stack"
+                )
+        keys = jax.random.split(rngs.params(), n_layers)
+        many = jax.vmap(lambda key: nnx.split(make_block(nnx.Rngs(key)))[1])(keys)
+        weights = {path: describe(variable) for path, variable in nnx.to_flat_state(one)}
+        self.layer = nnx.merge(
+            graph, nnx.from_flat_state([(p, stacked(v, weights[p])) for p, v in nnx.to_flat_state(many)])
+        )
+
+    def apply_block(self, params: Any, x: Any, ctx: Context) -> tuple[Any, Aux]:
+        """One block as a pure function of its parameters (`params()` without the `layers` dim)."""
+        return nnx.merge(nnx.graphdef(self.layer), params)(x, ctx)
+
+    def params(self) -> Any:
+        """The parameters of all layers, `[layers, ...]` each."""
+        return nnx.state(self.layer)
+
+    def __call__(self, x: Any, ctx: Context) -> tuple[Any, Aux]:
+        """Apply all layers in order; returns the final `x` and the summed `aux`."""
+
+        def body(x: Any, layer: tuple[Any, jax.Array]) -> tuple[Any, Aux]:
+            params, index = layer
+            return self.apply_block(params, x, ctx.at_layer(index))
+
+        if (policy := remat_policy(self.remat)) is not None:
+            # Within a scan the loop itself keeps XLA from undoing the rematerialisation.
+            body = jax.checkpoint(body, policy=policy, prevent_cse=not self.scan)
+        layers = (self.params(), jnp.arange(self.n_layers, dtype=jnp.int32))
+        if self.scan:
+            x, aux = jax.lax.scan(body, x, layers)
+            return x, jax.tree.map(lambda a: a.sum(0), aux)
+        total: Aux | None = None
+        for i in range(self.n_layers):
+            x, aux = body(x, jax.tree.map(lambda a, i=i: a[i], layers))
+            total = aux if total is None else jax.tree.map(jnp.add, total, aux)
+        assert total is not None
+        return x, total

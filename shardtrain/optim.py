@@ -1,0 +1,212 @@
+"""Optimizers by name: roles say what decays and what muon takes; stacked layers update as if apart."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias, get_args
+
+import jax
+import optax
+from jax.tree_util import tree_map_with_path
+
+from shardtrain.errors import UserError
+from shardtrain.layout import Path, dotted, shardings_like
+from shardtrain.nn.param import Role, Weight
+from shardtrain.per_layer import abstract, over_layers, probe, slices
+
+Transform: TypeAlias = optax.GradientTransformation
+Rate: TypeAlias = optax.Schedule | float
+
+OPTIMIZERS: dict[str, Callable[..., Transform]] = {
+    "adamw": optax.adamw,
+    "lion": optax.lion,
+    "sgd": optax.sgd,
+    "adafactor": optax.adafactor,
+    "muon": optax.contrib.muon,
+}
+# No statistic of these spans a tensor, so stacking cannot change them.
+_ELEMENTWISE = (optax.adamw, optax.lion, optax.sgd)
+_MASKS = ("mask", "weight_decay_mask")
+# Options of optax that follow from our own arguments, and which.
+_DERIVED = {
+    "learning_rate": "lr",
+    "muon_weight_dimension_numbers": "the roles and dims of the weights",
+} | dict.fromkeys(
+    ("weight_decay", "weight_decay_rate", "adam_weight_decay", *_MASKS), "weight_decay and decay_roles"
+)
+
+
+def optimizer(
+    type: str,
+    weights: Any,
+    *,
+    lr: Rate,
+    clip_norm: float | None = None,
+    weight_decay: float = 0.0,
+    decay_roles: Sequence[Role] = ("matrix", "embedding", "head", "router"),
+    per_layer: bool | None = None,
+    **options: Any,
+) -> Transform:
+    """An optimizer over a tree of weights. Its state mirrors the params, each leaf laid out like its weight.
+
+    In order: clip by the global norm, the optimizer, decay. Weight decay is decoupled, the same for all
+    optimizers: an update also subtracts `lr * weight_decay * w`. (A factory that takes both `weight_decay`
+    and a mask gives it its own meaning: lamb decays within the trust ratio.)
+
+    Args:
+      type: `adamw`, `lion`, `sgd`, `adafactor`, `muon` (arXiv:2502.16982; matrices by role, AdamW for the
+        rest), or the import path of an optax-like factory: `optax.lamb`, `package.module:factory`.
+      weights: nested dicts of `Weight`, congruent with the params.
+      lr: learning rate, or a schedule over the number of updates made.
+      clip_norm: largest norm of the whole gradient, all weights together.
+      decay_roles: roles of the weights that decay.
+      per_layer: treat each slice of a stacked weight as a weight of its own. By default so wherever it
+        matters; False is for a factory that couples weights on purpose.
+      options: passed on to the optax factory.
+
+    Raises:
+      UserError: an unknown type, role or option (with the nearest known one), a number out of range, or a
+        factory that cannot work on these weights, or not on one layer at a time.
+    """
+    factory = _factory(type)
+    _check_options(type, factory, options)
+    for role in decay_roles:
+        if role not in get_args(Role):
+            raise UserError(f"decay_roles: role {role!r} does not exist{_nearest(role, get_args(Role))}")
+    for name, value in {"lr": lr, "clip_norm": clip_norm}.items():
+        if isinstance(value, float | int) and not (value > 0 and math.isfinite(value)):
+            raise UserError(f"optimizer {name} {value} must be a positive number")
+    if not (weight_decay >= 0 and math.isfinite(weight_decay)):
+        raise UserError(f"optimizer weight_decay {weight_decay} must be 0 or more; 0 means none")
+    if per_layer is False and factory in OPTIMIZERS.values() and factory not in _ELEMENTWISE:
+        raise UserError(f"per_layer false would let {type} mix the layers of a stack; drop it")
+
+    apart = factory not in _ELEMENTWISE if per_layer is None else per_layer
+    decays = jax.tree.map(lambda w: w.role in decay_roles, weights)
+    tx = _build(type, slices(weights) if apart else weights, lr, weight_decay, decays, options)
+    if factory not in OPTIMIZERS.values():
+        probe(f"optimizer {type}", tx, weights, apart)
+    if apart:
+        tx = over_layers(tx, weights)
+    return tx if clip_norm is None else _clipped(tx, clip_norm)
+
+
+def state_shardings(tx: Transform, params: Any, weights: Any) -> Any:
+    """How the state of an optimizer is laid out: like the weights that it belongs to (see `shardings_like`).
+
+    Args:
+      tx: from `optimizer`, or any optax transform.
+      params: arrays or `jax.ShapeDtypeStruct`s, with `NamedSharding`s.
+      weights: tree of `Weight`, congruent with `params`.
+
+    Returns:
+      Tree of `NamedSharding`, congruent with `tx.init(params)`.
+
+    Raises:
+      UserError: a leaf whose dims cannot be traced to its weight's. Nothing large is ever replicated.
+    """
+    return shardings_like(jax.eval_shape(tx.init, abstract(weights)), params, weights)
+
+
+def _factory(type: str) -> Callable[..., Transform]:
+    if type in OPTIMIZERS:
+        return OPTIMIZERS[type]
+    module, _, name = type.partition(":") if ":" in type else type.rpartition(".")
+    if not module or not name:
+        near = _nearest(type, OPTIMIZERS)
+        raise UserError(
+            f"optimizer type {type!r} does not exist{near}; or give an import path such as optax.lamb"
+        )
+    try:
+        found = importlib.import_module(module)
+    except (ImportError, TypeError) as error:  # TypeError: a relative path
+        raise UserError(
+            f"optimizer type {type!r}: {module} does not import ({error}); correct the path"
+        ) from error
+    if not callable(factory := getattr(found, name, None)):
+        raise UserError(
+            f"optimizer type {type!r}: {module} has no factory {name!r}{_nearest(name, dir(found))}"
+        )
+    return factory
+
+
+def _check_options(type: str, factory: Callable[..., Transform], options: dict[str, Any]) -> None:
+    accepted = inspect.signature(factory).parameters
+    anything = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    if "learning_rate" not in accepted and not anything:
+        raise UserError(
+            f"optimizer type {type!r} takes no learning_rate; name a factory that does, such as optax.lamb"
+        )
+    for name in options:
+        if name in _DERIVED:
+            raise UserError(f"optimizer {type}: {name} follows from {_DERIVED[name]}; set that instead")
+        if name not in accepted and not anything:
+            raise UserError(
+                f"optimizer {type} has no option {name!r}{_nearest(name, sorted({*accepted} - {*_DERIVED}))}"
+            )
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    known = [k for k in known if not k.startswith("_")]
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f" (known: {', '.join(known[:20])})"
+
+
+def _build(
+    type: str, weights: Any, lr: Rate, weight_decay: float, decays: Any, options: dict[str, Any]
+) -> Transform:
+    factory = _factory(type)
+    accepted = inspect.signature(factory).parameters
+    mask = next((name for name in _MASKS if name in accepted), None)
+    given = {"learning_rate": lr} | options
+    groups = [(lr, decays)]
+    if factory is optax.contrib.muon:
+        # Decayed here: optax decays its AdamW half without a mask, and that half may have a rate of its own.
+        given["muon_weight_dimension_numbers"] = tree_map_with_path(_muon_dims, weights)
+        is_matrix = jax.tree.map(lambda w: w.role == "matrix", weights)
+        if (other := options.get("adam_learning_rate")) is not None:
+            groups = [
+                (lr, jax.tree.map(lambda d, m: d and m, decays, is_matrix)),
+                (other, jax.tree.map(lambda d, m: d and not m, decays, is_matrix)),
+            ]
+    elif "weight_decay" in accepted and mask:
+        given |= {"weight_decay": weight_decay, mask: decays}
+        groups = []
+    elif "weight_decay" in accepted:
+        given["weight_decay"] = 0.0
+    try:
+        tx = factory(**given)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optimizer {type} with options {options}: {error}") from error
+    if not weight_decay or not groups:
+        return tx
+    return optax.chain(tx, *(optax.add_decayed_weights(_decay(r, weight_decay), m) for r, m in groups))
+
+
+def _decay(lr: Rate, weight_decay: float) -> optax.Schedule:
+    return lambda count: -weight_decay * (lr(count) if callable(lr) else lr)
+
+
+def _muon_dims(path: Path, weight: Weight) -> optax.contrib.MuonDimensionNumbers | None:
+    if weight.role != "matrix":
+        return None
+    if not weight.input_dims or not weight.output_dims:
+        raise UserError(
+            f"muon needs input and output dims, but matrix {dotted(path)} of shape {weight.shape} has "
+            f"{weight.inputs} input dims after {weight.stack} stack dims; declare `inputs`, or another role"
+        )
+    return optax.contrib.MuonDimensionNumbers(weight.input_dims, weight.output_dims)
+
+
+def _clipped(tx: Transform, clip_norm: float) -> Transform:
+    """Clip first. The clip has no state, so that of `tx` keeps its paths with or without it."""
+    clip = optax.clip_by_global_norm(clip_norm)
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return tx.update(clip.update(grads, optax.EmptyState(), params)[0], state, params)
+
+    return Transform(tx.init, update)

@@ -1,0 +1,99 @@
+"""Any optax transform, one layer at a time: each slice of a stacked weight is a weight of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from shardtrain.errors import UserError
+from shardtrain.layout import match_weights
+from shardtrain.nn.param import Weight
+
+
+def slices(weights: Any) -> Any:
+    """The weights of one layer: all stack dims taken away."""
+
+    def one(w: Weight) -> Weight:
+        return dataclasses.replace(w, shape=w.shape[w.stack :], axes=w.axes[w.stack :], stack=0)
+
+    return jax.tree.map(one, weights)
+
+
+def abstract(weights: Any) -> Any:
+    """The params as `jax.ShapeDtypeStruct`s."""
+    return jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype), weights)
+
+
+def over_layers(
+    tx: optax.GradientTransformation, weights: Any, group: Callable[[Weight], Hashable] | None = None
+) -> optax.GradientTransformation:
+    """Apply `tx`, made for `slices(weights)`, to stacked weights: `vmap` over one stack dim after another.
+
+    So dims that the mesh splits are never flattened together. State of a stacked weight has its stack dims in
+    front; state of no weight (a count) stays single.
+
+    Args:
+      tx: a transform in which no weight's update depends on another weight.
+      weights: the stacked weights.
+      group: weights of one group share a `vmap`; by default those with equal stack dims. `vmap` raises a
+        ValueError on a transform that lets weights of different groups meet.
+    """
+    key: Callable[[Weight], Hashable] = group or (lambda w: w.shape[: w.stack])
+    state = jax.eval_shape(tx.init, abstract(slices(weights)))
+    init, update = tx.init, tx.update
+    for name, stack in {key(w): w.stack for w in jax.tree.leaves(weights) if w.stack}.items():
+
+        def axis(_: Any, weight: Weight | None, name: Hashable = name) -> int | None:
+            return 0 if weight and weight.stack and key(weight) == name else None
+
+        of_weights = jax.tree.map(axis, weights, weights)
+        of_state = jax.tree.map(axis, state, match_weights(state, weights))
+        for _ in range(stack):
+            init = jax.vmap(init, in_axes=(of_weights,), out_axes=of_state)
+            update = jax.vmap(
+                update, in_axes=(of_weights, of_state, of_weights), out_axes=(of_weights, of_state)
+            )
+    return optax.GradientTransformation(init, update)
+
+
+def probe(name: str, tx: optax.GradientTransformation, weights: Any, apart: bool) -> None:
+    """Trace a transform that we do not know, without arrays, to see that it works on these weights.
+
+    Args:
+      name: what errors call it.
+      tx: made for `slices(weights)` if `apart`, else for `weights`.
+      apart: whether `over_layers` is to be applied to it.
+
+    Raises:
+      UserError: it fails; or it cannot be applied to the layers of a stack apart.
+    """
+    params = abstract(weights)
+    try:
+        if apart:
+            weights = jax.tree.map(dataclasses.replace, weights)  # distinct objects: each a group of its own
+            tx = over_layers(tx, weights, group=id)
+        state = jax.eval_shape(tx.init, params)
+        jax.eval_shape(tx.update, params, state, params)
+    except Exception as error:
+        if not (apart and "out_axes" in str(error)):
+            raise UserError(f"{name} fails on this model: {error}") from error
+        raise UserError(
+            f"{name} lets weights meet (in a global norm, say), so it cannot update the layers of a stack "
+            "apart; set per_layer to false if a whole stacked weight may count as one"
+        ) from error
+    unmatched = jax.tree.map(lambda x, w: () if w else x, state, match_weights(state, weights))
+    keys = [x for x in jax.tree.leaves(unmatched) if _is_key(x.dtype)]
+    if apart and keys:
+        raise UserError(
+            f"{name} keeps a random key, which would draw the same noise for all layers of a stack; "
+            "set per_layer to false"
+        )
+
+
+def _is_key(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32

@@ -1,0 +1,87 @@
+"""How much of a model is actually sharded, weight by weight."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from jax.sharding import PartitionSpec
+
+from shardtrain.errors import UserError
+from shardtrain.nn.param import Weight
+from shardtrain.sharding import Partitioner
+from shardtrain.state import flatten
+
+#: Mesh axes that split weights; the others split only the batch or the sequence.
+_WEIGHT_AXES = ("pipe", "fsdp", "expert", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One weight: its dotted path, declaration, partition, and in how many pieces it lies."""
+
+    path: str
+    weight: Weight
+    spec: PartitionSpec
+    pieces: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingReport:
+    """Where every weight lies.
+
+    Attributes:
+      rows: one per weight, largest first.
+      total_bytes: of all parameters.
+      device_bytes: of the parameters on one device.
+      replicated_bytes: of the parameters that every device keeps whole.
+    """
+
+    rows: tuple[Row, ...]
+    total_bytes: int
+    device_bytes: int
+    replicated_bytes: int
+    splits_weights: bool
+
+    @property
+    def replicated_share(self) -> float:
+        """Replicated bytes over total bytes, in [0, 1]."""
+        return self.replicated_bytes / max(self.total_bytes, 1)
+
+    @property
+    def unannotated(self) -> list[str]:
+        """Paths of weights without logical axes, whole on every device because the model opted in."""
+        return [row.path for row in self.rows if not row.weight.annotated]
+
+    def check(self, max_replicated: float) -> None:
+        """Refuse a layout that leaves too much of the model whole on a mesh that could split it.
+
+        Raises:
+          UserError: more than `max_replicated` of the bytes are replicated; names the largest such weights.
+        """
+        if not self.splits_weights or self.replicated_share <= max_replicated:
+            return
+        worst = ", ".join(f"{row.path} ({row.weight.nbytes:,} bytes)" for row in self.rows if row.pieces == 1)
+        raise UserError(
+            f"{self.replicated_share:.0%} of the parameter bytes are replicated on every device, above the limit of "
+            f"{max_replicated:.0%} (mesh.max_replicated): {worst[:300]}; give these weights logical axes with a "
+            "rule, or raise the limit"
+        )
+
+
+def sharding_report(weights: Any, partitioner: Partitioner) -> ShardingReport:
+    """The report for a tree of `Weight` under a partitioner; needs no arrays."""
+    rows = []
+    for path, weight in flatten(weights).items():
+        spec = partitioner.sharding(weight.axes, weight.shape, f"weight {path}").spec
+        split = [axis for part in spec for axis in ((part,) if isinstance(part, str) else part or ())]
+        rows.append(Row(path, weight, spec, math.prod(partitioner.mesh.shape[axis] for axis in split)))
+    rows.sort(key=lambda row: -row.weight.nbytes)
+    return ShardingReport(
+        rows=tuple(rows),
+        total_bytes=sum(row.weight.nbytes for row in rows),
+        device_bytes=sum(row.weight.nbytes // row.pieces for row in rows),
+        replicated_bytes=sum(row.weight.nbytes for row in rows if row.pieces == 1),
+        splits_weights=any(partitioner.mesh.shape[axis] > 1 for axis in _WEIGHT_AXES),
+    )

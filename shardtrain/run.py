@@ -1,0 +1,233 @@
+"""A run: one job with one directory, started, resumed and finished."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from shardtrain import trainer
+from shardtrain.checkpoint import Checkpointer, RunLock, load_weights, read_extra
+from shardtrain.config import RunConfig, check_same_run
+from shardtrain.data import Batch, Loader, Source, Tokenizer, open_source, split
+from shardtrain.generate import generate
+from shardtrain.job import Job, build
+from shardtrain.metrics import MetricsLog, plot_loss
+from shardtrain.trainer import Callback
+
+
+class Trainer(trainer.Trainer):
+    """The training loop with a run directory around it; made by `from_config`.
+
+    Attributes:
+      job: mesh, model, optimizer and step.
+      directory: the run directory.
+      tokenizer: of text data, else `None`.
+      resumed_from: the step of the checkpoint that the run went on from, else `None`.
+    """
+
+    job: Job
+    directory: Path
+    tokenizer: Tokenizer | None = None
+    resumed_from: int | None = None
+
+    @classmethod
+    def from_config(
+        cls,
+        config: RunConfig,
+        *,
+        callbacks: Sequence[Callback] = (),
+        should_stop: Callable[[int], bool] = lambda step: False,
+        allow_changes: bool = False,
+        processes: int = 1,
+    ) -> Trainer:
+        """Start the run that a config describes, or resume it where its directory holds checkpoints.
+
+        Installs no signal handler and initialises no distributed runtime; those belong to the program around it.
+
+        Args:
+          allow_changes: go on in the directory of a run with another model, data, optimizer or seed.
+          processes: of the run, where `jax.distributed` joins several.
+
+        Raises:
+          UserError: anything wrong with config, devices, data, directory or checkpoints.
+        """
+        job = build(config, processes=processes)
+        directory = Path(config.run.dir or f"runs/{config.run.name}").absolute()
+        chief = jax.process_index() == 0
+        lock = RunLock(directory) if chief else None
+        try:
+            checkpointer = Checkpointer(
+                directory / "checkpoints",
+                keep=config.checkpoint.keep,
+                keep_every=config.checkpoint.keep_every,
+                asynchronous=config.checkpoint.asynchronous,
+                compress=config.checkpoint.compress,
+            )
+            latest = checkpointer.latest()
+            if latest is not None and not allow_changes:
+                stored = read_extra(checkpointer.directory, latest)["config"]
+                check_same_run(stored, config, str(directory))
+            source, held_out, tokenizer = _open_data(config, directory)
+            restored = None if latest is None else checkpointer.restore(job.abstract_state(), latest)
+            state = job.init_state() if restored is None else restored.state
+            if restored is None and config.init_from is not None:
+                state = _with_weights_of(config.init_from, state, job)
+            sharding = job.partitioner.sharding(("batch", "seq"))
+            batches = Loader(
+                source,
+                global_batch=config.data.global_batch,
+                seed=config.run.seed,
+                sharding=sharding,
+                state=None if restored is None else restored.extra["data"],
+                shuffle=config.data.shuffle,
+            )
+            log = MetricsLog(directory, tensorboard=config.log.tensorboard) if chief else None
+            if log is not None:
+                log.truncate(int(state.step))
+                _write(directory / "config.yaml", config.to_yaml())
+        except BaseException:
+            if lock is not None:
+                lock.release()
+            raise
+        run = cls(
+            state,
+            job.train_step(),
+            batches,
+            steps=config.run.steps,
+            speed=job.speed(),
+            checkpointer=checkpointer,
+            checkpoint_every=config.checkpoint.every,
+            extra={"config": config.to_dict(), "mesh": dict(job.partitioner.mesh.shape)},
+            eval_step=job.eval_step(),
+            eval_batches=None if held_out is None else lambda: _eval_batches(held_out, config, sharding),
+            eval_every=config.eval.every,
+            log=log,
+            log_every=config.log.every,
+            callbacks=callbacks,
+            max_skipped=config.run.max_skipped_steps,
+            should_stop=should_stop,
+        )
+        run.job, run.directory, run.tokenizer, run._lock, run._held_out = (
+            job,
+            directory,
+            tokenizer,
+            lock,
+            held_out,
+        )
+        run.resumed_from = latest
+        return run
+
+    _lock: RunLock | None
+    _held_out: Source | None
+
+    def fit(self) -> Any:
+        """Train to the end or until stopped, write `loss.png` and `sample.txt`, and give the directory free."""
+        try:
+            state = super().fit()
+            if self.log is not None and self.step:
+                plot_loss(self.directory)
+            if not self.stopped_early and not (self.directory / "sample.txt").exists():
+                self._write_sample()
+            return state
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """End threads, wait for the save under way, give the run directory free; `fit` does so by itself."""
+        self.batches.close()
+        try:
+            assert self.checkpointer is not None
+            self.checkpointer.close()
+        finally:
+            if self.log is not None:
+                self.log.close()
+            if self._lock is not None:
+                self._lock.release()
+
+    def sample(self, prompt: str | None = None) -> tuple[str, str] | None:
+        """`(prompt, continuation)` by the present weights; `None` where the data or the model knows no text.
+
+        Without a prompt the start of the held-out text is continued.
+        """
+        config = self.job.config
+        if self.tokenizer is None or config.sample.tokens == 0 or not hasattr(config.model.load(), "logits"):
+            return None
+        prompt = config.sample.prompt if prompt is None else prompt
+        if prompt is not None:
+            ids = self.tokenizer.encode(prompt).tolist() or [self.tokenizer.separator]
+        elif self._held_out is not None:
+            ids = self._held_out[0]["tokens"][:32].tolist()
+        else:
+            ids = [self.tokenizer.separator]
+        samples = generate(
+            self.job.model,
+            self.state,
+            self.job.partitioner,
+            ids,
+            tokens=config.sample.tokens,
+            window=config.data.seq_len,
+            temperature=config.sample.temperature,
+            seed=config.run.seed,
+        )
+        return self.tokenizer.decode(ids), self.tokenizer.decode(samples[0])
+
+    def _write_sample(self) -> None:
+        sample = self.sample()
+        if sample is not None and jax.process_index() == 0:
+            prompt, text = sample
+            _write(self.directory / "sample.txt", f"--- prompt\n{prompt}\n--- continuation\n{text}\n")
+
+
+def _open_data(config: RunConfig, directory: Path) -> tuple[Source, Source | None, Tokenizer | None]:
+    data = config.data
+
+    def open_it(write: bool) -> tuple[Source, Tokenizer | None]:
+        return open_source(
+            data.type,
+            seq_len=data.seq_len,
+            vocab_size=config.model.options["vocab_size"],
+            seed=config.run.seed,
+            path=data.path,
+            tokenizer=data.tokenizer,
+            tokenizer_vocab=data.vocab_size,
+            directory=directory / "data",
+            write=write,
+        )
+
+    chief = jax.process_index() == 0
+    if jax.process_count() > 1 and not chief:
+        multihost_utils.sync_global_devices("data is prepared")
+    source, tokenizer = open_it(write=chief)
+    if jax.process_count() > 1 and chief:
+        multihost_utils.sync_global_devices("data is prepared")
+    if data.held_out == 0:
+        return source, None, tokenizer
+    return *split(source, data.held_out), tokenizer
+
+
+def _eval_batches(source: Source, config: RunConfig, sharding: Any) -> Iterator[Batch]:
+    size = config.data.global_batch
+    count = min(config.eval.batches, max(1, len(source) // size))  # at most once over the held-out rows
+    with Loader(source, global_batch=size, seed=0, sharding=sharding, shuffle=False) as loader:
+        yield from itertools.islice(loader, count)
+
+
+def _with_weights_of(path: str, state: Any, job: Job) -> Any:
+    place = Path(path)
+    step = int(place.name) if place.name.isdigit() else None
+    params = load_weights(place.parent if step is not None else place, job.abstract_state().params, step)
+    return dataclasses.replace(state, params=params)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)

@@ -1,0 +1,169 @@
+"""The rules table: from logical axes, which tensors carry, to mesh axes, which hardware has."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from types import MappingProxyType
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from shardtrain.errors import UserError
+from shardtrain.mesh import AXES, divisors
+
+LogicalAxes = Sequence[str | None]
+Rules = Mapping[str, tuple[str, ...]]
+
+#: Logical axis -> the mesh axes that split it. Data, FSDP and tensor parallelism are rows of this table.
+DEFAULT_RULES: Rules = MappingProxyType(
+    {
+        "batch": ("island", "data", "fsdp", "expert"),
+        "seq": ("context",),
+        "embed": ("fsdp",),
+        "mlp": ("tensor",),
+        "heads": ("tensor",),
+        "kv_heads": ("tensor",),
+        "head_dim": (),
+        "vocab": ("tensor",),
+        "experts": ("expert",),
+        "layers": (),
+        "stages": ("pipe",),
+        "norm": (),
+    }
+)
+
+
+def make_rules(overrides: Mapping[str, str | Sequence[str] | None] = MappingProxyType({})) -> Rules:
+    """The default table with some rows replaced: a mesh axis, several, or `None` for none. New names are new rows.
+
+    Raises:
+      UserError: a mesh axis that does not exist, with the nearest that does.
+    """
+    table = dict(DEFAULT_RULES)
+    for name, value in overrides.items():
+        table[name] = () if value is None else (value,) if isinstance(value, str) else tuple(value)
+        for axis in table[name]:
+            if axis not in AXES:
+                raise UserError(
+                    f"rules.{name} names mesh axis {axis!r}, which does not exist{_did_you_mean(axis, AXES)}"
+                )
+    return MappingProxyType(table)
+
+
+@dataclasses.dataclass(frozen=True)
+class Partitioner:
+    """A mesh and the rules that lay tensors out on it."""
+
+    mesh: Mesh
+    rules: Rules = dataclasses.field(default_factory=make_rules)
+
+    def size(self, logical: str) -> int:
+        """Into how many pieces the mesh splits a dim with this logical axis."""
+        return math.prod(self.mesh.shape[axis] for axis in self._row(logical))
+
+    def spec(self, *axes: str | None, drop: Sequence[str] = ()) -> PartitionSpec:
+        """The partition of a tensor whose dims carry these logical axes; `None` keeps a dim whole.
+
+        Mesh axes of size 1, those in `drop`, and those that are manual at this point of the program are left out.
+
+        Raises:
+          UserError: a name without a rule, or two dims of the tensor on one mesh axis.
+        """
+        taken: dict[str, str] = {}
+        manual = jax.sharding.get_abstract_mesh().manual_axes
+        parts: list[str | tuple[str, ...] | None] = []
+        for logical in axes:
+            part = [] if logical is None else [a for a in self._row(logical) if self.mesh.shape[a] > 1]
+            for axis in part:
+                if axis in taken:
+                    raise UserError(
+                        f"dims ({', '.join(map(str, axes))}) of one tensor put both {taken[axis]!r} and {logical!r} on "
+                        f"mesh axis {axis!r}; a mesh axis splits one dim: set rules.{logical} or rules.{taken[axis]} "
+                        "to another axis or to null"
+                    )
+                taken[axis] = str(logical)
+            part = [a for a in part if a not in drop and a not in manual]
+            parts.append(None if not part else part[0] if len(part) == 1 else tuple(part))
+        while parts and parts[-1] is None:
+            parts.pop()
+        return PartitionSpec(*parts)
+
+    def sharding(
+        self,
+        axes: LogicalAxes,
+        shape: Sequence[int] | None = None,
+        name: str = "tensor",
+        drop: Sequence[str] = (),
+    ) -> NamedSharding:
+        """The `NamedSharding` of a tensor, checked against its shape when that is given.
+
+        Raises:
+          UserError: as `spec` does, or for a dim that does not divide over its mesh axes; names tensor, dim and sizes.
+        """
+        spec = self.spec(*axes, drop=drop)
+        if shape is not None:
+            self._check(spec, axes, tuple(shape), name)
+        inside = jax.sharding.get_abstract_mesh()
+        return NamedSharding(inside if inside.manual_axes else self.mesh, spec)  # type: ignore[arg-type]
+
+    def constrain(
+        self, x: jax.Array, *axes: str | None, drop: Sequence[str] = (), name: str = "activation"
+    ) -> jax.Array:
+        """Pin the layout of an intermediate `x`, one logical axis per dim."""
+        return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape, name, drop))
+
+    def _row(self, logical: str) -> tuple[str, ...]:
+        if logical not in self.rules:
+            raise UserError(
+                f"logical axis {logical!r} has no rule{_did_you_mean(logical, self.rules)}; "
+                f"add rules.{logical}, null to keep such dims whole"
+            )
+        return self.rules[logical]
+
+    def _check(self, spec: PartitionSpec, axes: LogicalAxes, shape: tuple[int, ...], name: str) -> None:
+        if len(axes) != len(shape):
+            raise UserError(f"{name} has shape {shape}, but {len(axes)} logical axes {tuple(axes)}: give one per dim")
+        for dim, part in enumerate(spec):
+            split = (part,) if isinstance(part, str) else tuple(part or ())
+            pieces = math.prod(self.mesh.shape[axis] for axis in split)
+            if shape[dim] % pieces:
+                sizes = " x ".join(f"{axis} {self.mesh.shape[axis]}" for axis in split)
+                raise UserError(
+                    f"{name}: dim {dim} ({axes[dim]!r}) has size {shape[dim]}, which mesh axis {sizes} does not divide; "
+                    f"use a multiple of {pieces}, a mesh size among {divisors(shape[dim])[:8]}, or "
+                    f"rules.{axes[dim]}=null to keep such dims whole"
+                )
+
+
+def _did_you_mean(name: str, known: Sequence[str] | Mapping[str, object]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else f" (known: {', '.join(known)})"
+
+
+_current: ContextVar[Partitioner | None] = ContextVar("partitioner", default=None)
+
+
+@contextlib.contextmanager
+def use(partitioner: Partitioner | None) -> Iterator[Partitioner | None]:
+    """Make a partitioner the one that layers constrain by, within a `with` block."""
+    token = _current.set(partitioner)
+    try:
+        yield partitioner
+    finally:
+        _current.reset(token)
+
+
+def current() -> Partitioner | None:
+    """The partitioner in use here, or `None` where everything runs on one device."""
+    return _current.get()
+
+
+def constrain(x: jax.Array, *axes: str | None, name: str = "activation") -> jax.Array:
+    """Pin the layout of `x` under the partitioner in use; without one (a single device) `x` is returned as it is."""
+    partitioner = current()
+    return x if partitioner is None else partitioner.constrain(x, *axes, name=name)

@@ -1,0 +1,123 @@
+"""The house rules: who may import whom, and what is public."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import shardtrain
+
+ROOT = Path(__file__).parent.parent
+#: Rooms from the ground up. A file imports only rooms before its own, or its own.
+ROOMS = [
+    "errors",
+    "mesh",
+    "sharding",
+    "hlo",
+    "parallel.schedules",
+    "nn",
+    "parallel",
+    "layout",
+    "per_layer",
+    "lr_schedules",
+    "optim",
+    "state",
+    "gradients",
+    "step",
+    "report",
+    "generate",
+    "metrics",
+    "data",
+    "checkpoint",
+    "resilience",
+    "trainer",
+    "config",
+    "job",
+    "run",
+    "signals",
+    "plan",
+    "interop",
+    "cli",
+    "__main__",
+]
+
+
+def room(module: str) -> str | None:
+    """The room that a module `shardtrain.<...>` lies in."""
+    name = module.removeprefix("shardtrain").lstrip(".")
+    return max((r for r in ROOMS if name == r or name.startswith(r + ".")), key=len, default=None)
+
+
+def imports(path: Path) -> list[str]:
+    """All modules of ours that a file imports, also inside functions."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return [name for name in found if name.split(".")[0] == "shardtrain"]
+
+
+FILES = sorted((ROOT / "shardtrain").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_file_imports_only_rooms_below_its_own(path):
+    own = room(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
+    if own is None:
+        assert path == ROOT / "shardtrain" / "__init__.py", f"{path} lies in no room: add it to ROOMS"
+        return
+    for name in imports(path):
+        if name in {f"shardtrain.{public}" for public in shardtrain.__all__}:
+            continue
+        target = room(name)
+        if target is not None:
+            assert ROOMS.index(target) <= ROOMS.index(own), f"{path} in room {own} imports {name}"
+        assert not name.startswith("shardtrain.models"), f"{path} names a model"
+
+
+def test_models_are_written_with_the_public_parts_only():
+    allowed = ("shardtrain.nn", "shardtrain.sharding")
+    for path in (ROOT / "models").glob("*.py"):
+        assert all(name.startswith(allowed) for name in imports(path)), path
+
+
+def test_no_private_jax():
+    for path in [*FILES, *(ROOT / "models").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+        assert "jax._src" not in path.read_text(), path
+
+
+PUBLIC = """
+    Callback Checkpointer ConfigError Job Loader MeshSpec ModelDef Partitioner Precision RunConfig TrainState Trainer
+    UserError __version__ build constrain evaluate generate init_state load_config make_eval_step make_rules
+    make_train_step open_source optimizer select_devices sharding_report
+"""
+
+
+def test_the_public_surface_is_this_and_all_of_it_loads():
+    assert sorted(shardtrain.__all__) == sorted(PUBLIC.split())
+    for name in shardtrain.__all__:
+        assert getattr(shardtrain, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Trianer'"):
+        _ = shardtrain.Trianer  # type: ignore[attr-defined]
+
+
+def test_the_folder_models_is_no_package_of_its_own():
+    run = subprocess.run([sys.executable, "-c", "import models"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode != 0
+    assert "import `shardtrain.models` instead" in run.stderr
+
+
+def test_importing_starts_nothing_heavy():
+    """No backend, no signal handler, none of the packages that only some rooms need."""
+    code = (
+        "import signal, sys; before = signal.getsignal(signal.SIGTERM); import shardtrain;"
+        "assert signal.getsignal(signal.SIGTERM) is before;"
+        "heavy = {'jax', 'orbax', 'grain', 'matplotlib', 'tensorboardX', 'tokenizers', 'pydantic', 'typer'};"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
