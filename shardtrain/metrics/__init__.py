@@ -1,0 +1,19 @@
+"""What a run reports: its log, its share of the hardware's speed, its memory, its display, its loss curve."""
+
+from shardtrain.metrics.flops import mfu, peak_flops, transformer_flops_per_token
+from shardtrain.metrics.log import MetricsLog, read
+from shardtrain.metrics.memory import memory_bytes
+from shardtrain.metrics.plot import plot_loss
+from shardtrain.metrics.progress import Progress, progress
+
+__all__ = [
+    "MetricsLog",
+    "Progress",
+    "memory_bytes",
+    "mfu",
+    "peak_flops",
+    "plot_loss",
+    "progress",
+    "read",
+    "transformer_flops_per_token",
+]

@@ -1,0 +1,160 @@
+"""`metrics.jsonl`: one JSON object per step; the same numbers go to TensorBoard.
+
+Floats are written so that reading gives back the same bits. JSON has no NaN or infinity: they are the
+strings "NaN", "Infinity" and "-Infinity", as in protobuf's JSON mapping, and `read` turns them back into
+floats. (`null` would not tell an overflow from a NaN.)
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+
+from shardtrain.errors import UserError
+
+FILE = "metrics.jsonl"
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class MetricsLog:
+    """The metrics of one run directory, appended to step by step and readable after a `kill -9` at any time.
+
+    Each line goes to the operating system before `write` returns. A last line that a kill tore is dropped on
+    opening. One writer per directory: the caller's lock sees to that.
+    """
+
+    def __init__(self, directory: Path | str, *, tensorboard: bool = True):
+        self._path = Path(directory) / FILE
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.touch()
+        self._last, self._file = self._open(None)
+        self._events = _Events(self._path.parent / "tensorboard") if tensorboard else None
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one line, `step` first. Values are Python, NumPy or JAX scalars; integers stay integers.
+
+        Raises:
+            ValueError: `step` is not above the last line's (see `truncate`), or is also among the values.
+        """
+        if step <= self._last:
+            raise ValueError(
+                f"step {step} after step {self._last} in {self._path}: truncate({step - 1}) first"
+            )
+        if "step" in values:
+            raise ValueError("'step' is an argument, not one of the values")
+        plain = {key: _number(value) for key, value in values.items()}
+        self._file.write(json.dumps({"step": step, **plain}, allow_nan=False) + "\n")
+        self._file.flush()
+        self._last = step
+        if self._events:
+            self._events.write(step, {key: float(value) for key, value in plain.items()})
+
+    def truncate(self, step: int) -> None:
+        """Drop what was written after `step`: a run resumed from `step` writes the next ones again.
+
+        The file is replaced whole or not at all; TensorBoard is told to forget those steps.
+        """
+        self._file.close()
+        self._last, self._file = self._open(step)
+        if self._events:
+            self._events.forget_from(step + 1)
+
+    def close(self) -> None:
+        """Close the files; the log is of no use afterwards."""
+        self._file.close()
+        if self._events:
+            self._events.close()
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open(self, step: int | None) -> tuple[int, TextIO]:
+        """Keep only whole lines up to `step` (None: all); return the last step and the file to append to."""
+        lines = [
+            (row["step"], line) for row, line in _lines(self._path) if step is None or row["step"] <= step
+        ]
+        kept = b"".join(line for _, line in lines)
+        if kept != self._path.read_bytes():
+            temporary = self._path.with_name(FILE + ".tmp")
+            with temporary.open("wb") as f:
+                f.write(kept)
+                f.flush()
+                os.fsync(f.fileno())
+            temporary.replace(self._path)
+        return (lines[-1][0] if lines else -1), self._path.open("a", encoding="utf-8")
+
+
+def read(directory: Path | str) -> list[dict[str, float]]:
+    """The lines of a run directory's `metrics.jsonl`, oldest first; a torn last line is left out.
+
+    Raises:
+        UserError: there is no such file, or a line before the last is damaged.
+    """
+    path = Path(directory) / FILE
+    if not path.is_file():
+        raise UserError(f"no {FILE} in {directory}: give the directory of a run that has started")
+    return [{key: _NOT_FINITE.get(v, v) for key, v in row.items()} for row, _ in _lines(path)]
+
+
+def _lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """Each whole line, parsed and as bytes."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            whole = isinstance(row, dict) and isinstance(row.get("step"), int) and line.endswith(b"\n")
+        except ValueError:
+            whole = False
+        if whole:
+            yield row, line
+        elif number < len(lines):
+            raise UserError(
+                f"{path}, line {number} is damaged: {line[:80]!r}; delete that line and try again"
+            )
+
+
+def _number(value: Any) -> float | int | str:
+    if np.issubdtype(np.asarray(value).dtype, np.integer):
+        return int(value)
+    value = float(value)
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+class _Events:
+    """A TensorBoard event file, one event per step.
+
+    tensorboardX's `SummaryWriter` would queue each scalar to a thread, through a pipe: slower, and lost on a
+    kill.
+    """
+
+    def __init__(self, directory: Path):
+        directory.mkdir(parents=True, exist_ok=True)
+        # The name holds the time in whole seconds, and an existing file would be overwritten.
+        self._writer = EventsWriter(str(directory / "events"), f".{os.getpid()}.{time.time_ns()}")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        scalars = [Summary.Value(tag=key, simple_value=value) for key, value in values.items()]
+        self._add(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
+
+    def forget_from(self, step: int) -> None:
+        self._add(Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START)))
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _add(self, event: Event) -> None:
+        self._writer.write_event(event)
+        self._writer.flush()

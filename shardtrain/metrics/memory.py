@@ -1,0 +1,16 @@
+"""How much memory training takes."""
+
+import jax
+import psutil
+
+
+def memory_bytes() -> int | None:
+    """The peak bytes in use of the fullest local device; on CPU, the bytes that the process holds now (RSS).
+
+    None on a device that keeps no statistics.
+    """
+    devices = jax.local_devices()
+    peaks = [s["peak_bytes_in_use"] for d in devices if "peak_bytes_in_use" in (s := d.memory_stats() or {})]
+    if peaks:
+        return max(peaks)
+    return psutil.Process().memory_info().rss if devices[0].platform == "cpu" else None

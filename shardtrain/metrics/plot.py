@@ -1,0 +1,80 @@
+"""The loss curve of a run, as a picture."""
+
+import itertools
+import math
+from pathlib import Path
+
+from shardtrain.errors import UserError
+from shardtrain.metrics.log import read
+
+_RAW, _SMOOTH, _HELD_OUT = "#a9c4e4", "#1f5fa8", "#d1571f"
+
+
+def plot_loss(directory: Path | str) -> Path:
+    """Draw a run directory's `loss` (each step, and smoothed) and `eval_loss` by step into its `loss.png`.
+
+    Steps whose value is not finite are left out.
+
+    Raises:
+        UserError: no metrics, or not one finite loss among them.
+    """
+    # Only here: matplotlib is slower to import than all else in this room, and a run draws once, at its end.
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    rows = read(directory)
+    steps, loss = _series(rows, "loss")
+    eval_steps, eval_loss = _series(rows, "eval_loss")
+    if not steps:
+        raise UserError(
+            f"no finite loss in {directory}/metrics.jsonl: train at least one step before drawing"
+        )
+
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")  # no pyplot: no global state, no display
+    ax = figure.add_subplot()
+    ax.plot(steps, loss, color=_RAW, linewidth=0.8, label="training")
+    ax.plot(steps, _smooth(loss), color=_SMOOTH, linewidth=1.8, label="training, smoothed")
+    if eval_steps:
+        ax.plot(
+            eval_steps, eval_loss, color=_HELD_OUT, linewidth=1.2, marker="o", markersize=4, label="held out"
+        )
+        ax.annotate(
+            f"{eval_loss[-1]:.3f}",
+            (eval_steps[-1], eval_loss[-1]),
+            textcoords="offset points",
+            xytext=(0, 8),
+            ha="right",
+            color=_HELD_OUT,
+            bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
+        )
+    ax.set_xlabel("step")
+    ax.set_ylabel("loss")
+    ax.set_title(Path(directory).resolve().name, loc="left", fontsize=11)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.margins(x=0.01)
+    ax.grid(color="#e6e6e6", linewidth=0.8)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False)
+
+    path = Path(directory) / "loss.png"
+    temporary = path.with_name("loss.png.tmp")
+    figure.savefig(temporary, format="png")
+    temporary.replace(path)
+    return path
+
+
+def _series(rows: list[dict[str, float]], key: str) -> tuple[list[float], list[float]]:
+    points = [(row["step"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """Mean over about a thirtieth of the points around each: centred, so that a falling curve does not lag.
+
+    The window shrinks towards both ends, where it is the point itself.
+    """
+    sums = [0.0, *itertools.accumulate(values)]
+    last, reach = len(values) - 1, len(values) // 60
+    windows = ((i, min(i, last - i, reach)) for i in range(len(values)))
+    return [(sums[i + r + 1] - sums[i - r]) / (2 * r + 1) for i, r in windows]
