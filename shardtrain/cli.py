@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 def main() -> None:
     """Entry point: a user's mistake is one message and exit code 2."""
+    sys.path.append(os.getcwd())  # `type: my_model:MyModel` finds a file beside the user, as under `python -m`
     try:
         app()
     except UserError as error:
@@ -73,7 +75,7 @@ def train(
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     config = load_config(file, overrides or ())
-    if processes > 1:
+    if processes > 1 or process or coordinator is not None:
         _join(coordinator, processes, process)
     _train(config, allow_changes, processes)
 
@@ -82,10 +84,10 @@ def _join(coordinator: str | None, processes: int, process: int) -> None:
     """Start JAX's distributed runtime; it must come before anything else of JAX."""
     import jax
 
-    if coordinator is None or process >= processes:
+    if coordinator is None or process >= processes or processes == 1:
         raise UserError(
-            f"--processes {processes} needs --coordinator HOST:PORT and --process from 0 to {processes - 1}, the same "
-            "coordinator for all"
+            f"--processes {processes}, --process {process}, --coordinator {coordinator}: several processes need "
+            "--processes 2 or more, --process from 0 to one less, and --coordinator HOST:PORT, the same for all"
         )
     # Unless told, the coordinator would listen on every interface; its traffic is neither authenticated nor encrypted.
     jax.distributed.initialize(
@@ -107,8 +109,8 @@ def _train(config: Any, allow_changes: bool, processes: int) -> None:
     with (stop_together if processes > 1 else stop_on_signals)() as should_stop:
         run = Trainer.from_config(config, should_stop=should_stop, allow_changes=allow_changes, processes=processes)
         if run.step >= run.steps:
+            run.fit()
             print(f"the run in {run.directory} is finished: {run.step} of {run.steps} steps; nothing to do")
-            run.close()
         elif jax.process_index() == 0:
             with progress(run.steps, run.step) as run.display:
                 for line in summary(run):

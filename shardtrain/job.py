@@ -98,11 +98,8 @@ def build(config: RunConfig, *, processes: int = 1) -> Job:
     report = sharding_report(model.weights, partitioner)
     report.check(max_replicated)
     section = config.optimizer
-    schedule = section.schedule.model_dump(exclude={"cooldown_ratio"})
-    assert section.schedule.decay_steps is not None or section.schedule.type == "constant"
-    schedule["decay_steps"] = schedule["decay_steps"] or config.run.steps
-    if section.schedule.type == "wsd":
-        schedule["stable_ratio"] = 1 - section.schedule.cooldown_ratio
+    schedule = section.schedule.model_dump()
+    schedule["decay_steps"] = schedule["decay_steps"] or config.run.steps  # a constant schedule has none
     lr = lr_schedules.schedule(lr=section.lr, **schedule)
     tx = optimizer(
         section.type,

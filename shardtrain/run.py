@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,10 +18,13 @@ from shardtrain import trainer
 from shardtrain.checkpoint import Checkpointer, RunLock, load_weights, read_extra
 from shardtrain.config import RunConfig, check_same_run
 from shardtrain.data import Batch, Loader, Source, Tokenizer, open_source, split
+from shardtrain.errors import UserError
 from shardtrain.generate import generate
 from shardtrain.job import Job, build
 from shardtrain.metrics import MetricsLog, plot_loss
 from shardtrain.trainer import Callback
+
+_log = logging.getLogger(__name__)
 
 
 class Trainer(trainer.Trainer):
@@ -79,13 +84,17 @@ class Trainer(trainer.Trainer):
             state = job.init_state() if restored is None else restored.state
             if restored is None and config.init_from is not None:
                 state = _with_weights_of(config.init_from, state, job)
+            position = None if restored is None else restored.extra["data"]
+            if allow_changes and position is not None and position["fingerprint"] != source.fingerprint:
+                _log.warning("the data is not what the run was trained on so far: it begins at its first row")
+                position = None
             sharding = job.partitioner.sharding(("batch", "seq"))
             batches = Loader(
                 source,
                 global_batch=config.data.global_batch,
                 seed=config.run.seed,
                 sharding=sharding,
-                state=None if restored is None else restored.extra["data"],
+                state=position,
                 shuffle=config.data.shuffle,
             )
             log = MetricsLog(directory, tensorboard=config.log.tensorboard) if chief else None
@@ -128,12 +137,17 @@ class Trainer(trainer.Trainer):
     _held_out: Source | None
 
     def fit(self) -> Any:
-        """Train to the end or until stopped, write `loss.png` and `sample.txt`, and give the directory free."""
+        """Train to the end or until stopped, write `loss.png` and `sample.txt`, and give the directory free.
+
+        Of a finished run, only write what a crash at its very end left out.
+        """
         try:
+            before = self.step
             state = super().fit()
-            if self.log is not None and self.step:
-                plot_loss(self.directory)
-            if not self.stopped_early and not (self.directory / "sample.txt").exists():
+            if self.log is not None:
+                with contextlib.suppress(UserError):  # no finite loss was logged: there is nothing to draw
+                    plot_loss(self.directory)
+            if not self.stopped_early and (self.step > before or not (self.directory / "sample.txt").exists()):
                 self._write_sample()
             return state
         finally:

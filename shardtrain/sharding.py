@@ -66,6 +66,11 @@ class Partitioner:
         """Into how many pieces the mesh splits a dim with this logical axis."""
         return math.prod(self.mesh.shape[axis] for axis in self._row(logical))
 
+    def pieces(self, logical: str) -> int:
+        """The same, for a tensor as it is seen here: the axes that are manual at this point have split it already."""
+        manual = jax.sharding.get_abstract_mesh().manual_axes
+        return math.prod(self.mesh.shape[axis] for axis in self._row(logical) if axis not in manual)
+
     def spec(self, *axes: str | None, drop: Sequence[str] = ()) -> PartitionSpec:
         """The partition of a tensor whose dims carry these logical axes; `None` keeps a dim whole.
 
@@ -134,8 +139,8 @@ class Partitioner:
             if shape[dim] % pieces:
                 sizes = " x ".join(f"{axis} {self.mesh.shape[axis]}" for axis in split)
                 raise UserError(
-                    f"{name}: dim {dim} ({axes[dim]!r}) has size {shape[dim]}, which mesh axis {sizes} does not divide; "
-                    f"use a multiple of {pieces}, a mesh size among {divisors(shape[dim])[:8]}, or "
+                    f"{name}: dim {dim} ({axes[dim]!r}) has size {shape[dim]}, which mesh axis {sizes} does not "
+                    f"divide; use a multiple of {pieces}, a mesh size among {divisors(shape[dim])[:8]}, or "
                     f"rules.{axes[dim]}=null to keep such dims whole"
                 )
 
@@ -167,3 +172,9 @@ def constrain(x: jax.Array, *axes: str | None, name: str = "activation") -> jax.
     """Pin the layout of `x` under the partitioner in use; without one (a single device) `x` is returned as it is."""
     partitioner = current()
     return x if partitioner is None else partitioner.constrain(x, *axes, name=name)
+
+
+def pieces(logical: str) -> int:
+    """`Partitioner.pieces` of the partitioner in use; 1 without one."""
+    partitioner = current()
+    return 1 if partitioner is None else partitioner.pieces(logical)

@@ -85,7 +85,7 @@ class Trainer:
       speed: see `Speed`.
       checkpointer: where states go, every `checkpoint_every` steps and at the end; `extra` is stored with them.
       eval_step, eval_batches: held-out evaluation, every `eval_every` steps and at the end.
-      log: metrics on disk, every `log_every` steps.
+      log: metrics on disk, every `log_every` steps, with each evaluation and at the end.
       max_skipped: so many non-finite steps in a row end the run.
       should_stop: polled after every step with its number; True saves and ends the run early.
     """
@@ -150,11 +150,14 @@ class Trainer:
             if last or _due(self.step, self.eval_every):
                 flight.values |= self._evaluate(flight)
             if last or self.stopped_early or _due(self.step, self.checkpoint_every):
-                self._save(flight)
+                # Written down before its state is: a run that resumes from this step never writes its line again.
+                self._finish(flight)
+                flight = None
+                self.save()
+                self._clock = time.perf_counter()
             if last or self.stopped_early:
                 break
             batch = next(batches)
-        self._finish(flight)
         if self.checkpointer is not None:
             self.checkpointer.wait()
         return self.state
@@ -188,11 +191,6 @@ class Trainer:
         self._clock = time.perf_counter()
         return values
 
-    def _save(self, flight: _Step) -> None:
-        self._arrive(flight)
-        self.save()
-        self._clock = time.perf_counter()
-
     def _arrive(self, flight: _Step) -> None:
         """Wait for a step's metrics and time it, once."""
         if "loss" in flight.values:
@@ -210,7 +208,8 @@ class Trainer:
             values["memory_bytes"] = float(memory)
         for callback in self.callbacks:
             values |= callback.on_step(flight.number, values)
-        if self.log is not None and (_due(flight.number, self.log_every) or "eval_loss" in values):
+        last = flight.number == self.steps
+        if self.log is not None and (last or _due(flight.number, self.log_every) or "eval_loss" in values):
             self.log.write(flight.number, values)
         if self.display is not None:
             self.display.update(flight.number, values)

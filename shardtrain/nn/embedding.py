@@ -1,4 +1,7 @@
-"""Token embedding, usable as the output head too (tied)."""
+"""Token embedding, usable as the output head too (tied).
+
+Shapes: B batch, S sequence, V vocabulary, D model dim.
+"""
 
 from __future__ import annotations
 
@@ -6,41 +9,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from shardtrain.nn.linear import einsum, gathered, scattered
 from shardtrain.nn.param import param
 from shardtrain.nn.precision import Precision
-from shardtrain.sharding import constrain
+from shardtrain.sharding import constrain, pieces
 
 _AXES = ("vocab", "embed")
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _lookup(table_VD: jax.Array, tokens_BS: jax.Array, precision: Precision) -> jax.Array:
-    # Gathered over the batch's mesh axes before the lookup: XLA otherwise rematerialises the whole table.
-    return jnp.take(gathered(table_VD, _AXES, precision.compute), tokens_BS, axis=0, mode="clip")
-
-
-def _lookup_fwd(
-    table_VD: jax.Array, tokens_BS: jax.Array, precision: Precision
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _lookup(table_VD, tokens_BS, precision), (table_VD, tokens_BS)
-
-
-def _lookup_bwd(
-    precision: Precision, saved: tuple[jax.Array, jax.Array], dy_BSD: jax.Array
-) -> tuple[jax.Array, None]:
-    # A frequent token sums up thousands of rows, which bfloat16 would stop counting at 256.
-    table_VD, tokens_BS = saved
-    wide_VD = jax.ShapeDtypeStruct(table_VD.shape, precision.gradient)
-    rows = jax.linear_transpose(lambda t: jnp.take(t, tokens_BS, axis=0, mode="clip"), wide_VD)
-    (dtable_VD,) = rows(dy_BSD.astype(precision.gradient))
-    # Summed in the layout of the lookup: XLA otherwise moves dy to where the columns of the table are kept.
-    return scattered(gathered(dtable_VD, _AXES, dtable_VD.dtype), _AXES, table_VD.dtype), None
-
-
-_lookup.defvjp(_lookup_fwd, _lookup_bwd)
 
 
 class Embedding(nnx.Module):
@@ -53,8 +30,46 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens_BS: jax.Array) -> jax.Array:
         """Look up int tokens `[B, S]`; returns `[B, S, embed]` in the compute dtype."""
-        return constrain(_lookup(self.weight[...], tokens_BS, self.precision), "batch", "seq", None)
+        return constrain(lookup(self.weight[...], tokens_BS, self.precision), "batch", "seq", None)
 
     def attend(self, x_BSD: jax.Array) -> jax.Array:
         """Logits `[B, S, vocab]` by the transposed table, in the compute dtype."""
         return einsum("BSD,VD->BSV", x_BSD.astype(self.precision.compute), self.weight[...], _AXES, self.precision)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def lookup(table_VD: jax.Array, tokens_BS: jax.Array, precision: Precision) -> jax.Array:
+    """Rows of a sharded table, `[B, S, D]`; its gradient is summed where the tokens are, then reduced once."""
+    # Gathered over the batch's mesh axes before the lookup: XLA otherwise rematerialises the whole table.
+    return jnp.take(gathered(table_VD, _AXES, precision.compute), tokens_BS, axis=0, mode="clip")
+
+
+def _lookup_fwd(
+    table_VD: jax.Array, tokens_BS: jax.Array, precision: Precision
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return lookup(table_VD, tokens_BS, precision), (table_VD, tokens_BS)
+
+
+def _lookup_bwd(
+    precision: Precision, saved: tuple[jax.Array, jax.Array], dy_BSD: jax.Array
+) -> tuple[jax.Array, np.ndarray]:
+    table_VD, tokens_BS = saved
+    (B, S), b, s = tokens_BS.shape, pieces("batch"), pieces("seq")
+
+    def split(a: jax.Array) -> jax.Array:
+        """Each device's own rows and positions as dims 0 and 1."""
+        a = a.reshape(b, B // b, s, S // s, *a.shape[2:]).swapaxes(1, 2)
+        return constrain(a, "batch", "seq", *[None] * (a.ndim - 2))
+
+    def add(tokens: jax.Array, dy: jax.Array) -> jax.Array:
+        zeros_VD = jnp.zeros(table_VD.shape, precision.reduce)
+        return zeros_VD.at[tokens].add(dy.astype(precision.reduce), mode="clip")
+
+    # One table per device and their sum, in so many words: left to itself, XLA gathers the activations instead where a
+    # mesh axis is manual.
+    sums = jax.vmap(jax.vmap(add))(split(tokens_BS), split(dy_BSD))
+    dtable_VD = constrain(sums, "batch", "seq", "vocab", None).sum((0, 1))
+    return scattered(dtable_VD, _AXES, table_VD.dtype), np.zeros(tokens_BS.shape, jax.dtypes.float0)
+
+
+lookup.defvjp(_lookup_fwd, _lookup_bwd)

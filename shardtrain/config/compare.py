@@ -1,0 +1,79 @@
+"""Whether a config continues a run or describes another one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from shardtrain.config.errors import ConfigError, Problem
+from shardtrain.config.resolve import resolve
+from shardtrain.config.schema import RunConfig, Section
+from shardtrain.config.validate import validate_sections
+
+#: What makes a run the run that it is; a dotted prefix covers all below it.
+IDENTITY = ("run.seed", "model", "data", "optimizer", "precision.params")
+#: Of these, what changes how a step is computed and not what it computes.
+FREE = ("optimizer.accumulate",)
+#: The same for the library's own models. What options of another class mean, only its author knows.
+FREE_OF_BUILTIN = ("model.attention", "model.loss_chunk", "model.remat", "model.scan")
+_ABSENT = object()
+
+
+def changes(old: RunConfig | Mapping[str, Any], new: RunConfig) -> list[str]:
+    """Dotted keys in which two configs describe different runs: seed, model, data, optimizer, params dtype.
+
+    Mesh, rules, devices, pipeline, accumulation, number of steps, checkpoint and logging settings may differ,
+    and so may, for the library's own models, the attention kernel, remat, scan and loss chunks.
+
+    Args:
+      old: the config that is stored with the run, as an object or as plain data; keys that it does not
+        know (from an older version) have their defaults.
+    """
+    return list(_differences(old, new))
+
+
+def check_same_run(old: RunConfig | Mapping[str, Any], new: RunConfig, source: str) -> None:
+    """Refuse to continue a run with the config of another one.
+
+    Raises:
+      ConfigError: names each differing key, both values, and the override that keeps the run's.
+    """
+    problems = []
+    for key, (before, after) in _differences(old, new).items():
+        started = "without it" if before is _ABSENT else f"with {json.dumps(before)}"
+        rule = f"the run was started {started}; another value makes another run"
+        if key == "optimizer.schedule.decay_steps" and after == new.run.steps:
+            rule += " (the default follows run.steps)"
+        keep = f"leave {key} out" if before is _ABSENT else f"pass {key}={json.dumps(before)}"
+        value = None if after is _ABSENT else after
+        problems.append(Problem(key, value, rule, f"{keep} to continue, or another run.name to start anew"))
+    if problems:
+        raise ConfigError(problems, f"another run than the one in {source}: the config")
+
+
+def _differences(old: RunConfig | Mapping[str, Any], new: RunConfig) -> dict[str, tuple[Any, Any]]:
+    free = FREE if ":" in new.model.type else FREE + FREE_OF_BUILTIN
+    before = old.to_dict() if isinstance(old, RunConfig) else _completed(old)
+    found = _compare(before, new.to_dict(), "")
+    return {key: pair for key, pair in found if _under(key, IDENTITY) and not _under(key, free)}
+
+
+def _compare(before: Any, after: Any, path: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        for key in {**after, **before}:
+            inner = f"{path}.{key}" if path else key
+            yield from _compare(before.get(key, _ABSENT), after.get(key, _ABSENT), inner)
+    elif before != after:
+        yield path, (before, after)
+
+
+def _completed(old: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain data with today's defaults; a section that is no longer valid stays as it is."""
+    sections = resolve(validate_sections(old)[0])
+    valid = {name: part.model_dump(mode="json") for name, part in sections.items() if isinstance(part, Section)}
+    return {**old, **valid}
+
+
+def _under(key: str, prefixes: tuple[str, ...]) -> bool:
+    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)

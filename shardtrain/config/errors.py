@@ -1,0 +1,73 @@
+"""Problems in a config: every one found, each with its path, value, rule and fix."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from shardtrain.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One thing that the user can fix.
+
+    Attributes:
+      path: dotted path of the key (`mesh.tensor`), or `file:line:column` for text that is no YAML.
+      value: what stands there now.
+      rule: what it breaks.
+      fix: what to write instead.
+    """
+
+    path: str
+    value: Any
+    rule: str
+    fix: str
+
+    def __str__(self) -> str:
+        shown = "" if self.value is None else f" = {_short(self.value)}"
+        return f"{self.path}{shown}\n    rule: {self.rule}\n    fix:  {self.fix}"
+
+
+class ConfigError(UserError):
+    """All problems of one config at once.
+
+    Attributes:
+      problems: every problem found, in the order of the config's sections.
+      source: the file (or other origin) that was read.
+    """
+
+    def __init__(self, problems: Iterable[Problem], source: str = "config") -> None:
+        self.problems = tuple(problems)
+        self.source = source
+        count = len(self.problems)
+        head = f"{source} has {count} problem{'s' * (count != 1)}:"
+        super().__init__("\n  ".join([head, *map(str, self.problems)]))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.problems, self.source)
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name most like `name`, or `None` when nothing is near."""
+    spelled = {each.lower(): each for each in known}
+    close = difflib.get_close_matches(name.lower(), spelled, n=1, cutoff=cutoff)
+    return spelled[close[0]] if close else None
+
+
+#: Words that are near in meaning and far in spelling.
+_SYNONYMS = {"gpu": "cuda"}
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A fix for a name that does not exist: the nearest that does, or all of them."""
+    known = list(known)
+    near = nearest(_SYNONYMS.get(name.lower(), name), known)
+    return f"did you mean {near}?" if near else f"use one of {', '.join(known)}"
+
+
+def _short(value: Any, limit: int = 80) -> str:
+    text = value if isinstance(value, str) and value.isprintable() and value else repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

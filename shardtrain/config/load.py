@@ -1,0 +1,104 @@
+"""From a file and overrides to a checked `RunConfig`, or to every problem at once."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from shardtrain.config import layout_checks, value_checks
+from shardtrain.config.errors import ConfigError, Problem
+from shardtrain.config.files import read_file
+from shardtrain.config.frozen import thaw
+from shardtrain.config.overrides import apply_overrides
+from shardtrain.config.resolve import resolve
+from shardtrain.config.schema import RunConfig
+from shardtrain.config.validate import validate_sections
+
+Check = Callable[..., Iterator[Problem]]
+
+#: Sizes against the mesh, which are looked at again once the devices are known.
+LAYOUT: tuple[Check, ...] = (
+    layout_checks.check_model_sizes,
+    layout_checks.check_batch,
+    layout_checks.check_accumulate,
+    layout_checks.check_sequence,
+    layout_checks.check_pipe,
+    layout_checks.check_layers,
+    layout_checks.check_microbatches,
+)
+VALUES: tuple[Check, ...] = (
+    value_checks.check_devices_section,
+    layout_checks.check_mesh,
+    layout_checks.check_rules,
+    value_checks.check_model_numbers,
+    value_checks.check_heads,
+    value_checks.check_data,
+    value_checks.check_vocabulary,
+    value_checks.check_optimizer,
+    value_checks.check_schedule,
+    value_checks.check_sample,
+)
+DISK: tuple[Check, ...] = (
+    value_checks.check_data_path,
+    value_checks.check_init_from,
+    value_checks.check_run_dir,
+)
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, check_files: bool = True) -> RunConfig:
+    """Read a YAML file, and what it extends, apply overrides, fill in the defaults and check it all.
+
+    Args:
+      overrides: `a.b=value` with values in YAML; a key that does not exist is an error.
+      check_files: whether data and run directory must be usable here.
+
+    Raises:
+      ConfigError: every problem found, or the first syntax error.
+    """
+    raw = read_file(path)
+    return _parse(raw, str(path), apply_overrides(raw, overrides), check_files)
+
+
+def parse_config(raw: Mapping[str, Any], *, source: str = "config", check_files: bool = True) -> RunConfig:
+    """The same for plain data, such as `RunConfig.to_dict` gives."""
+    return _parse(thaw(raw), source, [], check_files)
+
+
+def check_devices(config: RunConfig, devices: int) -> None:
+    """What only the number of devices can tell: whether the mesh fits it, and sizes against an axis of -1.
+
+    Raises:
+      ConfigError: every problem found.
+    """
+    problems = list(layout_checks.check_product(config.mesh, devices, "found"))
+    sections = {name: getattr(config, name) for name in RunConfig.model_fields}
+    problems += _run(LAYOUT, sections, devices)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _parse(raw: Mapping[str, Any], source: str, problems: list[Problem], check_files: bool) -> RunConfig:
+    sections, invalid = validate_sections(raw)
+    sections = resolve(sections)
+    problems = problems + invalid
+    emulate = sections["devices"].emulate if "devices" in sections else None
+    problems += _run(VALUES, sections, None) + _run(LAYOUT, sections, emulate)
+    if check_files:
+        problems += _run(DISK, sections, None)
+    if problems:
+        raise ConfigError(problems, source)
+    return RunConfig(**sections)
+
+
+def _run(checks: Sequence[Check], sections: Mapping[str, Any], devices: int | None) -> list[Problem]:
+    """Run each check whose sections, which its parameters name, are all there."""
+    if "mesh" in sections:
+        sections = {**sections, "mesh": layout_checks.filled(sections["mesh"], devices)}
+    problems: list[Problem] = []
+    for check in checks:
+        needs = inspect.signature(check).parameters
+        if all(sections.get(name) is not None for name in needs):
+            problems += check(**{name: sections[name] for name in needs})
+    return problems

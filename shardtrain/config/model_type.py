@@ -1,0 +1,140 @@
+"""From the name in `model.type` to a class, and from its signature to the options of a config."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import inspect
+import json
+import pkgutil
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from shardtrain.config.errors import ConfigError, Problem, did_you_mean
+
+#: Parameters of a model's `__init__` that the library passes.
+PASSED = ("self", "rngs", "precision")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelType:
+    """A model class and what its signature lets a config say.
+
+    Attributes:
+      cls: the class.
+      schema: a pydantic model with one field per option; a field's alias is the option's name.
+      builtin: whether the class comes from `shardtrain.models`.
+    """
+
+    cls: type
+    schema: type[BaseModel]
+    builtin: bool
+
+    @staticmethod
+    @functools.cache
+    def find(name: str) -> ModelType:
+        """The class behind a type: `llama` (in shardtrain.models) or `package.module:Class`.
+
+        Raises:
+          ConfigError: no such module or class, or a signature that a config cannot call.
+        """
+        cls = _import_path(name) if ":" in name else _builtin(name)
+        return ModelType(cls, _schema(cls, name), ":" not in name)
+
+    @property
+    def names(self) -> list[str]:
+        """The options' names."""
+        return [str(field.alias) for field in self.schema.model_fields.values()]
+
+    def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Plain data: the given options, validated, and the defaults of the others, if YAML can write them.
+
+        Raises:
+          pydantic.ValidationError: an option that is missing, unknown or of another type.
+        """
+        model = self.schema.model_validate_json(json.dumps(given))
+        skipped = {
+            key
+            for key, field in self.schema.model_fields.items()
+            if field.alias not in given and not _plain(field.default)
+        }
+        dumped = model.model_dump(mode="json", by_alias=True, exclude=skipped, warnings=False)
+        return {name: dumped[name] for name in self.names if name in dumped}
+
+    def arguments(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Keyword arguments for `cls` from plain options, of the annotated types."""
+        model = self.schema.model_validate_json(json.dumps(options))
+        fields = self.schema.model_fields.items()
+        return {str(info.alias): getattr(model, key) for key, info in fields if key in model.model_fields_set}
+
+
+def _builtin(name: str) -> type:
+    models = importlib.import_module("shardtrain.models")  # by name only: no room knows a model
+    known = sorted(module.name for module in pkgutil.iter_modules(models.__path__))
+    if name not in known:
+        own = "package.module:Class for a class of your own"
+        raise _problem(name, "no model of shardtrain.models has this name", f"{did_you_mean(name, known)} ({own})")
+    module = importlib.import_module(f"{models.__name__}.{name}")
+    for attribute, value in vars(module).items():
+        if inspect.isclass(value) and value.__module__ == module.__name__ and _bare(attribute) == _bare(name):
+            return value
+    raise _problem(name, f"{module.__name__} has no class of this name", f"name the class: {module.__name__}:Class")
+
+
+def _import_path(name: str) -> type:
+    path, _, attribute = name.partition(":")
+    try:
+        module = importlib.import_module(path)
+    except ImportError as error:
+        fix = "install it, or put its folder on PYTHONPATH; write package.module:Class"
+        raise _problem(name, f"importing module {path!r} fails: {error}", fix) from error
+    except (TypeError, ValueError) as error:  # an empty or relative module name
+        raise _problem(name, f"{path!r} is no module name", "write package.module:Class") from error
+    cls = getattr(module, attribute, None)
+    if not inspect.isclass(cls):
+        classes = [key for key, value in vars(module).items() if inspect.isclass(value)]
+        raise _problem(name, f"module {path} has no class {attribute!r}", did_you_mean(attribute, classes))
+    return cls
+
+
+def _schema(cls: type, name: str) -> type[BaseModel]:
+    parameters = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
+    try:
+        annotations = typing.get_type_hints(cls.__init__, include_extras=True)  # type: ignore[misc]
+    except NameError as error:
+        rule = f"the annotations of {cls.__name__}.__init__ cannot be evaluated: {error}"
+        raise _problem(name, rule, "import that name at run time, not under TYPE_CHECKING") from error
+    fields: dict[str, Any] = {}
+    for parameter in parameters.values():
+        if parameter.name in PASSED or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            rule = f"{cls.__name__}.__init__ takes {parameter.name!r} by position only; a config gives names"
+            raise _problem(name, rule, "make it a keyword parameter")
+        default = ... if parameter.default is parameter.empty else parameter.default
+        # Under a prefix no option can collide with an attribute of pydantic's own.
+        annotation = annotations.get(parameter.name, Any)
+        fields[f"option_{parameter.name}"] = (annotation, Field(default, alias=parameter.name))
+    config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
+    return create_model(cls.__name__, __config__=config, **fields)
+
+
+def _problem(name: str, rule: str, fix: str) -> ConfigError:
+    return ConfigError([Problem("model.type", name, rule, fix)])
+
+
+def _bare(name: str) -> str:
+    return name.replace("_", "").lower()
+
+
+def _plain(value: Any) -> bool:
+    """Whether YAML can write the value."""
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)

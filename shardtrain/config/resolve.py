@@ -1,0 +1,28 @@
+"""Defaults that depend on other sections, written out, so that a stored config says all that it means."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def resolve(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """The sections with those defaults filled in; an absent section (it had problems) fills nothing."""
+    done = dict(sections)
+    run, model, data, optimizer = (sections.get(name) for name in ("run", "model", "data", "optimizer"))
+    if run and run.dir is None:
+        done["run"] = run.model_copy(update={"dir": f"runs/{run.name}"})
+    if data:
+        tokenizer = data.tokenizer or ("bpe" if data.type in ("corpus", "text") else None)
+        of_model = model.options.get("vocab_size") if model and tokenizer == "bpe" else None
+        vocab = of_model if data.vocab_size is None else data.vocab_size
+        done["data"] = data.model_copy(update={"tokenizer": tokenizer, "vocab_size": vocab})
+    if optimizer:
+        schedule = optimizer.schedule
+        update: dict[str, Any] = {}
+        if run and schedule.decay_steps is None and schedule.type != "constant":
+            update["decay_steps"] = run.steps
+        if schedule.type == "wsd" and schedule.stable_ratio is None and schedule.decay_start is None:
+            update["stable_ratio"] = 0.8
+        done["optimizer"] = optimizer.model_copy(update={"schedule": schedule.model_copy(update=update)})
+    return done

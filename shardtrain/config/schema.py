@@ -1,0 +1,217 @@
+"""The sections of a config, typed, frozen and with their defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    model_serializer,
+)
+
+from shardtrain.config.frozen import FrozenDict, freeze, thaw
+from shardtrain.config.model_type import ModelType
+from shardtrain.config.strict_yaml import dump
+
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+AxisSize = Annotated[int, Field(ge=-1)]
+Dtype = Literal["float32", "bfloat16", "float64"]
+Role = Literal["matrix", "embedding", "head", "norm", "bias", "router"]
+
+_frozen = (AfterValidator(freeze), PlainSerializer(thaw))
+Options = Annotated[Mapping[str, Any], *_frozen]
+
+
+def _as_tuple(value: Any) -> Any:
+    """One mesh axis, several, or null for none."""
+    return (
+        ()
+        if value is None
+        else (value,)
+        if isinstance(value, str)
+        else tuple(value)
+        if isinstance(value, list)
+        else value
+    )
+
+
+Rules = Annotated[Mapping[str, Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]], *_frozen]
+
+
+class Section(BaseModel):
+    """One section: frozen, no unknown keys, no conversions (text never becomes a number)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Run(Section):
+    """One training job with one directory."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", examples=["quickstart"])] = "run"
+    dir: str | None = None  # default: runs/<name>
+    steps: Annotated[Count, Field(examples=[200])]
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    max_skipped_steps: Count = 10  # so many non-finite steps in a row stop the run
+
+
+class Devices(Section):
+    """Where the run computes."""
+
+    platform: Literal["auto", "cpu", "cuda"] = "auto"
+    emulate: Annotated[Count | None, Field(examples=[8])] = None  # pretend to have so many CPU devices
+
+
+class MeshSizes(Section):
+    """Size of every mesh axis, slowest network first; one may be -1 and takes the devices that are left."""
+
+    island: AxisSize = 1
+    pipe: AxisSize = 1
+    data: AxisSize = 1
+    fsdp: AxisSize = 1
+    expert: AxisSize = 1
+    context: AxisSize = 1
+    tensor: AxisSize = 1
+    #: Hybrid meshes: how much of an axis lies across the slow network.
+    slow: Annotated[Mapping[str, Count], *_frozen] = FrozenDict()
+    #: Largest share of the parameter bytes that may lie whole on every device of a mesh that splits weights.
+    max_replicated: Fraction = 0.1
+
+
+class Model(Section):
+    """The model's type and the options of its class; in YAML the options stand beside `type`."""
+
+    type: Annotated[str, Field(examples=["llama"])]
+    options: Options = FrozenDict()
+
+    @model_serializer
+    def _flat(self) -> dict[str, Any]:
+        return {"type": self.type, **thaw(self.options)}
+
+    def load(self) -> Callable[..., Any]:
+        """The model's class."""
+        return ModelType.find(self.type).cls
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments for the class, of its signature's types, without `rngs` and `precision`."""
+        return ModelType.find(self.type).arguments(thaw(self.options))
+
+
+class Data(Section):
+    """What the model learns from. Batches are global, in sequences."""
+
+    type: Annotated[Literal["corpus", "text", "tokens", "synthetic"], Field(examples=["corpus"])]
+    path: Annotated[str | tuple[str, ...] | None, Field(examples=["data/*.txt"])] = None  # text and tokens
+    seq_len: Annotated[Count, Field(examples=[128])]
+    global_batch: Annotated[Count, Field(examples=[16])]
+    tokenizer: Literal["bpe", "byte"] | None = None  # corpus and text; default bpe
+    vocab_size: Count | None = None  # of a bpe tokenizer; default: the model's
+    held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.02  # fraction kept for evaluation
+    shuffle: bool = True
+
+
+class Schedule(Section):
+    """Learning rate over the steps, as a factor of `optimizer.lr`."""
+
+    type: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    warmup_steps: Natural = 0
+    decay_steps: Count | None = None  # the step that the decay ends at; default run.steps (constant has none)
+    final_ratio: Fraction = 0.1  # of lr, from decay_steps on
+    stable_ratio: Annotated[float, Field(ge=0, lt=1)] | None = None  # wsd: share of steps at the peak; default 0.8
+    decay_start: Natural | None = None  # wsd, instead of stable_ratio: the step that the decay starts at
+
+
+class Optimizer(Section):
+    """How gradients become updates; `shardtrain.optim` says what each option does."""
+
+    type: str = "adamw"  # or an import path, package.module:factory
+    lr: Annotated[float, Field(gt=0, le=10, examples=[1e-3])]
+    schedule: Schedule = Schedule()
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    weight_decay: Fraction = 0.1
+    decay_roles: tuple[Role, ...] = ("matrix", "embedding", "head", "router")
+    accumulate: Count = 1  # microbatches per step
+    per_layer: bool | None = None  # update each stacked layer by itself; default: as the optimizer needs
+    options: Options = FrozenDict()
+
+
+class Precision(Section):
+    """Dtypes of stored parameters, computation (auto: bfloat16 on a GPU) and gradient reductions."""
+
+    params: Dtype = "float32"
+    compute: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    reduce: Dtype = "float32"
+
+
+class Checkpoint(Section):
+    """When to save, and what to keep."""
+
+    every: Count = 50
+    keep: Count = 3  # the last so many
+    keep_every: Count | None = None  # and each multiple of this step
+    compress: bool = False
+    asynchronous: bool = True
+
+
+class Eval(Section):
+    """Loss on held-out data."""
+
+    every: Count | None = 50  # null: at the end only
+    batches: Count = 8
+
+
+class Log(Section):
+    """Metrics on disk."""
+
+    every: Count = 1
+    tensorboard: bool = True
+
+
+class Sample(Section):
+    """Text that the trained model writes at the end of the run, where the data has a tokenizer."""
+
+    prompt: str | None = None  # null: from the start of a document
+    tokens: Natural = 128  # 0: none
+    temperature: Annotated[float, Field(ge=0, le=10)] = 0.8
+
+
+class Pipeline(Section):
+    """How a batch flows through the stages, once mesh.pipe > 1."""
+
+    schedule: str = "1f1b"
+    microbatches: Count = 8
+    chunks: Count = 1
+
+
+class RunConfig(Section):
+    """A resolved config. Made by `load_config` and `parse_config`, which also check it as a whole."""
+
+    run: Run
+    init_from: str | None = None  # a run directory or a checkpoint step: start from its weights alone
+    devices: Devices = Devices()
+    mesh: MeshSizes = MeshSizes()
+    rules: Rules = FrozenDict()
+    model: Model
+    data: Data
+    optimizer: Optimizer
+    precision: Precision = Precision()
+    checkpoint: Checkpoint = Checkpoint()
+    eval: Eval = Eval()
+    log: Log = Log()
+    sample: Sample = Sample()
+    pipeline: Pipeline = Pipeline()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, text, numbers and null, for JSON or YAML."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """The resolved config as YAML; `load_config` of it gives an equal config."""
+        return dump(self.to_dict())

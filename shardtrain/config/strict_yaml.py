@@ -1,0 +1,164 @@
+"""Strict YAML 1.2 (core schema): `1e-4` is a number; `1:30`, `yes`, `off` are text; no key appears twice."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import yaml
+from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+from shardtrain.config.errors import ConfigError, Problem
+
+INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+FLOAT = re.compile(
+    r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+)
+NULL = re.compile(r"null|Null|NULL|~|")
+BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
+#: In this order: text that is both an integer and a float is an integer.
+SCALARS = {"null": NULL, "bool": BOOL, "int": INT, "float": FLOAT}
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with the scalars of YAML 1.2 and a record of keys that appear twice."""
+
+    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}
+    yaml_constructors: ClassVar[dict[Any, Any]] = {}
+
+    def __init__(self, text: str, source: str) -> None:
+        super().__init__(text)
+        self.source = source
+        self.duplicates: list[Problem] = []
+
+    def mapping(self, node: Node) -> dict[Any, Any]:
+        assert isinstance(node, MappingNode)
+        lines: dict[str, int] = {}
+        result = {}
+        for key_node, value_node in node.value:
+            key = self.construct_object(key_node, deep=True)
+            mark = key_node.start_mark
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is no text; quote it", mark)
+            if key in lines:
+                where = f"{self.source}:{mark.line + 1}:{mark.column + 1}"
+                rule = f"this key already stands on line {lines[key]}; a key may appear once"
+                self.duplicates.append(Problem(where, key, rule, "keep one of the two lines"))
+            lines[key] = mark.line + 1
+            result[key] = self.construct_object(value_node, deep=True)
+        return result
+
+    def sequence(self, node: Node) -> list[Any]:
+        assert isinstance(node, SequenceNode)
+        return [self.construct_object(item, deep=True) for item in node.value]
+
+
+def _int(text: str) -> int:
+    return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+
+
+def _float(text: str) -> float:
+    return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+
+_READ: dict[str, Callable[[str], Any]] = {
+    "null": lambda text: None,
+    "bool": lambda text: text.lower() == "true",
+    "int": _int,
+    "float": _float,
+    "str": str,
+}
+
+
+def _scalar_constructor(kind: str) -> Any:
+    def construct(loader: _Loader, node: ScalarNode) -> Any:
+        text = loader.construct_scalar(node)
+        if kind in SCALARS and not SCALARS[kind].fullmatch(text):
+            message = f"{text!r} is no {kind}"
+            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
+        return _READ[kind](text)
+
+    return construct
+
+
+for _kind, _pattern in SCALARS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"(?:{_pattern.pattern})$"), None)
+for _kind in _READ:
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _scalar_constructor(_kind))
+_Loader.add_constructor("tag:yaml.org,2002:map", _Loader.mapping)
+_Loader.add_constructor("tag:yaml.org,2002:seq", _Loader.sequence)
+_Loader.add_constructor(None, yaml.SafeLoader.construct_undefined)
+
+
+def parse(text: str, source: str) -> Any:
+    """Read one YAML document made of mappings with text keys, lists, text, numbers, booleans and null.
+
+    Args:
+      text: the document.
+      source: what to call it in errors: a file name, or the override that it came from.
+
+    Raises:
+      ConfigError: a syntax error, with line, column and the line's text; or keys that appear twice.
+    """
+    try:
+        loader = _Loader(text, source)
+        value = loader.get_single_data()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        at = (mark.line, mark.column) if mark else (0, 0)
+        raise ConfigError([_syntax_problem(text, source, at, error.problem or str(error))], source) from error
+    except yaml.reader.ReaderError as error:
+        before = text[: error.position].split("\n")
+        problem = f"character #x{error.character:04x} is not allowed in YAML"
+        raise ConfigError(
+            [_syntax_problem(text, source, (len(before) - 1, len(before[-1])), problem)], source
+        ) from error
+    if loader.duplicates:
+        raise ConfigError(loader.duplicates, source)
+    return value
+
+
+def _syntax_problem(text: str, source: str, at: tuple[int, int], message: str) -> Problem:
+    line, column = at
+    lines = text.splitlines()
+    if line >= len(lines) and lines:  # The parser gave up at the end: show where that is.
+        line, column = len(lines) - 1, len(lines[-1])
+    shown = lines[line] if lines else ""
+    return Problem(
+        f"{source}:{line + 1}:{column + 1}",
+        None,
+        f"not YAML: {message}",
+        f"correct this line:\n      {shown}\n      {' ' * column}^",
+    )
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that any version of YAML would read as something else; lists stay on one line."""
+
+    # A copy: `add_implicit_resolver` on a class without its own table changes PyYAML's.
+    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {
+        key: list(rows) for key, rows in yaml.SafeDumper.yaml_implicit_resolvers.items()
+    }
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def flow_list(self, data: Any) -> Node:
+        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
+
+    def text(self, data: str) -> Node:
+        # Line breaks other than \n survive only as escapes.
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"')
+
+
+for _kind, _pattern in SCALARS.items():
+    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"(?:{_pattern.pattern})$"), None)
+_Dumper.add_representer(str, _Dumper.text)
+_Dumper.add_representer(list, _Dumper.flow_list)
+_Dumper.add_representer(tuple, _Dumper.flow_list)
+
+
+def dump(value: Any) -> str:
+    """Write plain data as YAML that `parse` reads back to the same data; keys keep their order."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)

@@ -1,0 +1,110 @@
+"""What the compiler made of a training step: which collectives, over which mesh axes, in which loops."""
+
+import re
+from functools import cache
+
+import conftest
+import jax
+import jax.numpy as jnp
+import pytest
+
+import tiny
+from shardtrain.hlo import Collective, collectives
+from shardtrain.nn.linear import gathered
+from shardtrain.optim import optimizer
+from shardtrain.sharding import use
+from shardtrain.state import abstract_state, flatten
+from shardtrain.step import make_train_step
+
+# Sizes that no weight has, so that a shape tells what it is of.
+LAYERS, ROWS, LENGTH, VOCAB = 3, 80, 24, 112
+#: Per layer: query, key, value, out, gate, up, down.
+MATRICES = 7
+
+
+@cache
+def step_collectives(accumulate: int = 1, **mesh: int) -> list[Collective]:
+    place, model = tiny.partitioner(**mesh), tiny.llama(n_layers=LAYERS, vocab_size=VOCAB)
+    tx = optimizer("adamw", model.weights, lr=1e-3, clip_norm=1.0)
+    step = make_train_step(model, tx, place, accumulate=accumulate)
+    batch = tiny.batch(place, rows=ROWS, length=LENGTH)
+    program = step.lower(abstract_state(model, tx, place), batch).compile()
+    return collectives(program.as_text(), place.mesh)
+
+
+def big(shape: tuple[int, ...]) -> bool:
+    return len(shape) > 1
+
+
+def weight_shapes() -> set[tuple[int, ...]]:
+    """Shapes of all weights, and of one layer of each stacked one."""
+    weights = flatten(tiny.llama(n_layers=LAYERS, vocab_size=VOCAB).weights).values()
+    return {w.shape for w in weights} | {w.shape[w.stack :] for w in weights}
+
+
+def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[1:] if shape[:1] == (1,) else shape
+
+
+def test_fsdp_gathers_weights_and_never_activations():
+    found = step_collectives(fsdp=8)
+    assert {c.kind for c in found} <= {"all-gather", "all-reduce", "reduce-scatter"}
+    for c in found:
+        for shape in filter(big, c.shapes):
+            assert squeezed(shape) in weight_shapes(), c
+    in_layers = [c for c in found if c.kind == "all-gather" and [loop.trips for loop in c.loops] == [LAYERS]]
+    # Once per layer forward, once backward.
+    assert sum(len(c.shapes) for c in in_layers) == 2 * MATRICES
+
+
+@pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "tensor": 2}])
+def test_fsdp_gathers_only_weights_beside_other_axes_too(mesh):
+    local_rows = ROWS // mesh.get("data", 1)
+    for c in step_collectives(**mesh):
+        if c.kind == "all-gather":
+            assert c.axes == {"fsdp"}, c
+            assert all(local_rows not in shape and LENGTH not in shape for shape in c.shapes), c
+
+
+def test_tensor_parallel_has_two_all_reduces_of_activations_per_block_forward():
+    found = [c for c in step_collectives(tensor=2) if big(c.shapes[0])]
+    forward = [c for c in found if c.loops and not re.search("transpose|rematted", c.op_name)]
+    assert {c.kind for c in found} == {"all-reduce"}
+    assert [c.shapes for c in forward] == [((ROWS, LENGTH, tiny.SIZES["d_model"]),)] * 2, forward
+    # No logits, whole or in parts, ever travel.
+    assert not any(VOCAB // n in shape for c in found for shape in c.shapes for n in (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "accumulate"),
+    [({"data": 8}, 1), ({"data": 4}, 4), ({"data": 2, "fsdp": 2, "tensor": 2}, 2), ({"island": 2, "data": 2}, 2)],
+)
+def test_each_gradient_is_reduced_over_data_once_per_step(mesh, accumulate):
+    found = [c for c in step_collectives(accumulate, **mesh) if c.axes & {"data", "island"}]
+    assert {c.kind for c in found} == {"all-reduce"}
+    assert all(c.loops == () for c in found), "a reduction over data inside of a loop"
+    gradients = [shape for c in found for shape in c.shapes if shape]
+    assert len(gradients) == len(flatten(tiny.llama(n_layers=LAYERS, vocab_size=VOCAB).weights))
+
+
+def test_weights_are_narrowed_before_they_are_gathered():
+    """Read off the traced program: XLA's CPU backend widens bfloat16 again."""
+    with use(tiny.partitioner(fsdp=8)):
+        weight = jax.ShapeDtypeStruct((32, 64), jnp.float32)
+        program = jax.make_jaxpr(lambda w: gathered(w, ("embed", "mlp"), jnp.bfloat16))(weight)
+    narrow, gather = program.eqns
+    assert (narrow.primitive.name, gather.primitive.name) == ("convert_element_type", "sharding_constraint")
+    assert gather.outvars[0].aval.dtype == jnp.bfloat16
+    assert gather.params["sharding"].spec == jax.P()
+
+
+def test_the_warning_that_the_suite_looks_for_is_really_printed(capfd):
+    place = tiny.partitioner(data=2, fsdp=2, tensor=2)
+
+    def naive(table, tokens):
+        return place.constrain(table[tokens], "batch", "seq", None)
+
+    table = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=place.sharding(("vocab", "embed")))
+    tokens = jax.ShapeDtypeStruct((16, 24), jnp.int32, sharding=place.sharding(("batch", "seq")))
+    jax.jit(naive).lower(table, tokens).compile()
+    assert conftest.REMATERIALIZATION in capfd.readouterr().err
