@@ -1,0 +1,34 @@
+"""One decision for all processes: two that looked at the disk themselves might restore different steps."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from shardtrain.errors import UserError
+
+_NOTHING, _REFUSED = -1, -2
+
+
+def by_process_zero(decide: Callable[[], int | None]) -> int | None:
+    """Runs `decide` on process 0 and returns its answer (a step, or None) on every process.
+
+    Raises:
+        UserError: `decide` raised it; the other processes refer to process 0's message.
+    """
+    if jax.process_count() == 1:
+        return decide()
+    answer, refusal = _NOTHING, None
+    if jax.process_index() == 0:
+        try:
+            step = decide()
+            answer = _NOTHING if step is None else step
+        except UserError as error:
+            answer, refusal = _REFUSED, error
+    answer = int(multihost_utils.broadcast_one_to_all(np.int32(answer)))
+    if refusal is not None:
+        raise refusal
+    if answer == _REFUSED:
+        raise UserError("process 0 refused the checkpoints; see its message")
+    return None if answer == _NOTHING else answer

@@ -1,0 +1,224 @@
+"""Saving and restoring the state of a run."""
+
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from shardtrain.checkpoint import agree, lifecycle, manifest, names, reading, store
+from shardtrain.checkpoint.retention import expired
+from shardtrain.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A step as it was saved: `state` on the mesh asked for, `extra` as JSON gives it back."""
+
+    step: int
+    state: Any
+    extra: dict[str, Any]
+
+
+class Checkpointer:
+    """The checkpoints of one run: all processes of the run make one and call it alike, on one shared disk.
+
+    `save` returns after the copy to the host; the commit, the hashes and the retention happen in the
+    background. At most one save is under way: a `save` that comes before the last one has ended waits for it.
+    Process 0 alone hashes (all files, after the commit, which Orbax synchronises over the processes),
+    renames, deletes, and picks the step to restore; when it fails it ends, and the supervisor restarts all.
+
+    Args:
+        directory: where the steps go; made if missing.
+        keep: how many of the newest steps to keep, at least 1.
+        keep_every: also keep each step that is a multiple of this.
+        asynchronous: False makes `save` wait for its own end.
+        compress: zstd. Off: it makes saves about 3 times slower for 8% of size on float32 weights.
+
+    Raises:
+        UserError: the directory cannot be written, or `keep` or `keep_every` is below 1.
+    """
+
+    def __init__(
+        self,
+        directory: Path | str,
+        *,
+        keep: int = 3,
+        keep_every: int | None = None,
+        asynchronous: bool = True,
+        compress: bool = False,
+    ):
+        for name, value in (("keep", keep), ("keep_every", keep_every)):
+            if value is not None and value < 1:
+                raise UserError(f"checkpoint.{name} = {value} must be at least 1")
+        self.directory = Path(directory).absolute()
+        self.last_step: int | None = None
+        """The newest step saved or restored here, so that a caller need not save it again."""
+        self._keep, self._keep_every = keep, keep_every
+        self._asynchronous, self._compress = asynchronous, compress
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        _require_writable(self.directory)
+
+    def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
+        """Saves a step; its buffers may be donated as soon as this returns.
+
+        Args:
+            step: newer than every step in the directory.
+            state: a pytree of arrays and numbers.
+            extra: JSON saved beside it (config, data position, mesh).
+
+        Raises:
+            UserError: the save before this one, or this one, failed (a full disk); the step is not a new one;
+                two leaves share a path; `extra` is not JSON.
+        """
+        self.wait()
+        self._require_new(step)
+        record = {"format_version": store.FORMAT_VERSION, "extra": _json(extra)}
+        arrays = {name: names.storable(name, leaf) for name, leaf in names.flatten(state).items()}
+        try:
+            commit = store.save(self.directory / str(step), arrays, record, compress=self._compress)
+        except OSError as error:  # anything else, before a byte is written, is a bug
+            raise self._failure(step, error) from error
+        self._pending = self._worker.submit(self._finish, step, commit)
+        self.last_step = step
+        if not self._asynchronous:
+            self.wait()
+
+    def wait(self) -> None:
+        """Blocks until the save under way is committed, hashed and verified.
+
+        Raises:
+            UserError: it failed; the last good step is named, and intact.
+        """
+        if self._pending is not None:
+            self._pending.exception()  # interrupted here, it stays pending
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def latest(self) -> int | None:
+        """The newest step that verifies, after cleaning up what a crash left; None in a fresh run.
+
+        Raises:
+            UserError: checkpoints exist, and none can be trusted.
+        """
+        self.wait()
+        return agree.by_process_zero(lambda: lifecycle.newest_trusted(self.directory))
+
+    def restore(self, abstract: Any, step: int | None = None, *, cast: bool = False) -> Restored | None:
+        """Verifies a step and loads it; None in a fresh run.
+
+        Args:
+            abstract: the state's tree with `jax.ShapeDtypeStruct` leaves that carry shardings, on any mesh.
+            step: which one; None takes `latest`. A step asked for by number is never replaced by another.
+            cast: allow another dtype than the saved one.
+
+        Raises:
+            UserError: no step can be trusted; or paths, shapes or dtypes differ (each is named).
+        """
+        chosen = self.latest() if step is None else self._require_intact(step)
+        if chosen is None:
+            return None
+        state, extra = reading.read_state(self.directory / str(chosen), abstract, cast=cast)
+        self.last_step = chosen
+        return Restored(chosen, state, extra)
+
+    def close(self) -> None:
+        """Waits for the save under way, and ends the background thread.
+
+        Raises:
+            UserError: that save failed.
+        """
+        try:
+            self.wait()
+        finally:
+            self._worker.shutdown()
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        try:
+            self.close()
+        except UserError as error:
+            if kind is None:
+                raise
+            _log.error("%s", error)  # what is being raised already is the first cause
+
+    def _finish(self, step: int, commit: store.Commit) -> None:
+        """The background half: commit, hash, read back, and only then delete what is old."""
+        try:
+            commit.result()
+            if jax.process_index() != 0:
+                return
+            manifest.write(self.directory, step)
+            problem = manifest.problem(self.directory, step)
+            if problem is not None:
+                lifecycle.rename(self.directory, step, lifecycle.CORRUPT)
+                raise OSError(f"what was written does not read back: {problem}")
+            for old in expired(lifecycle.sealed(self.directory), self._keep, self._keep_every):
+                lifecycle.delete(self.directory, old)
+        except Exception as error:
+            raise self._failure(step, error) from error
+        _log.info("checkpoint %d in %s is committed and verified", step, self.directory)
+
+    def _failure(self, step: int, error: Exception) -> UserError:
+        older = [kept for kept in lifecycle.sealed(self.directory) if kept != step]
+        kept = f"the last good checkpoint, step {older[-1]}, is intact" if older else "there is no earlier checkpoint"
+        reason = next(iter(str(error).splitlines()), type(error).__name__)  # the rest is Orbax's own traceback
+        return UserError(
+            f"saving step {step} in {self.directory} failed: {reason} "
+            f"({_free_space(self.directory)}); {kept}. "
+            "Correct the cause (a full disk, a quota, permissions), and run the same command again"
+        )
+
+    def _require_new(self, step: int) -> None:
+        existing = {*lifecycle.committed(self.directory), *lifecycle.sealed(self.directory)}
+        if existing and step <= max(existing):
+            raise UserError(
+                f"cannot save step {step} in {self.directory}: step {max(existing)} is there already; "
+                "restore it first, or move the newer steps away"
+            )
+
+    def _require_intact(self, step: int) -> int | None:
+        self.wait()
+
+        def decide() -> int:
+            lifecycle.require_intact(self.directory, step)
+            return step
+
+        return agree.by_process_zero(decide)
+
+
+def _require_writable(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"cannot write checkpoints in {directory}: {error.strerror}; "
+            "choose another with run.dir, or correct its permissions"
+        ) from error
+
+
+def _free_space(directory: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(directory).free / 2**20:,.0f} MiB are free there"
+    except OSError as error:
+        return f"that directory: {error.strerror}"
+
+
+def _json(extra: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return json.loads(json.dumps(dict(extra)))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the extra record of a checkpoint must be JSON: {error}") from error

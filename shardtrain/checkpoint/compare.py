@@ -1,0 +1,73 @@
+"""What a checkpoint holds against what a model wants, in words."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclass(frozen=True)
+class ArrayInfo:
+    """Shape and dtype of an array on disk. A random key is stored as its uint32 words."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @classmethod
+    def of(cls, leaf: Any) -> "ArrayInfo":
+        """The stored form of an array, a random key or a `jax.ShapeDtypeStruct`."""
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+        return cls(tuple(leaf.shape), np.dtype(leaf.dtype))
+
+    @property
+    def bytes(self) -> int:
+        """Size in memory."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{self.dtype.name} {self.shape}"
+
+
+def differences(saved: Mapping[str, ArrayInfo], wanted: Mapping[str, ArrayInfo], *, cast: bool = False) -> list[str]:
+    """One line per path on which checkpoint and model disagree; none when the checkpoint can be loaded.
+
+    Args:
+        saved: what the checkpoint holds.
+        wanted: what the model asks for.
+        cast: accept another dtype where the cast keeps the meaning: between floats, and to wider integers.
+    """
+    lines = [f"missing: {name} {wanted[name]}" for name in wanted if name not in saved]
+    lines += [f"unexpected: {name} {saved[name]}" for name in saved if name not in wanted]
+    for name in wanted:
+        if name in saved:
+            lines += _leaf_differences(name, saved[name], wanted[name], cast)
+    return lines
+
+
+def _leaf_differences(name: str, saved: ArrayInfo, wanted: ArrayInfo, cast: bool) -> list[str]:
+    lines = []
+    if saved.shape != wanted.shape:
+        lines.append(f"shape: {name} {saved.shape} != {wanted.shape}")
+    if saved.dtype != wanted.dtype:
+        if not _castable(saved.dtype, wanted.dtype):
+            lines.append(f"dtype: {name} {saved.dtype.name} cannot become {wanted.dtype.name}")
+        elif not cast:
+            lines.append(f"dtype: {name} {saved.dtype.name} != {wanted.dtype.name} (cast=True converts it)")
+    return lines
+
+
+def _castable(saved: np.dtype, wanted: np.dtype) -> bool:
+    if jnp.issubdtype(saved, jnp.floating) and jnp.issubdtype(wanted, jnp.floating):
+        return True
+    both_integers = jnp.issubdtype(saved, jnp.integer) and jnp.issubdtype(wanted, jnp.integer)
+    return both_integers and np.can_cast(saved, wanted, "safe")
+
+
+def summary(lines: list[str], limit: int = 10) -> str:
+    """The first `limit` lines, indented, and how many more there are."""
+    more = [f"... and {len(lines) - limit} more"] if len(lines) > limit else []
+    return "\n".join(f"  {line}" for line in lines[:limit] + more)

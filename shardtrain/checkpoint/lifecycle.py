@@ -1,0 +1,147 @@
+"""What may be on the disk after any crash, and what is done about each.
+
+======================================  =============================================================
+uncommitted (Orbax's temporary name)    removed
+``N.deleting`` (retention interrupted)  removed
+``N`` without manifest                  died before the hashes were written: renamed ``N.unverified``
+``N`` that differs from its manifest    corrupt: renamed ``N.corrupt``
+======================================  =============================================================
+
+Then the newest step that agrees with its manifest is trusted. Where none is left but some are corrupt, that
+is an error: a run never silently starts again from step 0.
+"""
+
+import logging
+import re
+import shutil
+from pathlib import Path
+
+from shardtrain.checkpoint import manifest
+from shardtrain.checkpoint.store import TEMPORARY
+from shardtrain.errors import UserError
+
+UNVERIFIED = "unverified"
+CORRUPT = "corrupt"
+_DELETING = "deleting"
+
+_log = logging.getLogger(__name__)
+
+
+def committed(directory: Path) -> list[int]:
+    """Steps that have a directory of their own name, oldest first, manifest or not."""
+    return sorted(int(path.name) for path in directory.iterdir() if path.is_dir() and _is_step(path.name))
+
+
+def sealed(directory: Path) -> list[int]:
+    """Steps that have a manifest, oldest first; their files may have been lost or damaged since."""
+    names = [path.name.removesuffix(manifest.SUFFIX) for path in directory.glob(f"*{manifest.SUFFIX}")]
+    return sorted(int(name) for name in names if _is_step(name))
+
+
+def uncommitted(directory: Path) -> list[Path]:
+    """Directories of saves that never finished."""
+    return sorted(path for path in directory.glob(f"*{TEMPORARY}*") if _is_step(path.name.split(".")[0]))
+
+
+def set_aside(directory: Path) -> list[Path]:
+    """What was renamed ``N.corrupt`` or ``N.unverified``; of a corrupt step, maybe the manifest alone."""
+    pattern = re.compile(rf"\d+\.({CORRUPT}|{UNVERIFIED})(-\d+)?({re.escape(manifest.SUFFIX)})?")
+    found = {path.name.removesuffix(manifest.SUFFIX) for path in directory.iterdir() if pattern.fullmatch(path.name)}
+    return [directory / name for name in sorted(found)]
+
+
+def clean(directory: Path) -> None:
+    """Removes saves that never committed and deletions that were interrupted."""
+    for path in uncommitted(directory):
+        _log.warning("removing %s: its save was interrupted", path)
+        # Renamed first: writer threads of a save that failed in this process may still add files by the old name.
+        shutil.rmtree(path.rename(directory / f"{path.name}.{_DELETING}"))
+    for path in directory.glob(f"*.{_DELETING}"):
+        _delete(directory, path)
+    for path in directory.glob(f"*{manifest.TEMPORARY}"):
+        path.unlink()
+
+
+def newest_trusted(directory: Path) -> int | None:
+    """Cleans up, and returns the newest step that verifies; None when the run never had a trusted one.
+
+    Raises:
+        UserError: checkpoints exist or existed, and none of them can be trusted.
+    """
+    clean(directory)
+    with_manifest = sealed(directory)
+    without = [step for step in committed(directory) if step not in with_manifest]
+    if len(without) > 1 and not with_manifest:
+        # An interrupted run leaves one at most, so these manifests were lost in another way, such as a copy.
+        raise UserError(
+            f"the steps {without} in {directory} have no manifest: nothing says if they are intact. Bring "
+            f"their <step>{manifest.SUFFIX} files back, or choose another run.name to start from step 0"
+        )
+    for step in without:
+        target = rename(directory, step, UNVERIFIED)
+        _log.warning("step %d in %s has no manifest (interrupted): set aside as %s", step, directory, target.name)
+    problems = []
+    for step in reversed(with_manifest):
+        problem = manifest.problem(directory, step)
+        if problem is None:
+            return step
+        problems.append(problem)
+        target = rename(directory, step, CORRUPT)
+        _log.warning("checkpoint %d in %s is corrupt: %s; set aside as %s", step, directory, problem, target.name)
+    corrupt = [path.name for path in set_aside(directory) if f".{CORRUPT}" in path.name]
+    if corrupt:
+        raise UserError(
+            f"no intact checkpoint is left in {directory}: {', '.join(corrupt)} "
+            f"({'; '.join(problems[:3]) or 'set aside earlier'}). A run never starts again from step 0 by itself: "
+            "restore an intact step with its manifest from a backup, or choose another run.name"
+        )
+    return None
+
+
+def require_intact(directory: Path, step: int, *, hash_up_to: int | None = None) -> None:
+    """Checks one step that was asked for by number; renames nothing. `hash_up_to` is `manifest.problem`'s.
+
+    Raises:
+        UserError: it does not exist, has no manifest, or differs from it.
+    """
+    if step not in sealed(directory):
+        reason = "has no manifest" if step in committed(directory) else "does not exist"
+        raise UserError(f"step {step} in {directory} {reason}; the verifiable steps are {sealed(directory)}")
+    problem = manifest.problem(directory, step, hash_up_to)
+    if problem is not None:
+        others = [other for other in sealed(directory) if other != step]
+        raise UserError(f"checkpoint {step} in {directory} is corrupt: {problem}; the others are {others}")
+
+
+def rename(directory: Path, step: int, label: str) -> Path:
+    """Moves a step and its manifest to ``N.<label>``, or ``N.<label>-2`` and so on when that is taken."""
+    taken = {path.name for path in set_aside(directory)}
+    target, count = directory / f"{step}.{label}", 1
+    while target.name in taken:
+        count += 1
+        target = directory / f"{step}.{label}-{count}"
+    if (directory / str(step)).is_dir():
+        (directory / str(step)).rename(target)
+    if manifest.path_of(directory, step).exists():
+        manifest.path_of(directory, step).rename(directory / f"{target.name}{manifest.SUFFIX}")
+    return target
+
+
+def delete(directory: Path, step: int) -> None:
+    """Deletes a step and its manifest; interrupted at any moment, it never looks like a corrupt step."""
+    doomed = directory / f"{step}.{_DELETING}"
+    if (directory / str(step)).exists():
+        (directory / str(step)).rename(doomed)
+    _delete(directory, doomed)
+
+
+def _delete(directory: Path, doomed: Path) -> None:
+    step = int(doomed.name.split(".")[0])
+    if not (directory / str(step)).exists():
+        manifest.path_of(directory, step).unlink(missing_ok=True)
+    if doomed.exists():
+        shutil.rmtree(doomed)
+
+
+def _is_step(name: str) -> bool:
+    return name.isdecimal() and str(int(name)) == name

@@ -1,0 +1,119 @@
+"""Hashes of a step's files, kept beside it: array data in Orbax has no checksum that catches a flipped bit.
+
+``<step>.manifest.json`` is ``{"version": 1, "step": 100, "files": {"state/d/...": [size, sha256], ...}}``. It
+lies outside of the step's directory, and is written atomically once every file that it names is on the disk.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from shardtrain.errors import UserError
+
+VERSION = 1
+SUFFIX = ".manifest.json"
+TEMPORARY = f"{SUFFIX}.tmp"
+
+
+def path_of(directory: Path, step: int) -> Path:
+    """Where the manifest of a step lies."""
+    return directory / f"{step}{SUFFIX}"
+
+
+def write(directory: Path, step: int) -> None:
+    """Hashes the files of a committed step, forces them to disk, then writes the manifest (atomically).
+
+    Raises:
+        OSError: the disk is full or failing.
+    """
+    root = directory / str(step)
+    files = {}
+    for name in _names(root):
+        files[name] = [(root / name).stat().st_size, _sha256(root / name)]
+        _force_to_disk(root / name)
+    for folder in (root, *(path for path in root.rglob("*") if path.is_dir())):
+        _sync_directory(folder)
+    target = path_of(directory, step)
+    temporary = directory / f"{step}{TEMPORARY}"
+    with open(temporary, "w") as file:
+        json.dump({"version": VERSION, "step": step, "files": files}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, target)
+    _sync_directory(directory)
+
+
+def problem(directory: Path, step: int, hash_up_to: int | None = None) -> str | None:
+    """The first difference between a step and its manifest, naming the file; None when all agrees.
+
+    Args:
+        directory: the folder of the step and its manifest.
+        step: the step to check.
+        hash_up_to: hash only files of at most so many bytes, and compare the others by size. None hashes all.
+
+    Raises:
+        UserError: a file may not be read (permissions): that is no corruption.
+    """
+    root = directory / str(step)
+    try:
+        files = _read(path_of(directory, step), step)
+        if files is None:
+            return f"{path_of(directory, step).name} is not a readable manifest"
+        if not root.is_dir():
+            return f"{root.name}/ is missing"
+        found = set(_names(root))
+        for name, (size, digest) in files.items():
+            if name not in found:
+                return f"{root.name}/{name} is missing"
+            actual = (root / name).stat().st_size
+            if actual != size:
+                return f"{root.name}/{name} has {actual} bytes instead of {size}"
+            if (hash_up_to is None or size <= hash_up_to) and _sha256(root / name) != digest:
+                return f"{root.name}/{name} does not have the content that was written"
+        extra = sorted(found - set(files))
+        return f"{root.name}/{extra[0]} was not there when the step was written" if extra else None
+    except PermissionError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}; make it readable") from error
+    except OSError as error:  # a disk that can no longer deliver the bytes
+        return f"{error.filename}: {error.strerror}"
+
+
+def _read(path: Path, step: int) -> dict[str, tuple[int, str]] | None:
+    """The files that a manifest names, or None if it is not the manifest that we wrote for this step."""
+    try:
+        content = json.loads(path.read_text())
+        files = {name: (size, digest) for name, (size, digest) in content["files"].items()}
+        intact = content["version"] == VERSION and content["step"] == step and len(content) == 3
+    except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError):
+        return None
+    return files if intact and files else None
+
+
+def _names(root: Path) -> Iterator[str]:
+    return (path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if not path.is_dir())
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _force_to_disk(path: Path) -> None:
+    """Makes a file durable and drops it from the page cache: the next hash reads what the disk holds."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        if hasattr(os, "posix_fadvise"):  # absent on macOS
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

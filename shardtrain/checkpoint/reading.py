@@ -1,0 +1,120 @@
+"""Reading a step that is known to be intact: compare first, then load straight into the shardings wanted."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from shardtrain.checkpoint import agree, lifecycle, manifest, names, store
+from shardtrain.checkpoint.compare import ArrayInfo, differences, summary
+from shardtrain.errors import UserError
+
+_METADATA_BYTES = 2**20  # larger files hold array data, not metadata
+_log = logging.getLogger(__name__)
+
+
+def read_state(path: Path, abstract: Any, *, cast: bool) -> tuple[Any, dict]:
+    """The state and the extra record of an intact step.
+
+    Args:
+        path: the directory of the step.
+        abstract: the tree to restore; leaves with shape, dtype and sharding.
+        cast: allow a change of dtype.
+
+    Raises:
+        UserError: written by a newer shardtrain; or paths, shapes or dtypes differ (each is named).
+    """
+    wanted = {name: names.restorable(name, leaf) for name, leaf in names.flatten(abstract).items()}
+    description = _describe(path)
+    _require_fit(path, description.arrays, wanted, cast)
+    loaded = store.load(path, wanted, partial=False)
+    return names.unflatten(abstract, loaded), description.record["extra"]
+
+
+def load_weights(directory: Path | str, abstract_params: Any, step: int | None = None, *, cast: bool = False) -> Any:
+    """Another run's weights alone: the leaves below ``params.``. That run's directory is not changed.
+
+    Args:
+        directory: a run directory or its ``checkpoints``.
+        abstract_params: the tree below ``params``; leaves with shape, dtype and sharding.
+        step: which step; None takes the newest that verifies, and warns of each newer one that does not.
+        cast: allow a change of dtype.
+
+    Raises:
+        UserError: no intact step; or paths, shapes or dtypes differ (each is named).
+    """
+    folder = locate(directory)
+    chosen = agree.by_process_zero(lambda: _newest_intact(folder) if step is None else _intact(folder, step))
+    path = folder / str(chosen)
+    wanted = {name: names.restorable(name, leaf) for name, leaf in names.flatten({"params": abstract_params}).items()}
+    saved = {name: info for name, info in _describe(path).arrays.items() if name.startswith("params.")}
+    _require_fit(path, saved, wanted, cast)
+    loaded = store.load(path, wanted, partial=True)
+    return names.unflatten({"params": abstract_params}, loaded)["params"]
+
+
+def read_extra(directory: Path | str, step: int) -> dict:
+    """The record saved with a step; its small files are verified, its arrays are not touched.
+
+    Raises:
+        UserError: no such step, a corrupt one, or one written by a newer shardtrain.
+    """
+    return describe(directory, step).record["extra"]
+
+
+def describe(directory: Path | str, step: int) -> store.Description:
+    """What a step holds, after verifying its small files and the sizes of all.
+
+    Raises:
+        UserError: no such step, a corrupt one, or one written by a newer shardtrain.
+    """
+    folder = locate(directory)
+    lifecycle.require_intact(folder, step, hash_up_to=_METADATA_BYTES)
+    return _describe(folder / str(step))
+
+
+def locate(directory: Path | str) -> Path:
+    """The folder that holds the steps: the given one, or its ``checkpoints`` when given a run directory.
+
+    Raises:
+        UserError: it does not exist.
+    """
+    given = Path(directory).absolute()
+    folder = given / "checkpoints" if (given / "checkpoints").is_dir() else given
+    if not folder.is_dir():
+        raise UserError(f"no checkpoints: {given} is not a directory")
+    return folder
+
+
+def _describe(path: Path) -> store.Description:
+    description = store.describe(path)
+    version = description.record.get("format_version")
+    if not isinstance(version, int):
+        raise UserError(f"{path} was not written by shardtrain: it has no format_version")
+    if version > store.FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format_version {version}, and this shardtrain reads up to {store.FORMAT_VERSION}; "
+            "use the newer shardtrain that wrote it"
+        )
+    return description
+
+
+def _require_fit(path: Path, saved: dict[str, ArrayInfo], wanted: dict[str, jax.ShapeDtypeStruct], cast: bool) -> None:
+    lines = differences(saved, {name: ArrayInfo.of(leaf) for name, leaf in wanted.items()}, cast=cast)
+    if lines:
+        raise UserError(f"the checkpoint {path} does not fit this model (checkpoint != model):\n{summary(lines)}")
+
+
+def _intact(folder: Path, step: int) -> int:
+    lifecycle.require_intact(folder, step)
+    return step
+
+
+def _newest_intact(folder: Path) -> int:
+    for step in reversed(lifecycle.sealed(folder)):
+        problem = manifest.problem(folder, step)
+        if problem is None:
+            return step
+        _log.warning("checkpoint %d in %s is corrupt: %s; trying an older one", step, folder, problem)
+    raise UserError(f"no intact checkpoint in {folder}")

@@ -1,0 +1,67 @@
+"""Orbax, in the one file that knows it: named arrays and one JSON record per step directory."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from shardtrain.checkpoint.compare import ArrayInfo
+
+FORMAT_VERSION = 1
+"""Version of what we write. Raise it when the meaning of paths or of the record changes."""
+
+TEMPORARY = ".orbax-checkpoint-tmp"
+"""Orbax writes ``<step>.orbax-checkpoint-tmp`` and renames it to ``<step>`` to commit."""
+
+_ITEM = "state"
+
+
+class Commit(Protocol):
+    """A save under way."""
+
+    def result(self, timeout: float | None = None) -> None:
+        """Blocks until the step is committed on all processes; raises what went wrong."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a step holds, without its arrays."""
+
+    arrays: dict[str, ArrayInfo]
+    record: dict[str, Any]
+
+
+def save(path: Path, arrays: Mapping[str, jax.Array | np.ndarray], record: dict[str, Any], *, compress: bool) -> Commit:
+    """Starts to write a step; returns once the arrays are copied to the host, so that they may be donated."""
+    # When a save fails, every writer thread logs a traceback, some after `Commit.result` has raised to us.
+    logging.getLogger("absl").addFilter(_not_of_a_writer_thread)
+    context = ocp.Context()
+    context.array.saving.use_compression = compress
+    # Otherwise the writer threads of a save that fails early wait 20 minutes for the directory.
+    context.async_options.create_directories_asynchronously = False
+    with context:
+        return ocp.save_checkpointables_async(path, {_ITEM: dict(arrays)}, custom_metadata=record)
+
+
+def load(path: Path, wanted: Mapping[str, jax.ShapeDtypeStruct], *, partial: bool) -> dict[str, jax.Array]:
+    """Reads arrays straight into the shardings wanted; `partial` when the step holds more than these."""
+    context = ocp.Context()
+    context.pytree.loading.partial_load = partial
+    with context:
+        return ocp.load_checkpointables(path, {_ITEM: dict(wanted)})[_ITEM]
+
+
+def describe(path: Path) -> Description:
+    """Shapes, dtypes and the record, read from metadata alone."""
+    metadata = ocp.metadata(path, _ITEM)
+    arrays = {name: ArrayInfo(tuple(x.shape), np.dtype(x.dtype)) for name, x in metadata.metadata.items()}
+    return Description(arrays, metadata.custom_metadata or {})
+
+
+def _not_of_a_writer_thread(entry: logging.LogRecord) -> bool:
+    return "_SignalingThread.run() raised an exception" not in entry.getMessage()
