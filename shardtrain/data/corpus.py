@@ -1,0 +1,65 @@
+"""A real corpus that needs no download: what the running Python says about itself."""
+
+import sysconfig
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+from shardtrain.data.document import Document
+from shardtrain.errors import UserError
+
+# Tests, vendored code, generated tables, and the topics in their source form.
+_SKIPPED = frozenset(
+    {
+        "__pycache__",
+        "dist-packages",
+        "encodings",
+        "ensurepip",
+        "idlelib",
+        "lib2to3",
+        "pydoc_data",
+        "site-packages",
+        "test",
+        "tests",
+        "turtledemo",
+    }
+)
+
+
+def corpus_documents(max_bytes: int = 4_000_000) -> Iterator[Document]:
+    """Yields Python's documentation topics, then its standard library's sources, each in the order of their
+    names.
+
+    Stops before the document that would pass `max_bytes` (of UTF-8). The same for every run of one Python
+    version; another version has another text, so a run keeps the tokens that it began with (see
+    `prepare.py`).
+    """
+    size = 0
+    for document in _all_documents():
+        size += len(document.text.encode())
+        if size > max_bytes:
+            return
+        yield document
+
+
+def _all_documents() -> Iterator[Document]:
+    root = Path(sysconfig.get_path("stdlib"))
+    names = sorted(
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*.py")
+        if not _SKIPPED.intersection(path.relative_to(root).parts) and not path.name.startswith("_sysconfigdata")
+    )
+    if not names:
+        raise UserError(
+            f"data.type corpus: this Python has no standard-library sources under {root}; use another "
+            f"Python, or data.type text with a path"
+        )
+    from pydoc_data.topics import topics  # only now: half a megabyte of text
+
+    for name in sorted(topics):
+        yield Document(f"topics/{name}", topics[name])
+    for name in names:
+        with tokenize.open(root / name) as file:  # honours the file's own encoding line
+            text = file.read()
+        if text:
+            yield Document(name, text)

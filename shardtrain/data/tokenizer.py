@@ -1,0 +1,133 @@
+"""Text to token ids and back: single bytes, or byte pairs merged by how often they occur.
+
+Byte-level BPE: Sennrich et al. 2016 (arXiv:1508.07909) over bytes as in GPT-2, by the `tokenizers` package.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from shardtrain.errors import UserError
+
+SEPARATOR = "<|endoftext|>"
+BYTES = 256
+
+
+class Tokenizer(Protocol):
+    """Any text to ids and exactly back. `separator` is an id that ends each document and is in no text."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Every id is below it."""
+        ...
+
+    @property
+    def separator(self) -> int:
+        """The id between documents."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for tokenizers that agree on all texts."""
+        ...
+
+    def encode(self, text: str) -> np.ndarray:
+        """Text to int32 ids, without separators."""
+        ...
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Ids to text. Separators and ids beyond the vocabulary stand for no text."""
+        ...
+
+
+class ByteTokenizer:
+    """The 256 bytes of UTF-8, and 256 as separator."""
+
+    vocab_size = BYTES + 1
+    separator = BYTES
+    fingerprint = "byte"
+
+    def encode(self, text: str) -> np.ndarray:
+        """Text to int32 ids, one for each byte."""
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Ids to text; bytes that are not UTF-8 become U+FFFD."""
+        return bytes(int(i) for i in ids if i < BYTES).decode(errors="replace")
+
+
+class BPETokenizer:
+    """Byte-level BPE. Make one with `BPETokenizer.train` or `BPETokenizer.load`."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer):
+        # A text in which the separator is spelt out is text like any other. (The file does not say so.)
+        tokenizer.encode_special_tokens = True
+        self._tokenizer = tokenizer
+        separator = tokenizer.token_to_id(SEPARATOR)
+        if separator is None:
+            raise UserError(f"this tokenizer has no {SEPARATOR!r}, which must end each document; add it")
+        self.separator = separator
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
+        """Learns merges until the vocabulary is full, or the text (when short) has no more pairs."""
+        check_bpe_vocab(vocab_size)
+        tokenizer = tokenizers.Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[SEPARATOR],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all bytes: no text is ever unknown
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        return cls(tokenizer)
+
+    @classmethod
+    def load(cls, path: Path) -> "BPETokenizer":
+        """Reads what `to_json` gave."""
+        return cls(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
+
+    def to_json(self) -> str:
+        """The `tokenizer.json` of the Hugging Face libraries."""
+        return self._tokenizer.to_str()
+
+    @property
+    def vocab_size(self) -> int:
+        """Bytes, merges and the separator."""
+        return self._tokenizer.get_vocab_size()
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the JSON form."""
+        return f"bpe sha256={hashlib.sha256(self.to_json().encode()).hexdigest()}"
+
+    def encode(self, text: str) -> np.ndarray:
+        """Text to int32 ids."""
+        # The batch form is the one that does not compute character offsets: twice as fast.
+        return np.array(self._tokenizer.encode_batch_fast([text])[0].ids, np.int32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Ids to text; bytes that are not UTF-8 become U+FFFD."""
+        return self._tokenizer.decode([int(i) for i in ids])
+
+
+def encode_documents(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[np.ndarray]:
+    """Yields the ids of each text in turn, ended by the separator."""
+    for text in texts:
+        yield np.append(tokenizer.encode(text), np.int32(tokenizer.separator))
+
+
+def check_bpe_vocab(vocab_size: int) -> None:
+    """Raises UserError for a vocabulary that cannot hold the bytes and the separator."""
+    if vocab_size <= BYTES:
+        raise UserError(
+            f"tokenizer vocabulary {vocab_size}: byte-level BPE needs at least {BYTES + 1} ids "
+            f"({BYTES} bytes and the document separator) before its first merge; 2048 or more is usual"
+        )
