@@ -164,7 +164,8 @@ class Stranger(nnx.Module):
     replicate_unannotated = True
 
     def __init__(self, rngs):
-        self.a = nnx.Linear(4, 32, rngs=rngs)
+        # No bias: before a BatchNorm its gradient is zero, and Adam would blow the rounding errors up.
+        self.a = nnx.Linear(4, 32, use_bias=False, rngs=rngs)
         self.norm = nnx.BatchNorm(32, rngs=rngs)
         self.dropout = nnx.Dropout(0.2, rngs=rngs)
         self.b = nnx.Linear(32, 1, rngs=rngs)
@@ -228,7 +229,7 @@ def test_weights_without_axes_need_the_models_consent():
     class Silent(Stranger):
         replicate_unannotated = False
 
-    with pytest.raises(UserError, match=r"Silent has 6 weights without logical axes \(a.bias, .*replicate_unannotated"):
+    with pytest.raises(UserError, match=r"Silent has 5 weights without logical axes \(a.kernel, .*replicate_unannotated"):
         ModelDef(Silent)
 
 

@@ -1,0 +1,36 @@
+"""The README claims nothing that is not so."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_research_example_is_short_and_learns(tmp_path):
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(example.splitlines()) <= 25
+    run = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    losses = [float(line.split()[1]) for line in run.stdout.splitlines()]
+    assert len(losses) == 20
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_the_config_shown_is_the_quickstart(tmp_path):
+    from shardtrain.config import load_config
+
+    (shown,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    quickstart = ROOT / "configs" / "quickstart.yaml"
+    (tmp_path / "shown.yaml").write_text(shown)
+    from_readme, whole = load_config(tmp_path / "shown.yaml").to_dict(), load_config(quickstart).to_dict()
+    for section in ("run", "devices", "mesh", "model", "data", "checkpoint"):
+        assert from_readme[section] == whole[section]
+    assert from_readme["optimizer"] == whole["optimizer"]
+
+
+def test_every_file_and_command_that_the_readme_names_exists():
+    for name in re.findall(r"(?:tests|configs|benchmarks|models|docs)/[\w/]+(?:\.\w+)?", README):
+        assert (ROOT / name).exists(), name
