@@ -41,9 +41,7 @@ def main() -> None:
     args = parser.parse_args()
     shape = floor.Shape(2, 32, 8, 8, 64, 64) if args.tiny else floor.Shape()
     print(f"jax {jax.__version__}, {shape}, {args.rows} x {args.length} tokens; library / floor")
-    print(
-        f"{'mesh':24} {'flops':>7} {'collective B':>13} {'temp B':>7} {'step':>6} {'A/A':>6} {'floor ms':>9} {'|dloss|':>8}"
-    )
+    print("mesh                       flops  collective B  temp B   step    A/A  floor ms  |dloss|")
     for name in args.mesh or MESHES:
         sizes = {axis: int(size) for axis, size in (part.split("=") for part in name.split(","))}
         print(f"{name:24} " + compare(shape, sizes, args.rows, args.length, args.pairs), flush=True)

@@ -1,4 +1,7 @@
-"""The one exception that means "you can fix this"."""
+"""The one exception that means "you can fix this", and what its messages share."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -7,3 +10,21 @@ class UserError(ValueError):
     The message names the value, the rule that it breaks, and what to change. The command line prints it without
     a traceback and exits with code 2; any other exception is a bug of ours.
     """
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name most like `name`, or `None` when nothing is near."""
+    spelled = {each.lower(): each for each in known}
+    close = difflib.get_close_matches(name.lower(), spelled, n=1, cutoff=cutoff)
+    return spelled[close[0]] if close else None
+
+
+#: Words that are near in meaning and far in spelling.
+_SYNONYMS = {"gpu": "cuda"}
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A fix for a name that does not exist: the nearest that does, or all of them."""
+    known = [each for each in known if not each.startswith("_")]
+    near = nearest(_SYNONYMS.get(name.lower(), name), known)
+    return f"did you mean {near}?" if near else f"use one of {', '.join(known[:20])}"

@@ -20,9 +20,7 @@ Path = tuple[Any, ...]
 
 # What the dims that replace `layers` are called. Only the middle one, the pipeline rank, may be sharded.
 _LEAD_AXES: dict[int, tuple[str | None, ...]] = {1: ("layers",), 3: (None, "stages", None)}
-_SMALL = (
-    1024  # elements up to which a leaf of no weight (a count, coefficients, a key) is kept on every device
-)
+_SMALL = 1024  # elements up to which a leaf of no weight (a count, coefficients, a key) is kept on every device
 
 
 def dotted(path: Path) -> str:
@@ -96,9 +94,7 @@ def _kept_dims(path: Path, shape: tuple[int, ...], weight: Weight, spec: tuple[A
     rest, size = shape[k:], weight.shape[k:]
     if math.prod(rest) == 1:  # a scalar for each weight, or a placeholder
         return (*spec[:k], *(None,) * len(rest))
-    choices = [
-        c for c in itertools.combinations(range(len(size)), len(rest)) if tuple(size[d] for d in c) == rest
-    ]
+    choices = [c for c in itertools.combinations(range(len(size)), len(rest)) if tuple(size[d] for d in c) == rest]
     field = next((entry.name for entry in reversed(path) if isinstance(entry, GetAttrKey)), None)
     if len(choices) > 1 and field in ("v_row", "v_col"):
         # Adafactor averages v_row over the largest dim and v_col over the second largest. Equal sizes are
@@ -142,9 +138,7 @@ class Layout:
                 "or more chunks or layers per stage"
             )
         assert len(self.lead) in _LEAD_AXES, self.lead
-        assert len(self.slots) == self.n_layers == len(set(self.slots)), (
-            "one slot for each layer, none shared"
-        )
+        assert len(self.slots) == self.n_layers == len(set(self.slots)), "one slot for each layer, none shared"
         assert all(0 <= slot < room for slot in self.slots), "slots lie within lead"
 
     @classmethod

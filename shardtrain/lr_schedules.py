@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 
 import optax
 
-from shardtrain.errors import UserError
+from shardtrain.errors import UserError, did_you_mean
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 
@@ -42,17 +41,13 @@ def schedule(
       UserError: an unknown type, or a number outside of its range.
     """
     if type not in SCHEDULES:
-        near = difflib.get_close_matches(type, SCHEDULES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(SCHEDULES)}"
-        raise UserError(f"schedule type {type!r} does not exist; {hint}")
+        raise UserError(f"schedule type {type!r} does not exist; {did_you_mean(type, SCHEDULES)}")
     if not (lr > 0 and math.isfinite(lr)):
         raise UserError(f"lr {lr} must be a positive number, such as 1.0e-3")
     if warmup_steps < 0:
         raise UserError(f"schedule warmup_steps {warmup_steps} must be 0 or more; 0 means no warm-up")
     if not 0 <= final_ratio <= 1:
-        raise UserError(
-            f"schedule final_ratio {final_ratio} is the final rate / peak and must be from 0 to 1"
-        )
+        raise UserError(f"schedule final_ratio {final_ratio} is the final rate / peak and must be from 0 to 1")
     if type != "wsd" and (stable_ratio is not None or decay_start is not None):
         raise UserError(f"schedule {type} has no stable_ratio or decay_start; drop them, or use type wsd")
 
@@ -64,11 +59,7 @@ def schedule(
                 f"schedule {type} with decay_steps {decay_steps} ends before its warm-up of {warmup_steps} "
                 "steps does; use a shorter warm-up, or more steps"
             )
-        start = (
-            _decay_start(decay_steps, warmup_steps, stable_ratio, decay_start)
-            if type == "wsd"
-            else warmup_steps
-        )
+        start = _decay_start(decay_steps, warmup_steps, stable_ratio, decay_start) if type == "wsd" else warmup_steps
         stable, decay = start - warmup_steps, decay_steps - start
         if type == "cosine":
             after = optax.cosine_decay_schedule(lr, decay, alpha=final_ratio)
@@ -80,14 +71,10 @@ def schedule(
     return optax.join_schedules([warmup, after], [warmup_steps])
 
 
-def _decay_start(
-    decay_steps: int, warmup_steps: int, stable_ratio: float | None, decay_start: int | None
-) -> int:
+def _decay_start(decay_steps: int, warmup_steps: int, stable_ratio: float | None, decay_start: int | None) -> int:
     """The update at which the decay of wsd starts."""
     if stable_ratio is not None and decay_start is not None:
-        raise UserError(
-            f"schedule wsd has both stable_ratio {stable_ratio} and decay_start {decay_start}; drop one"
-        )
+        raise UserError(f"schedule wsd has both stable_ratio {stable_ratio} and decay_start {decay_start}; drop one")
     stable_ratio = 0.8 if stable_ratio is None else stable_ratio
     start = round(decay_steps * stable_ratio) if decay_start is None else decay_start
     if not warmup_steps <= start < decay_steps:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -75,7 +75,8 @@ class MeshSpec:
         product = math.prod(size for size in self.sizes.values() if size != -1)
         free = [axis for axis, size in self.sizes.items() if size == -1]
         if free and devices % product == 0:
-            return dataclasses.replace(self, **{free[0]: devices // product})
+            filled: dict[str, Any] = {free[0]: devices // product}
+            return dataclasses.replace(self, **filled)
         if not free and product == devices:
             return self
         raise UserError(

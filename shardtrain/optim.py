@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, get_args
 
 import jax
 import optax
 from jax.tree_util import tree_map_with_path
 
-from shardtrain.errors import UserError
+from shardtrain.errors import UserError, did_you_mean
 from shardtrain.layout import Path, dotted, shardings_like
 from shardtrain.nn.param import Role, Weight
 from shardtrain.per_layer import abstract, over_layers, probe, slices
@@ -35,9 +34,7 @@ _MASKS = ("mask", "weight_decay_mask")
 _DERIVED = {
     "learning_rate": "lr",
     "muon_weight_dimension_numbers": "the roles and dims of the weights",
-} | dict.fromkeys(
-    ("weight_decay", "weight_decay_rate", "adam_weight_decay", *_MASKS), "weight_decay and decay_roles"
-)
+} | dict.fromkeys(("weight_decay", "weight_decay_rate", "adam_weight_decay", *_MASKS), "weight_decay and decay_roles")
 
 
 def optimizer(
@@ -76,7 +73,7 @@ def optimizer(
     _check_options(type, factory, options)
     for role in decay_roles:
         if role not in get_args(Role):
-            raise UserError(f"decay_roles: role {role!r} does not exist{_nearest(role, get_args(Role))}")
+            raise UserError(f"decay_roles: role {role!r} does not exist; {did_you_mean(role, get_args(Role))}")
     for name, value in {"lr": lr, "clip_norm": clip_norm}.items():
         if isinstance(value, float | int) and not (value > 0 and math.isfinite(value)):
             raise UserError(f"optimizer {name} {value} must be a positive number")
@@ -117,20 +114,14 @@ def _factory(type: str) -> Callable[..., Transform]:
         return OPTIMIZERS[type]
     module, _, name = type.partition(":") if ":" in type else type.rpartition(".")
     if not module or not name:
-        near = _nearest(type, OPTIMIZERS)
-        raise UserError(
-            f"optimizer type {type!r} does not exist{near}; or give an import path such as optax.lamb"
-        )
+        near = did_you_mean(type, OPTIMIZERS)
+        raise UserError(f"optimizer type {type!r} does not exist; {near} Or give an import path such as optax.lamb")
     try:
         found = importlib.import_module(module)
     except (ImportError, TypeError) as error:  # TypeError: a relative path
-        raise UserError(
-            f"optimizer type {type!r}: {module} does not import ({error}); correct the path"
-        ) from error
+        raise UserError(f"optimizer type {type!r}: {module} does not import ({error}); correct the path") from error
     if not callable(factory := getattr(found, name, None)):
-        raise UserError(
-            f"optimizer type {type!r}: {module} has no factory {name!r}{_nearest(name, dir(found))}"
-        )
+        raise UserError(f"optimizer type {type!r}: {module} has no factory {name!r}; {did_you_mean(name, dir(found))}")
     return factory
 
 
@@ -138,27 +129,17 @@ def _check_options(type: str, factory: Callable[..., Transform], options: dict[s
     accepted = inspect.signature(factory).parameters
     anything = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     if "learning_rate" not in accepted and not anything:
-        raise UserError(
-            f"optimizer type {type!r} takes no learning_rate; name a factory that does, such as optax.lamb"
-        )
+        raise UserError(f"optimizer type {type!r} takes no learning_rate; name a factory that does, such as optax.lamb")
     for name in options:
         if name in _DERIVED:
             raise UserError(f"optimizer {type}: {name} follows from {_DERIVED[name]}; set that instead")
         if name not in accepted and not anything:
             raise UserError(
-                f"optimizer {type} has no option {name!r}{_nearest(name, sorted({*accepted} - {*_DERIVED}))}"
+                f"optimizer {type} has no option {name!r}; {did_you_mean(name, sorted({*accepted} - {*_DERIVED}))}"
             )
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    known = [k for k in known if not k.startswith("_")]
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f" (known: {', '.join(known[:20])})"
-
-
-def _build(
-    type: str, weights: Any, lr: Rate, weight_decay: float, decays: Any, options: dict[str, Any]
-) -> Transform:
+def _build(type: str, weights: Any, lr: Rate, weight_decay: float, decays: Any, options: dict[str, Any]) -> Transform:
     factory = _factory(type)
     accepted = inspect.signature(factory).parameters
     mask = next((name for name in _MASKS if name in accepted), None)

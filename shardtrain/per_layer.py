@@ -55,9 +55,7 @@ def over_layers(
         of_state = jax.tree.map(axis, state, match_weights(state, weights))
         for _ in range(stack):
             init = jax.vmap(init, in_axes=(of_weights,), out_axes=of_state)
-            update = jax.vmap(
-                update, in_axes=(of_weights, of_state, of_weights), out_axes=(of_weights, of_state)
-            )
+            update = jax.vmap(update, in_axes=(of_weights, of_state, of_weights), out_axes=(of_weights, of_state))
     return optax.GradientTransformation(init, update)
 
 

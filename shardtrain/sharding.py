@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -13,7 +12,7 @@ from types import MappingProxyType
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from shardtrain.errors import UserError
+from shardtrain.errors import UserError, did_you_mean
 from shardtrain.mesh import AXES, divisors
 
 LogicalAxes = Sequence[str | None]
@@ -50,7 +49,7 @@ def make_rules(overrides: Mapping[str, str | Sequence[str] | None] = MappingProx
         for axis in table[name]:
             if axis not in AXES:
                 raise UserError(
-                    f"rules.{name} names mesh axis {axis!r}, which does not exist{_did_you_mean(axis, AXES)}"
+                    f"rules.{name} names mesh axis {axis!r}, which does not exist; {did_you_mean(axis, AXES)}"
                 )
     return MappingProxyType(table)
 
@@ -125,8 +124,8 @@ class Partitioner:
     def _row(self, logical: str) -> tuple[str, ...]:
         if logical not in self.rules:
             raise UserError(
-                f"logical axis {logical!r} has no rule{_did_you_mean(logical, self.rules)}; "
-                f"add rules.{logical}, null to keep such dims whole"
+                f"logical axis {logical!r} has no rule; {did_you_mean(logical, self.rules)} "
+                f"Or add rules.{logical}, null to keep such dims whole"
             )
         return self.rules[logical]
 
@@ -143,11 +142,6 @@ class Partitioner:
                     f"divide; use a multiple of {pieces}, a mesh size among {divisors(shape[dim])[:8]}, or "
                     f"rules.{axes[dim]}=null to keep such dims whole"
                 )
-
-
-def _did_you_mean(name: str, known: Sequence[str] | Mapping[str, object]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else f" (known: {', '.join(known)})"
 
 
 _current: ContextVar[Partitioner | None] = ContextVar("partitioner", default=None)

@@ -58,7 +58,7 @@ class ModelDef:
         with nnx.use_eager_sharding(False):
             module = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
         self.make = make
-        self.graph, self._params, self._rngs, self._other = nnx.split(module, nnx.Param, nnx.RngState, ...)
+        self.graph, self._params, self._rngs, self._other = _split(module)
         self.weights: Tree = _nested(self._params, describe)
         if replicate_unannotated is None:
             replicate_unannotated = getattr(module, "replicate_unannotated", False)
@@ -78,7 +78,7 @@ class ModelDef:
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
         """Parameters and other state, drawn from `key`; a pure function, to be jitted with output shardings."""
         with nnx.use_eager_sharding(False):
-            _, params, _, other = nnx.split(self.make(nnx.Rngs(key)), nnx.Param, nnx.RngState, ...)
+            _, params, _, other = _split(self.make(nnx.Rngs(key)))
         return _nested(params, lambda v: v[...]), _nested(other, lambda v: v[...])
 
     def merge(self, params: Tree, model_state: Tree, key: jax.Array | None = None) -> nnx.Module:
@@ -100,8 +100,7 @@ class ModelDef:
 
     def model_state(self, module: nnx.Module) -> Tree:
         """What the forward pass left in a module that `merge` made."""
-        _, _, _, other = nnx.split(module, nnx.Param, nnx.RngState, ...)
-        return _nested(other, lambda v: v[...])
+        return _nested(_split(module)[-1], lambda v: v[...])
 
 
 def abstract_state(model: ModelDef, tx: optax.GradientTransformation, partitioner: Partitioner) -> TrainState:
@@ -121,7 +120,7 @@ def abstract_state(model: ModelDef, tx: optax.GradientTransformation, partitione
     _, other = jax.eval_shape(model.init, jax.random.key(0))
     shapes = jax.eval_shape(tx.init, params)
     opt_state = _with_sharding(shapes, state_shardings(tx, params, model.weights))
-    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    scalar: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     return TrainState(scalar, params, _with_sharding(other, whole), opt_state, scalar, scalar)
 
 
@@ -156,6 +155,13 @@ def flatten(tree: Tree) -> dict[str, Any]:
 def dotted(keys: Any) -> str:
     """Keys joined to a dotted path."""
     return ".".join(map(str, keys))
+
+
+def _split(module: nnx.Module) -> tuple[Any, nnx.State, nnx.State, nnx.State]:
+    """Static graph, parameters, random state, everything else."""
+    graph, *states = nnx.split(module, nnx.Param, nnx.RngState, ...)
+    params, rngs, other = states
+    return graph, params, rngs, other
 
 
 def _nested(state: nnx.State, leaf: Callable[[nnx.Variable], Any]) -> Tree:

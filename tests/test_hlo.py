@@ -58,9 +58,7 @@ def test_psum_over_any_axes(mesh, axes):
 def test_manual_collectives_state_both_sides(mesh):
     gather = manual(mesh, lambda x: jax.lax.all_gather(x, ("tensor", "data"), tiled=True), P("fsdp"), P())
     scatter = manual(mesh, lambda x: jax.lax.psum_scatter(x, "data", tiled=True), P(), P("data"))
-    exchange = manual(
-        mesh, lambda x: jax.lax.all_to_all(x, "fsdp", 1, 0, tiled=True), P("fsdp"), P(None, "fsdp")
-    )
+    exchange = manual(mesh, lambda x: jax.lax.all_to_all(x, "fsdp", 1, 0, tiled=True), P("fsdp"), P(None, "fsdp"))
     gather, scatter, exchange = (only(collectives(t, mesh)) for t in (gather, scatter, exchange))
     assert (gather.kind, gather.axes) == ("all-gather", {"tensor", "data"})
     assert (gather.operands, gather.results) == ((Array("f32", (4, 16)),), (Array("f32", (16, 16)),))
@@ -73,17 +71,13 @@ def test_manual_collectives_state_both_sides(mesh):
 
 @pytest.mark.parametrize("pairs", [[(0, 1), (1, 0)], [(0, 1)]])
 def test_ppermute(mesh, pairs):
-    c = only(
-        collectives(manual(mesh, lambda x: jax.lax.ppermute(x, "fsdp", pairs), P("fsdp"), P("fsdp")), mesh)
-    )
+    c = only(collectives(manual(mesh, lambda x: jax.lax.ppermute(x, "fsdp", pairs), P("fsdp"), P("fsdp")), mesh))
     assert (c.kind, c.axes, len(c.groups)) == ("collective-permute", {"fsdp"}, 4 * len(pairs))
 
 
 def test_an_axis_of_size_one_sends_nothing(mesh):
     flat = Mesh(mesh.devices.reshape(8, 1), ("a", "one"))
-    assert (
-        only(collectives(manual(flat, lambda x: jax.lax.psum(x, "one"), P("a"), P("a")), flat)).axes == set()
-    )
+    assert only(collectives(manual(flat, lambda x: jax.lax.psum(x, "one"), P("a"), P("a")), flat)).axes == set()
 
 
 def test_part_of_an_axis_spans_it(mesh):
@@ -123,9 +117,7 @@ def test_gspmd_scan(mesh):
 
 
 def test_gspmd_gradient_reduces_weights_over_the_batch_axes(mesh):
-    found = collectives(
-        compiled(jax.grad(lambda *a: layers(mesh, *a), argnums=(1, 2)), *layer_args(mesh, 3)), mesh
-    )
+    found = collectives(compiled(jax.grad(lambda *a: layers(mesh, *a), argnums=(1, 2)), *layer_args(mesh, 3)), mesh)
     over_data = [c for c in found if "data" in c.axes]
     assert sum(c.bytes for c in over_data) == 2 * 32 * 32 * 4  # both weights' shards over tensor
     assert all(c.kind in ("all-reduce", "reduce-scatter") and c.times == 3 for c in over_data)
@@ -213,9 +205,7 @@ def iota(mesh, axes):
 @pytest.mark.parametrize("axes", SUBSETS)
 def test_every_syntax_of_groups_says_the_same(ordered, loop_text, axes):
     last = [AXES.index(a) for a in axes]
-    rows = np.moveaxis(np.arange(8).reshape(2, 2, 2), last, range(3 - len(last), 3)).reshape(
-        -1, 2 ** len(last)
-    )
+    rows = np.moveaxis(np.arange(8).reshape(2, 2, 2), last, range(3 - len(last), 3)).reshape(-1, 2 ** len(last))
     lists = "{" + ",".join("{" + ",".join(map(str, r)) + "}" for r in rows) + "}"
     quoted = ",".join(f"'{a}'" for a in axes)
     named = f"mesh['data'=2,'fsdp'=2,'tensor'=2] {{{quoted}}}"

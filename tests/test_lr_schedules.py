@@ -52,7 +52,7 @@ def test_wsd_decay_start_and_stable_ratio_say_the_same():
 @pytest.mark.parametrize(
     ("type", "changes", "message"),
     [
-        ("cosin", {}, "did you mean 'cosine'"),
+        ("cosin", {}, "did you mean cosine"),
         ("banana", {}, "constant, linear, cosine, wsd"),
         ("cosine", {"lr": 0.0}, "lr 0.0 must be a positive"),
         ("cosine", {"lr": math.nan}, "lr nan must be a positive"),

@@ -229,7 +229,9 @@ def test_weights_without_axes_need_the_models_consent():
     class Silent(Stranger):
         replicate_unannotated = False
 
-    with pytest.raises(UserError, match=r"Silent has 5 weights without logical axes \(a.kernel, .*replicate_unannotated"):
+    with pytest.raises(
+        UserError, match=r"Silent has 5 weights without logical axes \(a.kernel, .*replicate_unannotated"
+    ):
         ModelDef(Silent)
 
 

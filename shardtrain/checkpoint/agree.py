@@ -30,5 +30,5 @@ def by_process_zero(decide: Callable[[], int | None]) -> int | None:
     if refusal is not None:
         raise refusal
     if answer == _REFUSED:
-        raise UserError("process 0 refused the checkpoints; see its message")
+        raise UserError("process 0 refused to go on; see its message")
     return None if answer == _NOTHING else answer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterable
 from typing import Any
 
@@ -48,24 +47,6 @@ class ConfigError(UserError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.problems, self.source)
-
-
-def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The known name most like `name`, or `None` when nothing is near."""
-    spelled = {each.lower(): each for each in known}
-    close = difflib.get_close_matches(name.lower(), spelled, n=1, cutoff=cutoff)
-    return spelled[close[0]] if close else None
-
-
-#: Words that are near in meaning and far in spelling.
-_SYNONYMS = {"gpu": "cuda"}
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A fix for a name that does not exist: the nearest that does, or all of them."""
-    known = list(known)
-    near = nearest(_SYNONYMS.get(name.lower(), name), known)
-    return f"did you mean {near}?" if near else f"use one of {', '.join(known)}"
 
 
 def _short(value: Any, limit: int = 80) -> str:

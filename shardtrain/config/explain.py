@@ -9,7 +9,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from shardtrain.config.errors import Problem, did_you_mean, nearest
+from shardtrain.config.errors import Problem
+from shardtrain.errors import did_you_mean, nearest
 
 Path = tuple[str | int, ...]
 

@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from shardtrain.config.errors import ConfigError, Problem, nearest
+from shardtrain.config.errors import ConfigError, Problem
 from shardtrain.config.strict_yaml import parse
+from shardtrain.errors import nearest
 
 
 def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:

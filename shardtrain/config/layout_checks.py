@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TypeGuard
 
-from shardtrain.config.errors import Problem, did_you_mean, nearest
+from shardtrain.config.errors import Problem
 from shardtrain.config.schema import Data, Devices, MeshSizes, Model, Optimizer, Pipeline
-from shardtrain.errors import UserError
+from shardtrain.errors import UserError, did_you_mean, nearest
 from shardtrain.mesh import AXES, MeshSpec, divisors
 from shardtrain.sharding import DEFAULT_RULES
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from shardtrain.config.errors import ConfigError, Problem, did_you_mean
+from shardtrain.config.errors import ConfigError, Problem
+from shardtrain.errors import did_you_mean
 
 #: Parameters of a model's `__init__` that the library passes.
 PASSED = ("self", "rngs", "precision")

@@ -9,8 +9,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from shardtrain.config.errors import Problem, did_you_mean
+from shardtrain.config.errors import Problem
 from shardtrain.config.schema import Data, Devices, Model, Optimizer, Run, Sample
+from shardtrain.errors import did_you_mean
 from shardtrain.optim import OPTIMIZERS
 
 #: Ids of the byte tokenizer: 256 bytes and the separator. A byte-level BPE has these and its merges.

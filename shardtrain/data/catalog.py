@@ -1,7 +1,6 @@
 """The sources by name, as a config asks for them."""
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from shardtrain.data.synthetic import SyntheticTokens
 from shardtrain.data.text import Paths, check_unchanged, text_documents
 from shardtrain.data.tokenizer import ByteTokenizer, Tokenizer, check_bpe_vocab
 from shardtrain.data.tokens import TokenWindows, open_tokens
-from shardtrain.errors import UserError
+from shardtrain.errors import UserError, did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +110,7 @@ def open_source(
     Raises UserError for anything wrong with these, or with the data.
     """
     if type not in FACTORIES:
-        near = difflib.get_close_matches(type, FACTORIES, 1)
-        hint = f"did you mean {near[0]!r}?" if near else "choose one of them"
-        raise UserError(f"data.type {type!r}: the types are {', '.join(FACTORIES)}; {hint}")
+        raise UserError(f"data.type {type!r} does not exist; {did_you_mean(type, FACTORIES)}")
     kept = Path(directory) if directory is not None else None
     request = Request(type, seq_len, vocab_size, seed, path, tokenizer, tokenizer_vocab, kept, write)
     source, text_tokenizer = FACTORIES[type](request)

@@ -108,9 +108,7 @@ def collectives(text: str, mesh: Mesh | AbstractMesh) -> list[Collective]:
     for name, body in module.computations.items():
         for op in body.values():
             if name not in reached and _kind(op):
-                raise UnknownHLOError(
-                    f"a collective in computation {name!r}, which nothing known calls: {op.line}"
-                )
+                raise UnknownHLOError(f"a collective in computation {name!r}, which nothing known calls: {op.line}")
     return found
 
 

@@ -94,11 +94,7 @@ def _rows(ids: np.ndarray, count: int, size: int) -> list[tuple[int, ...]]:
 def _mesh_groups(axes: str, device_ids: str | None, over: str) -> list[tuple[int, ...]]:
     sizes = {name: int(size) for name, size in _MESH_AXIS.findall(axes)}
     refs = _MESH_REF.findall(over)
-    if (
-        _MESH_AXIS.sub("", axes).strip(",")
-        or _MESH_REF.sub("", over).strip(",")
-        or {r[0] for r in refs} - {*sizes}
-    ):
+    if _MESH_AXIS.sub("", axes).strip(",") or _MESH_REF.sub("", over).strip(",") or {r[0] for r in refs} - {*sizes}:
         raise UnknownHLOError(f"mesh [{axes}] {{{over}}}")
     if device_ids is None:
         ids = np.arange(math.prod(sizes.values()))

@@ -45,9 +45,7 @@ class MetricsLog:
             ValueError: `step` is not above the last line's (see `truncate`), or is also among the values.
         """
         if step <= self._last:
-            raise ValueError(
-                f"step {step} after step {self._last} in {self._path}: truncate({step - 1}) first"
-            )
+            raise ValueError(f"step {step} after step {self._last} in {self._path}: truncate({step - 1}) first")
         if "step" in values:
             raise ValueError("'step' is an argument, not one of the values")
         plain = {key: _number(value) for key, value in values.items()}
@@ -81,9 +79,7 @@ class MetricsLog:
 
     def _open(self, step: int | None) -> tuple[int, TextIO]:
         """Keep only whole lines up to `step` (None: all); return the last step and the file to append to."""
-        lines = [
-            (row["step"], line) for row, line in _lines(self._path) if step is None or row["step"] <= step
-        ]
+        lines = [(row["step"], line) for row, line in _lines(self._path) if step is None or row["step"] <= step]
         kept = b"".join(line for _, line in lines)
         if kept != self._path.read_bytes():
             temporary = self._path.with_name(FILE + ".tmp")
@@ -119,9 +115,7 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
         if whole:
             yield row, line
         elif number < len(lines):
-            raise UserError(
-                f"{path}, line {number} is damaged: {line[:80]!r}; delete that line and try again"
-            )
+            raise UserError(f"{path}, line {number} is damaged: {line[:80]!r}; delete that line and try again")
 
 
 def _number(value: Any) -> float | int | str:

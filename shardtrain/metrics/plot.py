@@ -26,18 +26,14 @@ def plot_loss(directory: Path | str) -> Path:
     steps, loss = _series(rows, "loss")
     eval_steps, eval_loss = _series(rows, "eval_loss")
     if not steps:
-        raise UserError(
-            f"no finite loss in {directory}/metrics.jsonl: train at least one step before drawing"
-        )
+        raise UserError(f"no finite loss in {directory}/metrics.jsonl: train at least one step before drawing")
 
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")  # no pyplot: no global state, no display
     ax = figure.add_subplot()
     ax.plot(steps, loss, color=_RAW, linewidth=0.8, label="training")
     ax.plot(steps, _smooth(loss), color=_SMOOTH, linewidth=1.8, label="training, smoothed")
     if eval_steps:
-        ax.plot(
-            eval_steps, eval_loss, color=_HELD_OUT, linewidth=1.2, marker="o", markersize=4, label="held out"
-        )
+        ax.plot(eval_steps, eval_loss, color=_HELD_OUT, linewidth=1.2, marker="o", markersize=4, label="held out")
         ax.annotate(
             f"{eval_loss[-1]:.3f}",
             (eval_steps[-1], eval_loss[-1]),

@@ -87,9 +87,7 @@ class _Live:
 
     def __init__(self, total: int, start: int, console: Console, eta: "_Eta"):
         self._total, self._eta = total, eta
-        self._live = Live(
-            self._draw(start, "compiling the first step ..."), console=console, refresh_per_second=4
-        )
+        self._live = Live(self._draw(start, "compiling the first step ..."), console=console, refresh_per_second=4)
         self._held_out: dict[str, float] = {}
 
     def update(self, step: int, values: Mapping[str, float]) -> None:

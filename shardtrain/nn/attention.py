@@ -58,11 +58,13 @@ class Attention(nnx.Module):
     ):
         groups = n_heads if n_kv_heads is None else n_kv_heads
         if groups < 1 or n_heads % groups:
-            raise UserError(f"n_heads {n_heads} is no multiple of n_kv_heads {groups}; each group needs as many queries")
+            raise UserError(
+                f"n_heads {n_heads} is no multiple of n_kv_heads {groups}; each group needs as many queries"
+            )
         if head_dim is None and dim % n_heads:
             raise UserError(f"{dim} dims do not divide over n_heads {n_heads}; use a multiple, or give head_dim")
         if window is not None and window < 1:
-            raise UserError(f"sliding window {window} leaves a token nothing to see; use 1 or more, or null for no window")
+            raise UserError(f"sliding window {window} leaves a token nothing to see; use 1 or more, or null for none")
         size = dim // n_heads if head_dim is None else head_dim
         self.window, self.soft_cap, self.implementation = window, logit_soft_cap, implementation
         frequencies, self.rope_factor = rope_frequencies(size, rope_theta, rope_scaling)

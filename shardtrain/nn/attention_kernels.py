@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from shardtrain.errors import UserError
+from shardtrain.nn.precision import at_least_float32
 from shardtrain.sharding import current
 
 Implementation = Literal["auto", "einsum", "xla", "cudnn"]
@@ -87,7 +88,7 @@ def _einsum_attention(
 ) -> jax.Array:
     B, S, H, K = q_BSHK.shape
     G = k_BTGK.shape[2]
-    dtype = jnp.promote_types(jnp.float32, q_BSHK.dtype)
+    dtype = at_least_float32(q_BSHK.dtype)
     q_BSGRK = (q_BSHK * jnp.asarray(scale, q_BSHK.dtype)).reshape(B, S, G, H // G, K)
     scores_BGRST = jnp.einsum("BSGRK,BTGK->BGRST", q_BSGRK, k_BTGK, preferred_element_type=dtype)
     if soft_cap is not None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from shardtrain.nn.param import Initializer, Role, param
-from shardtrain.nn.precision import Precision
+from shardtrain.nn.precision import Precision, at_least_float32
 from shardtrain.sharding import current
 
 Axes = tuple[str | None, ...]
@@ -56,7 +56,8 @@ def einsum(equation: str, x: jax.Array, w: jax.Array, axes: Axes, precision: Pre
 def _einsum_fwd(
     equation: str, x: jax.Array, w: jax.Array, axes: Axes, precision: Precision
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return einsum(equation, x, w, axes, precision), (x, w)
+    # Spelled out: a remat policy cannot look for matmuls inside of the custom_vjp itself.
+    return jnp.einsum(equation, x, gathered(w, axes, precision.compute)), (x, w)
 
 
 def _einsum_bwd(
@@ -79,9 +80,9 @@ def fan_in_normal(inputs: int, scale: float = 1.0) -> Initializer:
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         dims = tuple(range(inputs))
         rest = tuple(range(inputs, len(shape)))
-        return jax.nn.initializers.variance_scaling(
-            scale, "fan_in", "truncated_normal", in_axis=dims, out_axis=rest
-        )(key, shape, dtype)
+        return jax.nn.initializers.variance_scaling(scale, "fan_in", "truncated_normal", in_axis=dims, out_axis=rest)(
+            key, shape, dtype
+        )
 
     return init
 
@@ -122,5 +123,5 @@ class Linear(nnx.Module):
         y = einsum(self.equation, x, self.weight[...], self.axes, self.precision)
         if self.bias is None:
             return y
-        wide = jnp.promote_types(y.dtype, self.precision.gradient)  # the bias's gradient is a sum over all tokens
+        wide = at_least_float32(y.dtype)  # the bias's gradient is a sum over all tokens
         return (y.astype(wide) + self.bias[...].astype(wide)).astype(y.dtype)

@@ -12,15 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from shardtrain.errors import UserError
+from shardtrain.nn.precision import at_least_float32
 from shardtrain.sharding import constrain
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 Loss = tuple[jax.Array, jax.Array, Metrics]
 
 
-def cross_entropy(
-    logits_BSV: jax.Array, targets_BS: jax.Array, mask_BS: jax.Array, *, z_loss: float = 0.0
-) -> Loss:
+def cross_entropy(logits_BSV: jax.Array, targets_BS: jax.Array, mask_BS: jax.Array, *, z_loss: float = 0.0) -> Loss:
     """Summed cross entropy in nats, its weight, and metrics, in at least float32.
 
     The logits are only ever reduced over the vocabulary, never indexed: with a sharded vocabulary each device sends
@@ -34,7 +33,7 @@ def cross_entropy(
     Returns:
       Scalars `loss_sum` and `weight_sum`, and `{"cross_entropy": (sum, weight)}` without the z-loss.
     """
-    dtype = jnp.promote_types(jnp.float32, logits_BSV.dtype)
+    dtype = at_least_float32(logits_BSV.dtype)
     logits_BSV = constrain(logits_BSV, "batch", "seq", "vocab").astype(dtype)
     mask_BS = mask_BS.astype(dtype)
     top_BS = jax.lax.stop_gradient(logits_BSV.max(-1))

@@ -8,6 +8,11 @@ from typing import Any
 import jax.numpy as jnp
 
 
+def at_least_float32(dtype: Any) -> Any:
+    """The dtype for softmaxes, losses, norms and angles of values in `dtype`."""
+    return jnp.dtype(dtype) if jnp.finfo(dtype).bits > 32 else jnp.dtype(jnp.float32)
+
+
 @dataclasses.dataclass(frozen=True)
 class Precision:
     """The dtypes of a training step.
@@ -25,9 +30,9 @@ class Precision:
     @property
     def softmax(self) -> Any:
         """dtype of softmaxes and losses: at least float32, and never below the compute dtype."""
-        return jnp.promote_types(jnp.float32, self.compute)
+        return at_least_float32(self.compute)
 
     @property
     def gradient(self) -> Any:
         """dtype in which a weight's gradient is made: `reduce`, but float64 stays float64."""
-        return jnp.float64 if jnp.dtype(self.compute) == jnp.float64 else self.reduce
+        return self.compute if jnp.dtype(self.compute) == jnp.float64 else self.reduce

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from shardtrain.errors import UserError
+from shardtrain.nn.precision import at_least_float32
 
 _KEYS = {
     "default": (set[str](), set[str]()),
@@ -26,9 +27,7 @@ _KEYS = {
 }
 
 
-def rope_frequencies(
-    head_dim: int, theta: float, scaling: Mapping[str, Any] | None = None
-) -> tuple[np.ndarray, float]:
+def rope_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] | None = None) -> tuple[np.ndarray, float]:
     """Angular frequency of each rotated pair, float64 `[head_dim / 2]`, and the factor on cos and sin.
 
     Args:
@@ -102,8 +101,8 @@ def _yarn(
 
 
 def rotate(x_BSHK: jax.Array, positions_BS: jax.Array, frequencies: Sequence[float], factor: float = 1.0) -> jax.Array:
-    """Rotate pairs `(k, k + K/2)` of each head by `position * frequency`, in at least float32; keeps shape and dtype."""
-    dtype = jnp.promote_types(jnp.float32, x_BSHK.dtype)
+    """Rotate pairs `(k, k + K/2)` of a head by `position * frequency`, in at least float32; keeps shape and dtype."""
+    dtype = at_least_float32(x_BSHK.dtype)
     angle = positions_BS[:, :, None, None].astype(dtype) * jnp.asarray(frequencies, dtype)
     cos, sin = jnp.cos(angle) * jnp.asarray(factor, dtype), jnp.sin(angle) * jnp.asarray(factor, dtype)
     a, b = jnp.split(x_BSHK.astype(dtype), 2, axis=-1)

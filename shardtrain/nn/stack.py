@@ -25,12 +25,14 @@ def remat_policy(remat: Remat) -> Callable[..., Any] | None:
         memory; a list of names (or `names:a,b`) keeps what the block marked with `checkpoint_name`.
 
     Raises:
-      UserError: another word.
+      UserError: another word, or an empty list of names.
     """
     policies = jax.checkpoint_policies
     if isinstance(remat, str) and remat.startswith("names:"):
         remat = [name.strip() for name in remat.removeprefix("names:").strip("[] ").split(",")]
     if not isinstance(remat, str):
+        if not all(remat) or not remat:
+            raise UserError(f"remat {list(remat)} names nothing to keep; give names, or full to keep only the inputs")
         return policies.save_only_these_names(*remat)
     known = {
         "none": None,

@@ -41,5 +41,5 @@ def test_two_processes_save_fall_back_and_refuse_together(tmp_path):
     lines = [report.read_text().splitlines() for report in reports]
     assert lines[0][:2] == lines[1][:2] == ["restored 2", "restored 1"]
     assert "no intact checkpoint is left" in lines[0][2]
-    assert "process 0 refused the checkpoints" in lines[1][2]
+    assert "process 0 refused to go on" in lines[1][2]
     assert verify(steps) == []

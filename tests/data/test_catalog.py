@@ -36,11 +36,11 @@ def test_a_new_type_is_one_line(monkeypatch, tmp_path):
     [
         (
             {"type": "corpsu"},
-            "data.type 'corpsu': the types are corpus, text, tokens, synthetic; did you mean 'corpus'?",
+            "data.type 'corpsu' does not exist; did you mean corpus?",
         ),
         (
             {"type": "zzz"},
-            "data.type 'zzz': the types are corpus, text, tokens, synthetic; choose one of them",
+            "data.type 'zzz' does not exist; use one of corpus, text, tokens, synthetic",
         ),
         ({"type": "text"}, "data.path is missing: data.type text reads files; name where they are"),
         ({"type": "tokens"}, "data.path is missing: data.type tokens reads files"),

@@ -26,9 +26,7 @@ def test_floats_come_back_bit_for_bit(tmp_path):
     with MetricsLog(tmp_path, tensorboard=False) as log:
         for step, value in enumerate(values):
             log.write(step, {"loss": value})
-    assert [np.float64(r["loss"]).tobytes() for r in read(tmp_path)] == [
-        np.float64(v).tobytes() for v in values
-    ]
+    assert [np.float64(r["loss"]).tobytes() for r in read(tmp_path)] == [np.float64(v).tobytes() for v in values]
 
 
 def test_what_is_not_finite_is_valid_json_and_comes_back(tmp_path):
@@ -96,9 +94,7 @@ def test_lines_survive_kill_9(tmp_path):
         "import sys\nfrom shardtrain.metrics import MetricsLog\nlog = MetricsLog(sys.argv[1])\n"
         "for step in range(1, 10**9):\n    log.write(step, {'loss': step / 7})\n    print(step, flush=True)\n"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True
-    ) as process:
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         seen = [int(process.stdout.readline()) for _ in range(20)][-1]
         os.kill(process.pid, signal.SIGKILL)

@@ -34,9 +34,7 @@ def plain(total, seconds=1.0, start=0, width=80, values=lambda step: VALUES):
 
 
 def test_plain_line():
-    assert plain(200)[2] == (
-        "step  20/200  loss 5.1234  grad_norm 0.812  lr 1.0e-03  12.3k tok/s  1.2 GiB  eta 3:00"
-    )
+    assert plain(200)[2] == ("step  20/200  loss 5.1234  grad_norm 0.812  lr 1.0e-03  12.3k tok/s  1.2 GiB  eta 3:00")
 
 
 def test_plain_lines_are_first_regular_and_last():
@@ -112,6 +110,4 @@ def test_the_terminal_is_given_back_after_an_error():
     console = Console(file=out, force_terminal=True, width=100, _environ={})
     with pytest.raises(RuntimeError, match="boom"), progress(5, 0, console=console):
         raise RuntimeError("boom")
-    assert out.getvalue().rindex("\x1b[?25h") > out.getvalue().rindex(
-        "\x1b[?25l"
-    )  # the cursor is shown again
+    assert out.getvalue().rindex("\x1b[?25h") > out.getvalue().rindex("\x1b[?25l")  # the cursor is shown again
