@@ -97,7 +97,10 @@ class Llama(nnx.Module):
         self.blocks = nn.Stack(block, n_layers, remat=remat, scan=scan, rngs=rngs)
         self.norm = nn.RMSNorm(d_model, eps=norm_eps, precision=precision, rngs=rngs)
         head = ("BSD,DV->BSV", (d_model, vocab_size), ("embed", "vocab"))
-        self.unembedding = None if tie_embeddings else nn.Linear(*head, role="head", precision=precision, rngs=rngs)
+        small = jax.nn.initializers.normal(0.02)  # near-uniform predictions at the start: a loss near log(vocab_size)
+        self.unembedding = (
+            None if tie_embeddings else nn.Linear(*head, role="head", init=small, precision=precision, rngs=rngs)
+        )
 
     def embedder(self, batch: Batch, ctx: nn.Context) -> jax.Array:
         """Token vectors `[B, S, D]`."""
@@ -113,6 +116,4 @@ class Llama(nnx.Module):
         targets, mask = batch["targets"], batch["loss_mask"]
         if self.loss_chunk is None:
             return nn.cross_entropy(self.logits(x_BSD), targets, mask, z_loss=self.z_loss)
-        return nn.chunked_cross_entropy(
-            self.logits, x_BSD, targets, mask, chunk=self.loss_chunk, z_loss=self.z_loss
-        )
+        return nn.chunked_cross_entropy(self.logits, x_BSD, targets, mask, chunk=self.loss_chunk, z_loss=self.z_loss)

@@ -9,13 +9,13 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 
 from shardtrain import trainer
 from shardtrain.checkpoint import Checkpointer, RunLock, load_weights, read_extra
-from shardtrain.checkpoint.agree import by_process_zero
+from shardtrain.checkpoint.agree import on_process_zero
 from shardtrain.config import RunConfig, check_same_run
 from shardtrain.data import Batch, Loader, Source, Tokenizer, open_source, split
 from shardtrain.errors import UserError
@@ -23,8 +23,6 @@ from shardtrain.generate import generate
 from shardtrain.job import Job, build
 from shardtrain.metrics import MetricsLog, plot_loss
 from shardtrain.trainer import Callback
-
-T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +65,7 @@ class Trainer(trainer.Trainer):
         """
         job = build(config, processes=processes)
         directory = Path(config.run.dir or f"runs/{config.run.name}").absolute()
-        lock = _on_process_zero(lambda: RunLock(directory))
+        lock = on_process_zero(lambda: RunLock(directory))
         try:
             checkpointer = Checkpointer(
                 directory / "checkpoints",
@@ -98,7 +96,7 @@ class Trainer(trainer.Trainer):
                 state=position,
                 shuffle=config.data.shuffle,
             )
-            log = _on_process_zero(lambda: _open_log(directory, config, int(state.step)))
+            log = on_process_zero(lambda: _open_log(directory, config, int(state.step)))
         except BaseException:
             if lock is not None:
                 lock.release()
@@ -197,18 +195,6 @@ class Trainer(trainer.Trainer):
             _write(self.directory / "sample.txt", f"--- prompt\n{prompt}\n--- continuation\n{text}\n")
 
 
-def _on_process_zero(make: Callable[[], T]) -> T | None:
-    """What process 0 makes, on process 0. Where it refuses, so do the others, and none waits for another in vain."""
-    made = None
-
-    def decide() -> None:
-        nonlocal made
-        made = make()
-
-    by_process_zero(decide)
-    return made
-
-
 def _open_log(directory: Path, config: RunConfig, step: int) -> MetricsLog:
     """The metrics up to `step`, and the config beside them."""
     log = MetricsLog(directory, tensorboard=config.log.tensorboard)
@@ -233,7 +219,7 @@ def _open_data(config: RunConfig, directory: Path) -> tuple[Source, Source | Non
             write=write,
         )
 
-    source, tokenizer = _on_process_zero(lambda: open_it(write=True)) or open_it(write=False)
+    source, tokenizer = on_process_zero(lambda: open_it(write=True)) or open_it(write=False)
     if data.held_out == 0:
         return source, None, tokenizer
     return *split(source, data.held_out), tokenizer

@@ -1,12 +1,15 @@
 """One decision for all processes: two that looked at the disk themselves might restore different steps."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from shardtrain.errors import UserError
+
+T = TypeVar("T")
 
 _NOTHING, _REFUSED = -1, -2
 
@@ -32,3 +35,19 @@ def by_process_zero(decide: Callable[[], int | None]) -> int | None:
     if answer == _REFUSED:
         raise UserError("process 0 refused to go on; see its message")
     return None if answer == _NOTHING else answer
+
+
+def on_process_zero(make: Callable[[], T]) -> T | None:
+    """What `make` makes, on process 0, and None on the others, which wait until it is made.
+
+    Raises:
+        UserError: `make` raised it; then no process waits in vain for another.
+    """
+    made = None
+
+    def decide() -> None:
+        nonlocal made
+        made = make()
+
+    by_process_zero(decide)
+    return made

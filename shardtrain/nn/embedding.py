@@ -62,8 +62,8 @@ def _lookup_bwd(
         return constrain(a, "batch", "seq", *[None] * (a.ndim - 2))
 
     def add(tokens: jax.Array, dy: jax.Array) -> jax.Array:
-        zeros_VD = jnp.zeros(table_VD.shape, precision.reduce)
-        return zeros_VD.at[tokens].add(dy.astype(precision.reduce), mode="clip")
+        zeros_VD = jnp.zeros(table_VD.shape, precision.gradient)
+        return zeros_VD.at[tokens].add(dy.astype(precision.gradient), mode="clip")
 
     # One table per device and their sum, in so many words: left to itself, XLA gathers the activations instead where a
     # mesh axis is manual.
