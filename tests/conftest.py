@@ -1,5 +1,10 @@
 """Eight emulated CPU devices for every test, and no silent rematerialisation in any."""
 
+import os
+
+# Tests compile much and compute little: less machine-code optimisation halves their time and changes no HLO pass.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+
 import jax
 import pytest
 
