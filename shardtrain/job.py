@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import optax
 
 from shardtrain import lr_schedules
 from shardtrain.config import RunConfig, check_devices, thaw
+from shardtrain.errors import UserError
 from shardtrain.mesh import MeshSpec, select_devices
 from shardtrain.metrics import peak_flops, transformer_flops_per_token
 from shardtrain.nn.precision import Precision
@@ -94,6 +96,7 @@ def build(config: RunConfig, *, processes: int = 1) -> Job:
     partitioner = Partitioner(mesh, make_rules(config.rules))
     precision = _precision(config, devices[0])
     make, arguments = config.model.load(), config.model.arguments()
+    _require_contract(config.model.type, make)
     model = ModelDef(lambda rngs: make(**arguments, precision=precision, rngs=rngs))
     report = sharding_report(model.weights, partitioner)
     report.check(max_replicated)
@@ -112,6 +115,19 @@ def build(config: RunConfig, *, processes: int = 1) -> Job:
         **thaw(section.options),
     )
     return Job(config, partitioner, model, precision, tx, lr, report)
+
+
+def _require_contract(name: str, model: Any) -> None:
+    """What the signature and methods of a class can tell of `nn.Model`, before anything runs."""
+    parameters = inspect.signature(model.__init__).parameters
+    passed = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    lacking = [f"parameter {p}" for p in ("precision", "rngs") if not (passed or p in parameters)]
+    lacking += [f"method {m}" for m in ("embedder", "head") if not hasattr(model, m)]
+    if lacking:
+        raise UserError(
+            f"model.type {name} has no {', no '.join(lacking)}: a class named by a config takes precision and rngs and "
+            "follows shardtrain.nn.Model (embedder, blocks, head); another module trains by make_train_step(loss=...)"
+        )
 
 
 def _precision(config: RunConfig, device: jax.Device) -> Precision:
