@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from shardtrain.job import build as build
     from shardtrain.mesh import MeshSpec as MeshSpec
     from shardtrain.mesh import select_devices as select_devices
+    from shardtrain.model_def import ModelDef as ModelDef
     from shardtrain.nn.precision import Precision as Precision
     from shardtrain.optim import optimizer as optimizer
     from shardtrain.report import sharding_report as sharding_report
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from shardtrain.sharding import Partitioner as Partitioner
     from shardtrain.sharding import constrain as constrain
     from shardtrain.sharding import make_rules as make_rules
-    from shardtrain.state import ModelDef as ModelDef
     from shardtrain.state import TrainState as TrainState
     from shardtrain.state import init_state as init_state
     from shardtrain.step import evaluate as evaluate
@@ -44,7 +44,7 @@ _HOME = {
     "Job": "job",
     "Loader": "data",
     "MeshSpec": "mesh",
-    "ModelDef": "state",
+    "ModelDef": "model_def",
     "Partitioner": "sharding",
     "Precision": "nn.precision",
     "RunConfig": "config",

@@ -13,11 +13,13 @@ from typing import Annotated, Any
 import typer
 
 import shardtrain
+from shardtrain.cli_schedule import schedule
 from shardtrain.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 checkpoint_app = typer.Typer(no_args_is_help=True, help="Look at a run's checkpoints.")
 app.add_typer(checkpoint_app, name="checkpoint")
+app.command()(schedule)
 
 File = Annotated[str, typer.Argument(help="Config file, such as configs/quickstart.yaml.", show_default=False)]
 Overrides = Annotated[
@@ -129,10 +131,12 @@ def _train(config: Any, allow_changes: bool, processes: int) -> None:
 
 def summary(run: Any) -> list[str]:
     """What is about to happen, in a few lines."""
+    from shardtrain.model_def import flatten
+
     job, report = run.job, run.job.report
     mesh = ", ".join(f"{axis} {size}" for axis, size in job.partitioner.mesh.shape.items() if size > 1) or "one device"
     devices = job.partitioner.mesh.devices
-    count = sum(row.weight.size for row in report.rows)
+    count = sum(weight.size for weight in flatten(job.model.canonical_weights).values())
     lines = [
         f"{job.config.run.name}: {job.config.model.type}, {count:,} parameters on {devices.size} x "
         f"{devices.flat[0].device_kind} ({mesh})",
@@ -140,11 +144,27 @@ def summary(run: Any) -> list[str]:
         f"{report.replicated_share:.1%} replicated",
         f"directory: {run.directory}",
     ]
+    if job.model.program is not None:
+        lines.append(pipeline_summary(job.model))
     if report.unannotated:
         lines.append(f"whole on every device, having no logical axes: {', '.join(report.unannotated)}")
     if run.resumed_from is not None:
         lines.append(f"resumed from the checkpoint of step {run.resumed_from}")
     return lines
+
+
+def pipeline_summary(model: Any) -> str:
+    """Schedule, layers of each stage and bubble, with advice where the bubble is large."""
+    from shardtrain.parallel.schedules import simulate
+
+    schedule = model.program.schedule
+    counts = [(model.layers_CRk[chunk, rank] >= 0).sum() for rank, chunk in schedule.placement]
+    bubble = simulate(schedule).bubble_fraction
+    text = (
+        f"pipeline: {schedule.name}, {schedule.ranks} ranks x {schedule.chunks} chunks, {schedule.microbatches} "
+        f"microbatches, bubble {bubble:.0%}; layers of the stages: {' '.join(map(str, counts))}"
+    )
+    return text if bubble <= 0.25 else f"{text}; more pipeline.microbatches would shrink the bubble"
 
 
 def resume_command() -> str:

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from shardtrain.errors import UserError
+from shardtrain.model_def import ModelDef
 from shardtrain.nn.context import Context
 from shardtrain.sharding import Partitioner, use
-from shardtrain.state import ModelDef, TrainState
+from shardtrain.state import TrainState
 
 
 def generate(

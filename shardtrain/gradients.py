@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -11,18 +12,21 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from shardtrain.model_def import ModelDef, Tree, join_layers, split_layers
 from shardtrain.nn.context import Context
 from shardtrain.nn.losses import Loss
 from shardtrain.nn.model import Batch, Model, forward
+from shardtrain.nn.param import Weight
+from shardtrain.parallel.pipeline import pipeline_gradients
 from shardtrain.sharding import Partitioner
-from shardtrain.state import ModelDef, TrainState, Tree
+from shardtrain.state import TrainState
 
 LossFunction = Callable[[nnx.Module, Batch, Context], Loss]
 #: name -> (sum, weight); always with "loss".
 Sums = dict[str, tuple[jax.Array, jax.Array]]
 
 #: Mesh axes over which gradients are reduced by hand, once per step.
-_MANUAL = ("island", "data")
+_REDUCED = ("island", "data")
 
 
 def batch_gradients(
@@ -38,65 +42,142 @@ def batch_gradients(
     """Gradients of the mean loss over the global batch, the sums behind it, and the model's new state.
 
     The loss is `loss_sum / weight_sum` plus each auxiliary `sum / weight`, every quotient over the *global* batch.
-    A model that follows `nn.Model` runs in a region that is manual over `data` and `island`: there each device group
-    sums its own rows' gradients over the microbatches, and one reduction at the end adds them up. A module with its
-    own `loss` runs outside of any manual region, so that what it does over the batch (BatchNorm) sees all of it.
+    A model that follows `nn.Model` runs in a region that is manual over `data` and `island` (and `pipe`, for a
+    pipeline): there each device group sums its own rows' gradients over the microbatches, and one reduction at the end
+    adds them up. A module with its own `loss` runs outside of any manual region, so that what it does over the batch
+    (BatchNorm) sees all of it.
     """
-    manual = [axis for axis in _MANUAL if partitioner.mesh.shape[axis] > 1] if loss is None else []
-    total = partial(jax.lax.psum, axis_name=manual) if manual else lambda x: x
+    reduced = [axis for axis in _REDUCED if partitioner.mesh.shape[axis] > 1] if loss is None else []
+    total = partial(jax.lax.psum, axis_name=reduced) if reduced else lambda x: x
+    pipe = [] if model.program is None else ["pipe"]
 
     def local(params: Tree, model_state: Tree, batch: Batch) -> tuple[Tree, Sums, Tree]:
-        scales = _aux_scales(model, loss, params, batch, total)
-
-        def gradient(batch: Batch, key: jax.Array) -> tuple[Tree, tuple[Sums, Tree]]:
-            def objective(params: Tree) -> tuple[jax.Array, tuple[Sums, Tree]]:
-                sums, aux, new_state = _sums(model, loss, params, model_state, batch, key, train=True)
-                value = sums["loss"][0] + sum(s * scales[name] for name, (s, _) in aux.items())
-                return value, (sums | aux, new_state)
-
-            grads, rest = jax.grad(objective, has_aux=True)(params)
-            return jax.tree.map(keep, grads, model.weights), rest
-
-        def keep(grad: jax.Array, weight: Any) -> jax.Array:
-            wide = grad.astype(jnp.promote_types(grad.dtype, jnp.float32))
-            return partitioner.constrain(wide, *weight.axes)
-
-        if accumulate == 1:
-            grads, (sums, new_state) = gradient(batch, key)
-        else:
-            micro = microbatches(batch, accumulate)
-
-            def body(carry: Any, one: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-                mb, index = one
-                # Contract models draw their bits from row numbers; only a module's own streams need another key.
-                grads, (sums, _) = gradient(mb, key if loss is None else jax.random.fold_in(key, index))
-                return jax.tree.map(jnp.add, carry, (grads, sums)), None
-
-            shapes = jax.eval_shape(lambda: gradient(jax.tree.map(lambda a: a[0], micro), key))
-            zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (shapes[0], shapes[1][0]))
-            zeros = (jax.tree.map(keep, zeros[0], model.weights), zeros[1])
-            (grads, sums), _ = jax.lax.scan(body, zeros, (micro, jnp.arange(accumulate)))
+        if pipe:
+            grads, sums = _pipelined(model, params, batch, key, partitioner, total)
             new_state = model_state
-        if manual:
+        else:
+            grads, sums, new_state = _accumulated(
+                model, loss, params, model_state, batch, key, partitioner, accumulate, total
+            )
+        if reduced:
             grads = jax.tree.map(lambda g: total(g.astype(_reduced(g, reduce_dtype))).astype(g.dtype), grads)
             sums = total(sums)
         return grads, sums, new_state
 
     run = local
-    if manual:
-        batch_spec = PartitionSpec(tuple(manual))
+    if reduced or pipe:
+        params_spec = jax.tree.map(lambda w: PartitionSpec(*(a and "pipe" for a in _stages(w))), model.weights)
         run = jax.shard_map(
             local,
             mesh=partitioner.mesh,
-            in_specs=(PartitionSpec(), PartitionSpec(), batch_spec),
-            out_specs=PartitionSpec(),
-            axis_names=set(manual),
+            in_specs=(params_spec, PartitionSpec(), PartitionSpec(tuple(reduced) or None)),
+            out_specs=(params_spec, PartitionSpec(), PartitionSpec()),
+            axis_names={*reduced, *pipe},
             check_vma=False,  # other axes stay Auto (research/pipeline.md, sharp edge 3)
         )
     grads, sums, new_state = run(state.params, state.model_state, batch)
     weight = sums["loss"][1]
     grads = jax.tree.map(lambda g, w: (g / weight.astype(g.dtype)).astype(w.dtype), grads, model.weights)
     return grads, sums, new_state
+
+
+def _stages(weight: Weight) -> tuple[bool, ...]:
+    """Up to the dim that enumerates pipeline ranks, whether each dim is that one."""
+    return tuple(axis == "stages" for axis in weight.axes[:2]) if "stages" in weight.axes else ()
+
+
+def _accumulated(
+    model: ModelDef,
+    loss: LossFunction | None,
+    params: Tree,
+    model_state: Tree,
+    batch: Batch,
+    key: jax.Array,
+    partitioner: Partitioner,
+    accumulate: int,
+    total: Callable[..., Any],
+) -> tuple[Tree, Sums, Tree]:
+    """Gradients of the summed loss over this region's rows, microbatch by microbatch."""
+    scales = _aux_scales(partial(_unpipelined_weights, model, loss, params, batch), total)
+
+    def gradient(batch: Batch, key: jax.Array) -> tuple[Tree, tuple[Sums, Tree]]:
+        def objective(params: Tree) -> tuple[jax.Array, tuple[Sums, Tree]]:
+            sums, aux, new_state = _sums(model, loss, params, model_state, batch, key, train=True)
+            value = sums["loss"][0] + sum(s * scales[name] for name, (s, _) in aux.items())
+            return value, (sums | aux, new_state)
+
+        grads, rest = jax.grad(objective, has_aux=True)(params)
+        return _kept(grads, model.weights, partitioner), rest
+
+    if accumulate == 1:
+        grads, (sums, new_state) = gradient(batch, key)
+        return grads, sums, new_state
+    micro = microbatches(batch, accumulate)
+
+    def body(carry: Any, one: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        mb, index = one
+        # Contract models draw their bits from row numbers; only a module's own streams need another key.
+        grads, (sums, _) = gradient(mb, key if loss is None else jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, carry, (grads, sums)), None
+
+    shapes = jax.eval_shape(lambda: gradient(jax.tree.map(lambda a: a[0], micro), key))
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (shapes[0], shapes[1][0]))
+    zeros = (_kept(zeros[0], model.weights, partitioner), zeros[1])
+    (grads, sums), _ = jax.lax.scan(body, zeros, (micro, jnp.arange(accumulate)))
+    return grads, sums, model_state
+
+
+def _pipelined(
+    model: ModelDef, params: Tree, batch: Batch, key: jax.Array, partitioner: Partitioner, total: Callable[..., Any]
+) -> tuple[Tree, Sums]:
+    """The same by a pipeline; within a region manual over `pipe`, where `params` holds this rank's layers."""
+    assert model.program is not None
+    assert model.layers_CRk is not None
+    length = batch["tokens"].shape[1] if "tokens" in batch else None
+
+    def pin(x: Any) -> Any:
+        def one(a: jax.Array) -> jax.Array:
+            seq = "seq" if a.ndim > 2 and a.shape[1] == length else None
+            return partitioner.constrain(a, "batch", *(seq if dim == 1 else None for dim in range(1, a.ndim)))
+
+        return jax.tree.map(one, x)
+
+    cut, ctx = model.cut(pin), Context(inputs=batch, key=key, train=True)
+    stacked, shared = split_layers(params)
+    mine = jax.tree.map(lambda a: a[:, 0], stacked)  # [chunks, 1, k, ...]: the only rank here is this one
+
+    def weights() -> tuple[jax.Array, dict[str, jax.Array]]:
+        # All layers are alike, so one stands for all of them.
+        x, aux = cut.block(jax.tree.map(lambda a: a[0, 0], mine), cut.embed(shared, batch, ctx), ctx)
+        return cut.head(shared, x, batch, ctx)[1], {name: w * model.layout.n_layers for name, (_, w) in aux.items()}
+
+    weights_stacked, weights_shared = split_layers(model.weights)
+    of_rank = jax.tree.map(lambda w: dataclasses.replace(w, axes=(w.axes[0], *w.axes[2:])), weights_stacked)
+
+    def keep(stacked: Tree, shared: Tree) -> tuple[Tree, Tree]:
+        return _kept(stacked, of_rank, partitioner), _kept(shared, weights_shared, partitioner)
+
+    dstacked, dshared, sums = pipeline_gradients(
+        model.program,
+        model.layers_CRk,
+        cut,
+        mine,
+        shared,
+        microbatches(batch, model.program.schedule.microbatches),
+        ctx,
+        _aux_scales(weights, total),
+        keep,
+    )
+    return join_layers(jax.tree.map(lambda g: g[:, None], dstacked), dshared), sums
+
+
+def _kept(grads: Tree, weights: Tree, partitioner: Partitioner) -> Tree:
+    """Gradients in at least float32, each laid out as its weight."""
+
+    def keep(grad: jax.Array, weight: Weight) -> jax.Array:
+        return partitioner.constrain(grad.astype(jnp.promote_types(grad.dtype, jnp.float32)), *weight.axes)
+
+    return jax.tree.map(keep, grads, weights)
 
 
 def batch_sums(model: ModelDef, loss: LossFunction | None, state: TrainState, batch: Batch) -> Sums:
@@ -134,22 +215,27 @@ def _sums(
     return {"loss": (loss_sum, weight), **metrics}, aux, model.model_state(module)
 
 
+def _unpipelined_weights(
+    model: ModelDef, loss: LossFunction | None, params: Tree, batch: Batch
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    if loss is not None:
+        return jnp.ones(()), {}
+    sums, aux, _ = _sums(model, None, params, {}, batch, None, train=False)
+    return sums["loss"][1], {name: w for name, (_, w) in aux.items()}
+
+
 def _aux_scales(
-    model: ModelDef, loss: LossFunction | None, params: Tree, batch: Batch, total: Callable[..., Any]
+    weights: Callable[[], tuple[jax.Array, dict[str, jax.Array]]], total: Callable[..., Any]
 ) -> dict[str, jax.Array]:
     """How much one unit of each auxiliary sum counts beside one of the loss sum: ratio of their global weights.
 
     Gradients are divided by the loss's weight at the very end, while microbatches add up sums: so the ratio has to be
     known first. Weights depend on the batch alone; the compiler drops the rest of this forward pass.
     """
-    if loss is not None:
+    if not jax.eval_shape(weights)[1]:
         return {}
-    forward_sums = partial(_sums, model, None, params, {}, batch, None, train=False)
-    if not jax.eval_shape(lambda: forward_sums()[1]):
-        return {}
-    sums, aux, _ = forward_sums()
-    weight, weights = total((sums["loss"][1], {name: w for name, (_, w) in aux.items()}))
-    return {name: jax.lax.stop_gradient(weight / w) for name, w in weights.items()}
+    weight, others = total(weights())
+    return {name: jax.lax.stop_gradient(weight / w) for name, w in others.items()}
 
 
 def _reduced(grad: jax.Array, reduce_dtype: Any) -> Any:

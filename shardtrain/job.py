@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,11 +17,13 @@ from shardtrain.config import RunConfig, check_devices, thaw
 from shardtrain.errors import UserError
 from shardtrain.mesh import MeshSpec, select_devices
 from shardtrain.metrics import peak_flops, transformer_flops_per_token
+from shardtrain.model_def import ModelDef, flatten
 from shardtrain.nn.precision import Precision
 from shardtrain.optim import optimizer
+from shardtrain.parallel import schedules
 from shardtrain.report import ShardingReport, sharding_report
 from shardtrain.sharding import Partitioner, make_rules
-from shardtrain.state import ModelDef, TrainState, abstract_state, flatten, init_state
+from shardtrain.state import TrainState, abstract_canonical, abstract_state, init_state
 from shardtrain.step import make_eval_step, make_train_step
 from shardtrain.trainer import Speed
 
@@ -39,6 +43,25 @@ class Job:
     def abstract_state(self) -> TrainState:
         """The state as shapes and shardings."""
         return abstract_state(self.model, self.tx, self.partitioner)
+
+    def abstract_canonical(self) -> TrainState:
+        """The state as checkpoints store it, as shapes and shardings."""
+        return abstract_canonical(self.model, self.tx, self.partitioner)
+
+    @functools.cached_property
+    def canonical(self) -> Callable[[TrainState], TrainState]:
+        """Turns a state into what checkpoints store; without a pipeline that is the very same."""
+        return self._mover(self.model.canonical, self.abstract_canonical())
+
+    @functools.cached_property
+    def live(self) -> Callable[[TrainState], TrainState]:
+        """The inverse of `canonical`."""
+        return self._mover(self.model.live, self.abstract_state())
+
+    def _mover(self, move: Callable[[Any], Any], wanted: TrainState) -> Callable[[TrainState], TrainState]:
+        if self.model.program is None:
+            return lambda state: state
+        return jax.jit(move, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, wanted))
 
     def init_state(self) -> TrainState:
         """A fresh sharded state from the config's seed."""
@@ -63,7 +86,9 @@ class Job:
     def speed(self) -> Speed:
         """What turns step times into tokens/s and, on a GPU with a known peak, MFU."""
         data, options = self.config.data, thaw(self.config.model.options)
-        matmul = sum(w.size for w in flatten(self.model.weights).values() if w.role in ("matrix", "head", "router"))
+        matmul = sum(
+            w.size for w in flatten(self.model.canonical_weights).values() if w.role in ("matrix", "head", "router")
+        )
         if options.get("tie_embeddings"):
             matmul += options["vocab_size"] * options["d_model"]
         heads = options.get("n_heads") or 0
@@ -97,9 +122,18 @@ def build(config: RunConfig, *, processes: int = 1) -> Job:
     precision = _precision(config, devices[0])
     make, arguments = config.model.load(), config.model.arguments()
     _require_contract(config.model.type, make)
-    model = ModelDef(lambda rngs: make(**arguments, precision=precision, rngs=rngs))
+    schedule = None
+    if (ranks := mesh.shape["pipe"]) > 1:
+        section = config.pipeline
+        schedule = schedules.make(section.schedule, ranks, section.microbatches, section.chunks)
+    model = ModelDef(lambda rngs: make(**arguments, precision=precision, rngs=rngs), schedule=schedule)
     report = sharding_report(model.weights, partitioner)
     report.check(max_replicated)
+    tx, lr = _optimizer(config, model)
+    return Job(config, partitioner, model, precision, tx, lr, report)
+
+
+def _optimizer(config: RunConfig, model: ModelDef) -> tuple[optax.GradientTransformation, optax.Schedule]:
     section = config.optimizer
     schedule = section.schedule.model_dump()
     schedule["decay_steps"] = schedule["decay_steps"] or config.run.steps  # a constant schedule has none
@@ -114,7 +148,7 @@ def build(config: RunConfig, *, processes: int = 1) -> Job:
         per_layer=section.per_layer,
         **thaw(section.options),
     )
-    return Job(config, partitioner, model, precision, tx, lr, report)
+    return tx, lr
 
 
 def _require_contract(name: str, model: Any) -> None:

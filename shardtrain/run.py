@@ -79,8 +79,8 @@ class Trainer(trainer.Trainer):
                 stored = read_extra(checkpointer.directory, latest)["config"]
                 check_same_run(stored, config, str(directory))
             source, held_out, tokenizer = _open_data(config, directory)
-            restored = None if latest is None else checkpointer.restore(job.abstract_state(), latest)
-            state = job.init_state() if restored is None else restored.state
+            restored = None if latest is None else checkpointer.restore(job.abstract_canonical(), latest)
+            state = job.init_state() if restored is None else job.live(restored.state)
             if restored is None and config.init_from is not None:
                 state = _with_weights_of(config.init_from, state, job)
             position = None if restored is None else restored.extra["data"]
@@ -107,6 +107,7 @@ class Trainer(trainer.Trainer):
             batches,
             steps=config.run.steps,
             speed=job.speed(),
+            canonical=job.canonical,
             checkpointer=checkpointer,
             checkpoint_every=config.checkpoint.every,
             extra={"config": config.to_dict(), "mesh": dict(job.partitioner.mesh.shape)},
@@ -235,8 +236,8 @@ def _eval_batches(source: Source, config: RunConfig, sharding: Any) -> Iterator[
 def _with_weights_of(path: str, state: Any, job: Job) -> Any:
     place = Path(path)
     step = int(place.name) if place.name.isdigit() else None
-    params = load_weights(place.parent if step is not None else place, job.abstract_state().params, step)
-    return dataclasses.replace(state, params=params)
+    params = load_weights(place.parent if step is not None else place, job.abstract_canonical().params, step)
+    return job.live(dataclasses.replace(job.canonical(state), params=params))
 
 
 def _write(path: Path, text: str) -> None:

@@ -11,9 +11,10 @@ import optax
 
 from shardtrain.errors import UserError
 from shardtrain.gradients import LossFunction, Sums, batch_gradients, batch_sums
+from shardtrain.model_def import ModelDef
 from shardtrain.nn.model import Batch
 from shardtrain.sharding import Partitioner, use
-from shardtrain.state import ModelDef, TrainState, abstract_state
+from shardtrain.state import TrainState, abstract_state
 
 Metrics = dict[str, jax.Array]
 
@@ -47,6 +48,11 @@ def make_train_step(
     Raises:
       UserError: `accumulate` > 1 for a module whose forward pass changes state.
     """
+    if accumulate > 1 and model.program is not None:
+        raise UserError(
+            f"optimizer.accumulate is {accumulate}, but a pipeline has microbatches of its own; use accumulate 1 and "
+            "choose pipeline.microbatches"
+        )
     if accumulate > 1 and model.mutable:
         raise UserError(
             f"optimizer.accumulate is {accumulate}, but the model changes {', '.join(model.mutable[:3])} in its "

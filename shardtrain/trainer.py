@@ -83,6 +83,7 @@ class Trainer:
       batches: training batches; its `state` is stored in checkpoints.
       steps: train until the state has seen so many.
       speed: see `Speed`.
+      canonical: the state as checkpoints store it; for a pipeline, `[layers, ...]` in the model's order.
       checkpointer: where states go, every `checkpoint_every` steps and at the end; `extra` is stored with them.
       eval_step, eval_batches: held-out evaluation, every `eval_every` steps and at the end.
       log: metrics on disk, every `log_every` steps, with each evaluation and at the end.
@@ -98,6 +99,7 @@ class Trainer:
         *,
         steps: int,
         speed: Speed,
+        canonical: Callable[[TrainState], TrainState] = lambda state: state,
         checkpointer: Checkpointer | None = None,
         checkpoint_every: int = 100,
         extra: Mapping[str, Any] | None = None,
@@ -113,6 +115,7 @@ class Trainer:
     ):
         self.state, self.train_step, self.batches = state, train_step, batches
         self.steps, self.speed, self.max_skipped, self.should_stop = steps, speed, max_skipped, should_stop
+        self.canonical = canonical
         self.checkpointer, self.checkpoint_every, self.extra = (
             checkpointer,
             checkpoint_every,
@@ -175,7 +178,7 @@ class Trainer:
     def save(self) -> None:
         """Store the present state, once."""
         if self.checkpointer is not None and self._saved != self.step:
-            self.checkpointer.save(self.step, self.state, {**self.extra, "data": self.batches.state})
+            self.checkpointer.save(self.step, self.canonical(self.state), {**self.extra, "data": self.batches.state})
             self._saved = self.step
 
     def _compile(self, batch: Batch) -> Any:

@@ -23,6 +23,7 @@ ROOMS = [
     "per_layer",
     "lr_schedules",
     "optim",
+    "model_def",
     "state",
     "gradients",
     "step",
@@ -39,6 +40,7 @@ ROOMS = [
     "signals",
     "plan",
     "interop",
+    "cli_schedule",
     "cli",
     "__main__",
 ]

@@ -10,10 +10,11 @@ import pytest
 
 import tiny
 from shardtrain.hlo import Collective, collectives
+from shardtrain.model_def import flatten
 from shardtrain.nn.linear import gathered
 from shardtrain.optim import optimizer
 from shardtrain.sharding import use
-from shardtrain.state import abstract_state, flatten
+from shardtrain.state import abstract_state
 from shardtrain.step import make_train_step
 
 # Sizes that no weight has, so that a shape tells what it is of.

@@ -7,9 +7,10 @@ import pytest
 
 import tiny
 from shardtrain.errors import UserError
+from shardtrain.model_def import flatten
 from shardtrain.optim import optimizer
 from shardtrain.report import sharding_report
-from shardtrain.state import abstract_state, flatten, init_function, init_state
+from shardtrain.state import abstract_state, init_function, init_state
 
 
 def make(model, **mesh):

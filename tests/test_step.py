@@ -13,9 +13,10 @@ import tiny
 from shardtrain import nn
 from shardtrain.errors import UserError
 from shardtrain.gradients import batch_gradients, microbatches
+from shardtrain.model_def import ModelDef
 from shardtrain.optim import optimizer
 from shardtrain.sharding import use
-from shardtrain.state import ModelDef, init_state
+from shardtrain.state import init_state
 from shardtrain.step import evaluate, make_eval_step, make_train_step
 
 

@@ -10,6 +10,7 @@ from shardtrain.config.errors import Problem
 from shardtrain.config.schema import Data, Devices, MeshSizes, Model, Optimizer, Pipeline
 from shardtrain.errors import UserError, did_you_mean, nearest
 from shardtrain.mesh import AXES, MeshSpec, divisors
+from shardtrain.parallel import schedules
 from shardtrain.sharding import DEFAULT_RULES
 
 RuleTable = Mapping[str, tuple[str, ...]]
@@ -112,27 +113,41 @@ def check_sequence(data: Data, mesh: MeshSizes, rules: RuleTable) -> Iterator[Pr
     yield from _divides("data.seq_len", data.seq_len, "seq", mesh, rules)
 
 
-def check_pipe(mesh: MeshSizes) -> Iterator[Problem]:
-    """Whether there is a pipeline at all."""
-    if mesh.pipe != 1:
-        rule = "the pipeline executor is not built yet (issue 3), so there is one stage"
-        yield Problem("mesh.pipe", mesh.pipe, rule, "set mesh.pipe=1 and give its devices to fsdp or data")
+def check_schedule(mesh: MeshSizes, pipeline: Pipeline) -> Iterator[Problem]:
+    """Whether there is such a schedule for these sizes."""
+    if mesh.pipe > 1:
+        try:
+            schedules.make(pipeline.schedule, mesh.pipe, pipeline.microbatches, pipeline.chunks)
+        except UserError as error:
+            fix = f"choose among {', '.join(schedules.registered)}, or other sizes"
+            yield Problem("pipeline.schedule", pipeline.schedule, str(error), fix)
 
 
 def check_layers(model: Model, mesh: MeshSizes, pipeline: Pipeline) -> Iterator[Problem]:
     """Layers against the stages of a pipeline."""
     layers, stages = model.options.get("n_layers"), mesh.pipe * pipeline.chunks
-    if mesh.pipe > 1 and _is_count(layers) and layers % stages:
-        rule = f"pipe {mesh.pipe} x chunks {pipeline.chunks} = {stages} stages must divide the layers"
-        yield Problem("model.n_layers", layers, rule, f"use {_multiples('model.n_layers', layers, stages)}")
+    if mesh.pipe > 1 and _is_count(layers) and layers < stages:
+        rule = f"pipe {mesh.pipe} x chunks {pipeline.chunks} = {stages} stages need a layer each"
+        yield Problem("model.n_layers", layers, rule, f"use {stages} layers or more, or fewer ranks or chunks")
 
 
-def check_microbatches(mesh: MeshSizes, optimizer: Optimizer) -> Iterator[Problem]:
-    """Under a pipeline there is one kind of microbatch."""
-    if mesh.pipe > 1 and optimizer.accumulate > 1:
+def check_microbatches(
+    data: Data, mesh: MeshSizes, rules: RuleTable, pipeline: Pipeline, optimizer: Optimizer
+) -> Iterator[Problem]:
+    """Each device's rows against the pipeline's microbatches, which are the only ones there."""
+    if mesh.pipe <= 1:
+        return
+    if optimizer.accumulate > 1:
         rule = "under a pipeline the microbatches are the pipeline's"
         fix = "set optimizer.accumulate=1 and choose pipeline.microbatches"
         yield Problem("optimizer.accumulate", optimizer.accumulate, rule, fix)
+    batch, count = data.global_batch, pipeline.microbatches
+    pieces, named = _split("batch", mesh, rules)
+    share = batch // pieces
+    if batch % pieces == 0 and share % count:
+        rule = f"{batch} / {pieces} ({named}) = {share} rows per device must divide by the microbatches"
+        other = _multiples("data.global_batch", batch, pieces * count)
+        yield Problem("pipeline.microbatches", count, rule, f"use one of {divisors(share)[:8]}, or {other}")
 
 
 def axis_sizes(mesh: MeshSizes) -> dict[str, int]:

@@ -24,7 +24,7 @@ LAYOUT: tuple[Check, ...] = (
     layout_checks.check_batch,
     layout_checks.check_accumulate,
     layout_checks.check_sequence,
-    layout_checks.check_pipe,
+    layout_checks.check_schedule,
     layout_checks.check_layers,
     layout_checks.check_microbatches,
 )

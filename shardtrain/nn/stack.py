@@ -45,6 +45,13 @@ def remat_policy(remat: Remat) -> Callable[..., Any] | None:
     return cast(Callable[..., Any] | None, known[remat])
 
 
+def rematerialized(body: Callable[..., Any], remat: Remat, *, in_scan: bool = True) -> Callable[..., Any]:
+    """A function whose backward pass keeps what `remat` says."""
+    policy = remat_policy(remat)
+    # Within a scan the loop itself keeps XLA from undoing the rematerialisation.
+    return body if policy is None else jax.checkpoint(body, policy=policy, prevent_cse=not in_scan)
+
+
 class Stack(nnx.Module):
     """`n_layers` blocks of one kind, `block(x, ctx) -> (x, aux)`, applied one after the other.
 
@@ -105,9 +112,7 @@ class Stack(nnx.Module):
             params, index = layer
             return self.apply_block(params, x, ctx.at_layer(index))
 
-        if (policy := remat_policy(self.remat)) is not None:
-            # Within a scan the loop itself keeps XLA from undoing the rematerialisation.
-            body = jax.checkpoint(body, policy=policy, prevent_cse=not self.scan)
+        body = rematerialized(body, self.remat, in_scan=self.scan)
         layers = (self.params(), jnp.arange(self.n_layers, dtype=jnp.int32))
         if self.scan:
             x, aux = jax.lax.scan(body, x, layers)

@@ -93,12 +93,18 @@ def test_a_rule_of_null_lifts_the_check(base):
     load_config(base, ["mesh={fsdp: 2, tensor: 4}", "rules.kv_heads=null"])
 
 
-def test_pipelines_are_not_built_yet(problems):
-    found = problems("mesh={pipe: 8}", "pipeline.chunks=2", "optimizer.accumulate=2")
-    assert set(found) == {"mesh.pipe", "model.n_layers", "optimizer.accumulate"}
-    assert "issue 3" in found["mesh.pipe"].rule
-    assert "mesh.pipe=1" in found["mesh.pipe"].fix
-    assert "pipe 8 x chunks 2 = 16 stages" in found["model.n_layers"].rule
+def test_a_pipeline_that_does_not_fit(problems):
+    found = problems("mesh={pipe: 8}", "pipeline.chunks=2", "pipeline.microbatches=3", "optimizer.accumulate=2")
+    assert set(found) == {"model.n_layers", "optimizer.accumulate", "pipeline.microbatches"}
+    assert "pipe 8 x chunks 2 = 16 stages need a layer each" in found["model.n_layers"].rule
+    assert "rows per device must divide by the microbatches" in found["pipeline.microbatches"].rule
+
+
+def test_a_pipeline_schedule_that_does_not_exist(problems):
+    found = problems("mesh={pipe: 2, data: 4}", "pipeline.schedule=1f2b", "pipeline.microbatches=2")
+    assert "did you mean 1f1b?" in found["pipeline.schedule"].rule
+    found = problems("mesh={pipe: 2, data: 4}", "pipeline.schedule=zb_v", "pipeline.microbatches=2")
+    assert "needs 2" in found["pipeline.schedule"].rule
 
 
 def test_typos_in_rules(problems):

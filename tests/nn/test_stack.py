@@ -10,8 +10,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from shardtrain import nn
 from shardtrain.errors import UserError
+from shardtrain.model_def import ModelDef, flatten
 from shardtrain.nn.param import describe
-from shardtrain.state import ModelDef, flatten
 
 F32 = nn.Precision()
 F64 = nn.Precision(jnp.float64, jnp.float64, jnp.float64)

@@ -1,0 +1,146 @@
+"""The executor: runs any pipeline schedule inside one SPMD program, on stock JAX.
+
+It is called within a `jax.shard_map` that is manual over `pipe`. Every rank does the same work in every tick, an idle
+one on values that nobody reads, so the program has no conditional and any collective is legal inside of a stage; an idle
+rank would have waited anyway. Consecutive ticks with the same phases are one `lax.scan`, so the program does not grow
+with the number of microbatches. Messages move only at the start of a tick.
+
+What a stage computes is in `work.py`, what its phases keep for each other in `backward.py`.
+
+Shapes: M microbatches, C chunks of a rank, R ranks, k layers of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from shardtrain.nn.context import Context
+from shardtrain.nn.model import Batch
+from shardtrain.parallel.backward import Row, State, backward_mode
+from shardtrain.parallel.schedules import Program, Segment
+from shardtrain.parallel.slots import buffer, write
+from shardtrain.parallel.work import Cut, Visit, Work
+
+__all__ = ["Cut", "pipeline_gradients"]
+
+_AXIS = "pipe"
+Tree = Any
+
+
+def pipeline_gradients(
+    program: Program,
+    layers_CRk: np.ndarray,
+    cut: Cut,
+    stacked: Tree,
+    shared: Tree,
+    batch_M: Batch,
+    ctx: Context,
+    aux_scales: Mapping[str, jax.Array],
+    keep: Callable[[Tree, Tree], tuple[Tree, Tree]],
+) -> tuple[Tree, Tree, dict[str, tuple[jax.Array, jax.Array]]]:
+    """Gradients of the summed loss over all microbatches, and the sums behind it; within a region manual over `pipe`.
+
+    Args:
+      program: schedule and buffers, and thereby the backward mode (see `backward.py`): `split` if it has a phase W,
+        `save` if it was allocated with `save_residuals`, else `remat`.
+      layers_CRk: from `layer_table`.
+      stacked: this rank's layers, `[C, k, ...]` each.
+      shared: all other parameters, the same on all ranks.
+      batch_M: microbatches, `[M, B / M, ...]` each.
+      ctx: with key and train; layer and inputs are set here.
+      aux_scales: what one unit of each auxiliary sum counts beside one of the loss sum.
+      keep: pins the layout and dtype of gradients of (stacked, shared).
+
+    Returns:
+      Gradients of `stacked` (this rank's) and of `shared` (all ranks' sum), and `{name: (sum, weight)}`, all ranks' sum.
+    """
+    rank = jax.lax.axis_index(_AXIS)
+    visit = _visits(program, layers_CRk, batch_M, rank)
+    work = Work(cut, stacked, shared, ctx, aux_scales)
+    mode = backward_mode(program)(work, visit)
+
+    def pinned(state: State) -> State:
+        dstacked, dshared = keep(state["dstacked"], state["dshared"])
+        x, g = (jax.vmap(cut.pin)(state[kind]) for kind in "xg")
+        return state | {"x": x, "g": g, "dstacked": dstacked, "dshared": dshared}
+
+    def tick(segment: Segment) -> Callable[[State, Row], tuple[State, None]]:
+        def run(state: State, columns: Row) -> tuple[State, None]:
+            row = {name: column[rank] for name, column in columns.items()}
+            state = _delivered(state, row, {move: program.edges[move] for move in segment.moves})
+            for phase in segment.phases:
+                state = mode.phases[phase](state, row)
+            return pinned(state), None
+
+        return run
+
+    some = visit(jnp.int32(0))
+    x = jax.eval_shape(work.embed, some)
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), x)
+    like = {"x": x, "g": x, **mode.kept}
+    state = {
+        **{kind: buffer(tree, program.slots[kind]) for kind, tree in like.items()},
+        "y": zeros,
+        "dx": zeros,
+        "dstacked": jax.tree.map(_wide_zeros, stacked),
+        "dshared": jax.tree.map(_wide_zeros, shared),
+        "sums": _zero_sums(work, zeros, some),
+    }
+    state = pinned(state)
+    for segment in program.segments():
+        columns = {name: column[segment.start : segment.stop] for name, column in program.columns.items()}
+        state, _ = jax.lax.scan(tick(segment), state, columns)
+    dshared, sums = jax.lax.psum((state["dshared"], state["sums"]), _AXIS)
+    return state["dstacked"], dshared, sums
+
+
+def _visits(program: Program, layers_CRk: np.ndarray, batch_M: Batch, rank: jax.Array) -> Callable[[jax.Array], Visit]:
+    """From an entry of the table to what it means on this rank; from an idle one, to some visit that is not `on`."""
+    schedule = program.schedule
+
+    def visit(item: jax.Array) -> Visit:
+        on = item >= 0
+        chunk, m = jnp.divmod(jnp.maximum(item, 0), schedule.microbatches)
+        stage = jnp.asarray(schedule.stage_RC)[rank, chunk]
+        return Visit(
+            on=on,
+            first=on & (stage == 0),
+            last=on & (stage == schedule.stages - 1),
+            chunk=chunk,
+            layers_k=jnp.asarray(layers_CRk)[chunk, rank],
+            inputs=jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, m, 0, keepdims=False), batch_M),
+        )
+
+    return visit
+
+
+def _delivered(state: State, row: Row, moves: Mapping[str, tuple[tuple[int, int], ...]]) -> State:
+    """The messages of the last tick in their slots.
+
+    A rank sends the one output (or gradient) that it has every way that anything goes; whom it is not meant for writes
+    it where nobody reads.
+    """
+    arrived = {}
+    for move, edges in moves.items():
+        kind, sent = move[0], state["y" if move[0] == "x" else "dx"]
+        # Without edges, what a rank sends stays there.
+        message = jax.tree.map(lambda a, e=edges: jax.lax.ppermute(a, _AXIS, e), sent) if edges else sent
+        arrived[kind] = write(arrived.get(kind, state[kind]), row[move], message)
+    return state | arrived
+
+
+def _zero_sums(work: Work, x: Tree, visit: Visit) -> dict[str, tuple[jax.Array, jax.Array]]:
+    def sums() -> dict[str, Any]:
+        y, aux = work.stage(work.params(visit), x, visit)
+        return work.loss(y, visit)[1] | aux
+
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(sums))
+
+
+def _wide_zeros(weight: jax.Array) -> jax.Array:
+    return jnp.zeros(weight.shape, jnp.promote_types(weight.dtype, jnp.float32))

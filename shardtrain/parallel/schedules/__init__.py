@@ -1,0 +1,40 @@
+"""Pipeline schedules: tables that say which rank does what in which tick, and what follows from them.
+
+A schedule is a function `(ranks, microbatches, chunks) -> Schedule` in a file of its own; `register` makes it known.
+"""
+
+from shardtrain.parallel.schedules import gpipe, interleaved, one_f_one_b, zb_h1, zb_v  # noqa: F401  (they register)
+from shardtrain.parallel.schedules.buffers import Program, Segment, allocate
+from shardtrain.parallel.schedules.build import ring, tabulate, vee, weights_last
+from shardtrain.parallel.schedules.check import check
+from shardtrain.parallel.schedules.check_program import check_program
+from shardtrain.parallel.schedules.csv_file import from_csv, to_csv
+from shardtrain.parallel.schedules.registry import Entry, get, make, register, registered, textbook
+from shardtrain.parallel.schedules.schedule import Action, Schedule, Textbook
+from shardtrain.parallel.schedules.simulate import Costs, Result, simulate
+
+__all__ = [
+    "Action",
+    "Costs",
+    "Entry",
+    "Program",
+    "Result",
+    "Schedule",
+    "Segment",
+    "Textbook",
+    "allocate",
+    "check",
+    "check_program",
+    "from_csv",
+    "get",
+    "make",
+    "register",
+    "registered",
+    "ring",
+    "simulate",
+    "tabulate",
+    "textbook",
+    "to_csv",
+    "vee",
+    "weights_last",
+]

@@ -1,0 +1,107 @@
+"""Schedules by name: the built-in ones, a user's own, and CSV files."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from shardtrain.errors import UserError, did_you_mean
+from shardtrain.parallel.schedules.check import check
+from shardtrain.parallel.schedules.csv_file import from_csv
+from shardtrain.parallel.schedules.schedule import Schedule, Textbook
+
+#: `(ranks, microbatches, chunks) -> Schedule`
+Builder = Callable[[int, int, int], Schedule]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A registered schedule.
+
+    Attributes:
+      name: what configs call it.
+      build: makes the table.
+      textbook: makes the order as published, if there is one.
+      chunks: a number of chunks that shows it well, for pictures.
+    """
+
+    name: str
+    build: Builder
+    textbook: Callable[[int, int, int], Textbook] | None
+    chunks: int
+
+
+_ENTRIES: dict[str, Entry] = {}
+
+#: Every registered schedule by its name.
+registered: Mapping[str, Entry] = MappingProxyType(_ENTRIES)
+
+
+def register(
+    name: str, *, textbook: Callable[[int, int, int], Textbook] | None = None, chunks: int = 1
+) -> Callable[[Builder], Builder]:
+    """Decorator: makes a function `(ranks, microbatches, chunks) -> Schedule` known by a name.
+
+    Raises:
+      UserError: the name is taken, or would be read as a file's.
+    """
+    if name in _ENTRIES or name.endswith(".csv"):
+        raise UserError(f"schedule name {name!r} is taken, or that of a CSV file; register it under another name")
+
+    def add(build: Builder) -> Builder:
+        _ENTRIES[name] = Entry(name, build, textbook, chunks)
+        return build
+
+    return add
+
+
+def get(name: str) -> Entry:
+    """The registered schedule of that name.
+
+    Raises:
+      UserError: there is none; names the nearest.
+    """
+    if name not in _ENTRIES:
+        raise UserError(f"pipeline schedule {name!r} does not exist; {did_you_mean(name, _ENTRIES)}, or a .csv file")
+    return _ENTRIES[name]
+
+
+def make(name: str, ranks: int, microbatches: int, chunks: int = 1) -> Schedule:
+    """The checked schedule for these sizes.
+
+    Args:
+      name: a registered name, or the path of a `.csv` file.
+      ranks: size of the mesh axis `pipe`.
+      microbatches: per step.
+      chunks: stages on each rank.
+
+    Raises:
+      UserError: no such schedule, sizes that it does not allow, or a table that is not right.
+    """
+    sizes = {"ranks": ranks, "microbatches": microbatches, "chunks": chunks}
+    for what, size in sizes.items():
+        if size < 1:
+            raise UserError(f"pipeline {what} {size} must be 1 or more")
+    schedule = from_csv(name) if name.endswith(".csv") else get(name).build(ranks, microbatches, chunks)
+    for what, size in sizes.items():
+        if getattr(schedule, what) != size:
+            raise UserError(
+                f"schedule {name} is for {what} {getattr(schedule, what)}, not {size}; "
+                f"ask for {what} {getattr(schedule, what)}, or take another schedule"
+            )
+    check(schedule)
+    return schedule
+
+
+def textbook(name: str, ranks: int, microbatches: int, chunks: int = 1) -> Textbook | None:
+    """The published order for these sizes, checked; `None` where the schedule states none.
+
+    Raises:
+      UserError: as `make`.
+    """
+    if name.endswith(".csv") or (entry := get(name)).textbook is None:
+        return None
+    order = entry.textbook(ranks, microbatches, chunks)
+    check(order.lockstep())
+    return order

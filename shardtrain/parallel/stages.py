@@ -1,0 +1,37 @@
+"""Which layers lie where in a pipeline."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from shardtrain.errors import UserError
+from shardtrain.parallel.schedules import Schedule
+
+
+def layers_per_stage(n_layers: int, stages: int) -> list[int]:
+    """How many layers each stage holds: as equal as can be, with fewer at the ends, which do more.
+
+    Raises:
+      UserError: fewer layers than stages.
+    """
+    if n_layers < stages:
+        raise UserError(
+            f"{n_layers} layers cannot fill {stages} pipeline stages (mesh.pipe x pipeline.chunks); use {stages} "
+            "layers or more, or fewer ranks or chunks"
+        )
+    counts = [n_layers // stages] * stages
+    middle_first = sorted(range(stages), key=lambda stage: abs(stage - (stages - 1) / 2))
+    for stage in middle_first[: n_layers % stages]:
+        counts[stage] += 1
+    return counts
+
+
+def layer_table(schedule: Schedule, n_layers: int) -> np.ndarray:
+    """The layer in each slot, int32 `[chunks, ranks, k]`; -1 in slots of no layer."""
+    counts = layers_per_stage(n_layers, schedule.stages)
+    table = np.full((schedule.chunks, schedule.ranks, max(counts)), -1, np.int32)
+    first = 0
+    for (rank, chunk), count in zip(schedule.placement, counts, strict=True):
+        table[chunk, rank, :count] = np.arange(first, first + count)
+        first += count
+    return table

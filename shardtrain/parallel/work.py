@@ -1,0 +1,165 @@
+"""What the stages of a pipeline compute, as pure functions: no tables, no messages, no buffers.
+
+Every rank computes everything in every phase: also the embedding and the loss, which only the end stages need, and also
+when it idles. What is not wanted is masked out of sums and gradients.
+
+Shapes: C chunks of a rank, k layers of a chunk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from shardtrain.nn.context import Context
+from shardtrain.nn.losses import Loss
+from shardtrain.nn.model import Batch
+from shardtrain.nn.stack import Aux
+from shardtrain.parallel.slots import add_at, masked, select
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """A model cut for a pipeline, as pure functions of its parameters.
+
+    Attributes:
+      embed: `(shared, batch, ctx) -> x`, on the first stage.
+      block: `(params of one layer, x, ctx) -> (x, aux)`.
+      head: `(shared, x, batch, ctx) -> (loss_sum, weight_sum, metrics)`, on the last stage.
+      remat: wraps a function so that its backward pass keeps what the model's remat policy says.
+      pin: pins the layout of the pytree `x` between stages.
+    """
+
+    embed: Callable[[Tree, Batch, Context], Tree]
+    block: Callable[[Tree, Tree, Context], tuple[Tree, Aux]]
+    head: Callable[[Tree, Tree, Batch, Context], Loss]
+    remat: Callable[[Callable[..., Any]], Callable[..., Any]]
+    pin: Callable[[Tree], Tree] = lambda x: x
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Visit:
+    """A microbatch at one of this rank's stages; that of an idle rank is made up.
+
+    Attributes:
+      on: whether it is real.
+      first: whether it is real and the stage is the first; such a stage embeds.
+      last: whether it is real and the stage is the last; such a stage computes the loss.
+      chunk: the rank's chunk.
+      layers_k: index of each layer of the stage in the model, -1 in a slot of no layer.
+      inputs: the microbatch.
+    """
+
+    on: jax.Array
+    first: jax.Array
+    last: jax.Array
+    chunk: jax.Array
+    layers_k: jax.Array
+    inputs: Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The parts of a forward and backward pass through a stage.
+
+    Attributes:
+      cut: the model.
+      stacked: this rank's layers, `[C, k, ...]` each.
+      shared: all other parameters.
+      ctx: with key and train.
+      aux_scales: what one unit of each auxiliary sum counts beside one of the loss sum.
+      unrolled: whether the layers of a stage are unrolled, rather than one scan. Then nothing is rematerialised within
+        a stage, and the parameters of a stage are a list of k trees.
+    """
+
+    cut: Cut
+    stacked: Tree
+    shared: Tree
+    ctx: Context
+    aux_scales: Mapping[str, jax.Array]
+    unrolled: bool = False
+
+    def params(self, visit: Visit) -> Tree:
+        """The parameters of the stage."""
+        chunk = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, visit.chunk, 0, keepdims=False), self.stacked)
+        return [jax.tree.map(lambda a, i=i: a[i], chunk) for i in self._slots(visit)] if self.unrolled else chunk
+
+    def add(self, total: Tree, dparams: Tree, visit: Visit) -> Tree:
+        """A gradient like `stacked`, with that of the stage added."""
+        dparams = masked(visit.on, dparams)
+        if not self.unrolled:
+            return jax.tree.map(lambda t, d: add_at(t, d, visit.chunk), total, dparams)
+        for i in self._slots(visit):
+            total = jax.tree.map(lambda t, d, i=i: add_at(t, d, visit.chunk, i), total, dparams[i])
+        return total
+
+    def embed(self, visit: Visit, shared: Tree | None = None) -> Tree:
+        """The input of the first stage."""
+        return self.cut.pin(self.cut.embed(shared or self.shared, visit.inputs, self._at(visit)))
+
+    def stage(self, params: Tree, x: Tree, visit: Visit) -> tuple[Tree, Aux]:
+        """The layers of a stage, one after the other, and their summed auxiliary terms."""
+
+        def layer(x: Tree, one: tuple[Tree, jax.Array]) -> tuple[Tree, Aux]:
+            params, index = one
+            y, aux = self.cut.block(params, x, self._at(visit).at_layer(index))
+            return select(index >= 0, (y, aux), (x, jax.tree.map(jnp.zeros_like, aux)))
+
+        if not self.unrolled:
+            x, aux = jax.lax.scan(self.cut.remat(layer), x, (params, visit.layers_k))
+            return self.cut.pin(x), jax.tree.map(lambda a: a.sum(0), aux)
+        terms = []
+        for i in self._slots(visit):
+            x, aux = layer(x, (params[i], visit.layers_k[i]))
+            terms.append(aux)
+        return self.cut.pin(x), jax.tree.map(lambda *a: sum(a[1:], a[0]), *terms)
+
+    def loss(self, y: Tree, visit: Visit) -> tuple[Tree, dict[str, tuple[jax.Array, jax.Array]], Tree]:
+        """Of the last stage: the gradient of the loss sum by `y`, all sums, and the gradient of `shared`; both masked."""
+
+        def head(shared: Tree, y: Tree) -> tuple[jax.Array, dict[str, Any]]:
+            loss, weight, metrics = self.cut.head(shared, y, visit.inputs, self._at(visit))
+            return loss, {"loss": (loss, weight), **metrics}
+
+        _, back, sums = jax.vjp(head, self.shared, y, has_aux=True)
+        dshared, dy = back(jnp.ones_like(sums["loss"][0]))
+        return dy, masked(visit.last, sums), masked(visit.last, dshared)
+
+    def aux_gradient(self, aux: Aux) -> Aux:
+        """The gradient of the loss sum by a stage's auxiliary terms."""
+        return {name: (self.aux_scales[name].astype(s.dtype), jnp.zeros_like(w)) for name, (s, w) in aux.items()}
+
+    def embed_gradient(self, dx: Tree, visit: Visit) -> Tree:
+        """Of the first stage: the gradient of `shared`, masked."""
+        _, back = jax.vjp(lambda shared: self.embed(visit, shared), self.shared)
+        return masked(visit.first, back(dx)[0])
+
+    def backward(self, params: Tree, x: Tree, g: Tree, visit: Visit) -> tuple[tuple[Tree, Tree, Tree], Tree]:
+        """A stage computed again from its input, and back: `((dx, sums, gradient of shared), gradient of params)`.
+
+        `g` is the gradient of the stage's output, anything on the last stage.
+        """
+        (y, aux), back = jax.vjp(lambda p, x: self.stage(p, x, visit), params, x)
+        dy, sums, dshared = self.loss(y, visit)
+        dparams, dx = back((select(visit.last, dy, g), self.aux_gradient(aux)))
+        dx = self.cut.pin(dx)
+        dshared = jax.tree.map(_wide_sum, dshared, self.embed_gradient(dx, visit))
+        return (dx, sums | masked(visit.on, aux), dshared), dparams
+
+    def _at(self, visit: Visit) -> Context:
+        return dataclasses.replace(self.ctx, inputs=visit.inputs)
+
+    def _slots(self, visit: Visit) -> range:
+        return range(visit.layers_k.shape[0])
+
+
+def _wide_sum(a: jax.Array, b: jax.Array) -> jax.Array:
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    return a.astype(wide) + b.astype(wide)
