@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -180,3 +181,12 @@ def start(*commands: tuple[object, ...], folder: Path) -> Iterator[list[Process]
     finally:
         for process in processes:
             process.kill()
+
+
+def pair(directory: Path, *overrides: str) -> list[tuple[object, ...]]:
+    """The two commands of a run of two processes of four devices each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = ("train", CONFIG, f"run.dir={directory}", *overrides)
+    return [(*command, "--coordinator", address, "--processes", 2, "--process", i) for i in range(2)]

@@ -5,7 +5,6 @@ import random
 import shlex
 import shutil
 import signal
-import socket
 import time
 from types import SimpleNamespace
 
@@ -19,6 +18,7 @@ from commands import (
     fit,
     losses,
     metrics,
+    pair,
     saved,
     start,
 )
@@ -110,15 +110,6 @@ def test_an_impatient_user_interrupts_the_saving_and_loses_little(undisturbed, t
     run = fit(directory, "run.steps=20")
     assert run.resumed_from >= 8
     assert losses(directory) == undisturbed.losses[:20]
-
-
-def pair(directory, *overrides):
-    """The two commands of a run of two processes of four devices each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    command = ("train", CONFIG, f"run.dir={directory}", *overrides)
-    return [(*command, "--coordinator", address, "--processes", 2, "--process", i) for i in range(2)]
 
 
 @pytest.mark.parametrize(
