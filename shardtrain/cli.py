@@ -1,4 +1,4 @@
-"""The command line: train, config, checkpoint."""
+"""The command line: train, config, schedule, checkpoint."""
 
 from __future__ import annotations
 
@@ -35,10 +35,17 @@ def main() -> None:
     sys.path.append(os.getcwd())  # `type: my_model:MyModel` finds a file beside the user, as under `python -m`
     try:
         app()
-    except UserError as error:
+    except (UserError, OSError) as error:
         if "--debug" in sys.argv:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, OSError):  # a full disk, missing permissions
+            where = f" {error.filename}" if error.filename else ""
+            print(
+                f"error: {error.strerror or error}:{where}; correct that and run the same command again",
+                file=sys.stderr,
+            )
+        else:
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -144,6 +151,8 @@ def summary(run: Any) -> list[str]:
         f"{report.replicated_share:.1%} replicated",
         f"directory: {run.directory}",
     ]
+    if (peak := run.speed.peak_flops) is not None:
+        lines.append(f"MFU is of {peak / devices.size / 1e12:,.0f} TFLOP/s per device, causal attention counted once")
     if job.model.program is not None:
         lines.append(pipeline_summary(job.model))
     if report.unannotated:
@@ -241,6 +250,9 @@ def checkpoint_show(
     ]
     _print_table((f"step {step}", "shape", "dtype", "size"), rows)
     extra = read_extra(directory, step)
+    if "config" not in extra:
+        print("no config: this checkpoint was not saved by `shardtrain train`")
+        return
     print(f"data position: {extra['data']}")
     print(f"mesh: { {axis: size for axis, size in extra['mesh'].items() if size > 1} }")
     stored = directory / "config.yaml"

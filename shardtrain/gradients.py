@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from shardtrain.errors import UserError
 from shardtrain.model_def import ModelDef, Tree, join_layers, split_layers
 from shardtrain.nn.context import Context
 from shardtrain.nn.losses import Loss
@@ -190,6 +191,8 @@ def microbatches(batch: Batch, count: int) -> Batch:
     """`[B, ...]` leaves as `[count, B / count, ...]`: microbatch m is the rows `m::count`, so no row moves."""
 
     def split(a: jax.Array) -> jax.Array:
+        if a.shape[0] % count:
+            raise UserError(f"{a.shape[0]} rows do not divide into {count} microbatches; use a divisor of the rows")
         return jnp.swapaxes(a.reshape(a.shape[0] // count, count, *a.shape[1:]), 0, 1)
 
     return jax.tree.map(split, batch)

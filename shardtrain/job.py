@@ -86,17 +86,18 @@ class Job:
     def speed(self) -> Speed:
         """What turns step times into tokens/s and, on a GPU with a known peak, MFU."""
         data, options = self.config.data, thaw(self.config.model.options)
-        matmul = sum(
-            w.size for w in flatten(self.model.canonical_weights).values() if w.role in ("matrix", "head", "router")
-        )
-        if options.get("tie_embeddings"):
-            matmul += options["vocab_size"] * options["d_model"]
-        heads = options.get("n_heads") or 0
+        weights = flatten(self.model.canonical_weights).values()
+        matmul = sum(weight.size for weight in weights if weight.role in ("matrix", "head", "router"))
+        if not any(weight.role == "head" for weight in weights):  # tied
+            matmul += sum(weight.size for weight in weights if weight.role == "embedding")
+        heads, head_dim = options.get("n_heads"), options.get("head_dim")
+        if heads and not head_dim and "d_model" in options:
+            head_dim = options["d_model"] // heads
         flops = transformer_flops_per_token(
             matmul,
             n_layers=options.get("n_layers") or 0,
-            n_heads=heads,
-            head_dim=options.get("head_dim") or (options["d_model"] // heads if heads else 0),
+            n_heads=heads or 0,
+            head_dim=head_dim or 0,  # a model without attention, or one that names its sizes otherwise
             seq_len=data.seq_len,
         )
         devices = self.partitioner.mesh.devices
@@ -122,11 +123,14 @@ def build(config: RunConfig, *, processes: int = 1) -> Job:
     precision = _precision(config, devices[0])
     make, arguments = config.model.load(), config.model.arguments()
     _require_contract(config.model.type, make)
-    schedule = None
-    if (ranks := mesh.shape["pipe"]) > 1:
-        section = config.pipeline
-        schedule = schedules.make(section.schedule, ranks, section.microbatches, section.chunks)
-    model = ModelDef(lambda rngs: make(**arguments, precision=precision, rngs=rngs), schedule=schedule)
+    pipeline, ranks = config.pipeline, mesh.shape["pipe"]
+    model = ModelDef(
+        lambda rngs: make(**arguments, precision=precision, rngs=rngs),
+        schedule=None
+        if ranks == 1
+        else schedules.make(pipeline.schedule, ranks, pipeline.microbatches, pipeline.chunks),
+        backward=pipeline.backward,
+    )
     report = sharding_report(model.weights, partitioner)
     report.check(max_replicated)
     tx, lr = _optimizer(config, model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from shardtrain.parallel.pipeline import Cut
 from shardtrain.parallel.schedules import Program, Schedule, allocate
 from shardtrain.parallel.stages import layer_table
 
+Backward = Literal["remat", "save"]
 Tree = dict[str, Any]  # nested dicts with str keys
 
 #: Where `nn.Model` keeps the parameters of its layers.
@@ -31,6 +32,8 @@ class ModelDef:
     Args:
       make: builds the module from `nnx.Rngs`. Called abstractly here, and again inside jit by `init`.
       schedule: of a pipeline over the mesh axis `pipe`; the weights of `blocks` then live as `[chunks, pipe, k, ...]`.
+      backward: of a schedule without W, whether the backward pass of a stage recomputes it (`remat`) or keeps all that
+        it needs (`save`), as far as the layers' own remat policy lets it.
       replicate_unannotated: accept weights without logical axes, whole on every device. By default a module opts in
         with an attribute of that name.
 
@@ -47,6 +50,7 @@ class ModelDef:
         make: Callable[[nnx.Rngs], nnx.Module],
         *,
         schedule: Schedule | None = None,
+        backward: Backward = "remat",
         replicate_unannotated: bool | None = None,
     ):
         with nnx.use_eager_sharding(False):
@@ -57,6 +61,7 @@ class ModelDef:
         self.weights = self.canonical_weights
         if schedule is not None:
             self._lay_out(schedule, module)
+            self.program = allocate(schedule, save_residuals=backward == "save")
         if replicate_unannotated is None:
             replicate_unannotated = getattr(module, "replicate_unannotated", False)
         bare = [path for path, weight in flatten(self.weights).items() if not weight.annotated]
@@ -82,7 +87,6 @@ class ModelDef:
         slots = [int(np.flatnonzero(self.layers_CRk.ravel() == layer)[0]) for layer in range(layers)]
         self.layout = Layout(layers, self.layers_CRk.shape, tuple(slots))
         self.weights = self.layout.live_weights(self.canonical_weights)
-        self.program = allocate(schedule)
 
     def canonical(self, tree: Any) -> Any:
         """A state tree with `[layers, ...]` leaves, as checkpoints store it."""

@@ -115,7 +115,7 @@ def _factory(type: str) -> Callable[..., Transform]:
     module, _, name = type.partition(":") if ":" in type else type.rpartition(".")
     if not module or not name:
         near = did_you_mean(type, OPTIMIZERS)
-        raise UserError(f"optimizer type {type!r} does not exist; {near} Or give an import path such as optax.lamb")
+        raise UserError(f"optimizer type {type!r} does not exist; {near} (or give an import path such as optax.lamb)")
     try:
         found = importlib.import_module(module)
     except (ImportError, TypeError) as error:  # TypeError: a relative path

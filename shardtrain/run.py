@@ -97,37 +97,31 @@ class Trainer(trainer.Trainer):
                 shuffle=config.data.shuffle,
             )
             log = on_process_zero(lambda: _open_log(directory, config, int(state.step)))
+            run = cls(
+                state,
+                job.train_step(),
+                batches,
+                steps=config.run.steps,
+                speed=job.speed(),
+                canonical=job.canonical,
+                checkpointer=checkpointer,
+                checkpoint_every=config.checkpoint.every,
+                extra={"config": config.to_dict(), "mesh": dict(job.partitioner.mesh.shape)},
+                eval_step=job.eval_step(),
+                eval_batches=None if held_out is None else lambda: _eval_batches(held_out, config, sharding),
+                eval_every=config.eval.every,
+                log=log,
+                log_every=config.log.every,
+                callbacks=callbacks,
+                max_skipped=config.run.max_skipped_steps,
+                should_stop=should_stop,
+            )
         except BaseException:
             if lock is not None:
                 lock.release()
             raise
-        run = cls(
-            state,
-            job.train_step(),
-            batches,
-            steps=config.run.steps,
-            speed=job.speed(),
-            canonical=job.canonical,
-            checkpointer=checkpointer,
-            checkpoint_every=config.checkpoint.every,
-            extra={"config": config.to_dict(), "mesh": dict(job.partitioner.mesh.shape)},
-            eval_step=job.eval_step(),
-            eval_batches=None if held_out is None else lambda: _eval_batches(held_out, config, sharding),
-            eval_every=config.eval.every,
-            log=log,
-            log_every=config.log.every,
-            callbacks=callbacks,
-            max_skipped=config.run.max_skipped_steps,
-            should_stop=should_stop,
-        )
-        run.job, run.directory, run.tokenizer, run._lock, run._held_out = (
-            job,
-            directory,
-            tokenizer,
-            lock,
-            held_out,
-        )
-        run.resumed_from = latest
+        run.job, run.directory, run.tokenizer, run.resumed_from = job, directory, tokenizer, latest
+        run._lock, run._held_out = lock, held_out
         return run
 
     _lock: RunLock | None
@@ -223,19 +217,26 @@ def _open_data(config: RunConfig, directory: Path) -> tuple[Source, Source | Non
     source, tokenizer = on_process_zero(lambda: open_it(write=True)) or open_it(write=False)
     if data.held_out == 0:
         return source, None, tokenizer
-    return *split(source, data.held_out), tokenizer
+    source, held_out = split(source, data.held_out)
+    if len(held_out) < data.global_batch:
+        raise UserError(
+            f"data.held_out {data.held_out} leaves {len(held_out)} rows for evaluation, fewer than one global batch of "
+            f"{data.global_batch}; use more data, a larger fraction, or 0 for no evaluation"
+        )
+    return source, held_out, tokenizer
 
 
 def _eval_batches(source: Source, config: RunConfig, sharding: Any) -> Iterator[Batch]:
     size = config.data.global_batch
-    count = min(config.eval.batches, max(1, len(source) // size))  # at most once over the held-out rows
+    count = min(config.eval.batches, len(source) // size)  # at most once over the held-out rows
     with Loader(source, global_batch=size, seed=0, sharding=sharding, shuffle=False) as loader:
         yield from itertools.islice(loader, count)
 
 
 def _with_weights_of(path: str, state: Any, job: Job) -> Any:
     place = Path(path)
-    step = int(place.name) if place.name.isdigit() else None
+    is_step = place.name.isdigit() and not (place / "checkpoints").is_dir()
+    step = int(place.name) if is_step else None
     params = load_weights(place.parent if step is not None else place, job.abstract_canonical().params, step)
     return job.live(dataclasses.replace(job.canonical(state), params=params))
 

@@ -125,7 +125,7 @@ class Partitioner:
         if logical not in self.rules:
             raise UserError(
                 f"logical axis {logical!r} has no rule; {did_you_mean(logical, self.rules)} "
-                f"Or add rules.{logical}, null to keep such dims whole"
+                f"(or add rules.{logical}, null to keep such dims whole)"
             )
         return self.rules[logical]
 

@@ -46,8 +46,12 @@ def make_train_step(
       and every metric and auxiliary term of the model, each divided by its own weight.
 
     Raises:
-      UserError: `accumulate` > 1 for a module whose forward pass changes state.
+      UserError: `accumulate` > 1 for a pipeline, or for a module whose forward pass changes state; a `loss` for a
+        pipeline; while tracing, rows that do not divide into the microbatches.
     """
+    _check_loss(model, loss)
+    if accumulate < 1:
+        raise UserError(f"optimizer.accumulate is {accumulate}; use 1 or more microbatches")
     if accumulate > 1 and model.program is not None:
         raise UserError(
             f"optimizer.accumulate is {accumulate}, but a pipeline has microbatches of its own; use accumulate 1 and "
@@ -84,13 +88,25 @@ def make_train_step(
 
 
 def make_eval_step(model: ModelDef, partitioner: Partitioner, *, loss: LossFunction | None = None) -> Any:
-    """The jitted `(state, batch) -> {name: (sum, weight)}`, without dropout and without gradients."""
+    """The jitted `(state, batch) -> {name: (sum, weight)}`, without dropout and without gradients.
+
+    Raises:
+      UserError: a `loss` for a pipeline.
+    """
+    _check_loss(model, loss)
 
     def step(state: TrainState, batch: Batch) -> Sums:
         with use(partitioner):
             return batch_sums(model, loss, state, batch)
 
     return jax.jit(step, out_shardings=partitioner.sharding(()))
+
+
+def _check_loss(model: ModelDef, loss: LossFunction | None) -> None:
+    if loss is not None and model.program is not None:
+        raise UserError(
+            "a loss function of its own cannot be pipelined: only nn.Model's head can; drop loss, or the schedule"
+        )
 
 
 def evaluate(eval_step: Callable[[TrainState, Batch], Sums], state: TrainState, batches: Any) -> dict[str, float]:

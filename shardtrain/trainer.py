@@ -12,7 +12,7 @@ import jax
 from shardtrain.checkpoint import Checkpointer
 from shardtrain.data import Loader
 from shardtrain.errors import UserError
-from shardtrain.metrics import MetricsLog, memory_bytes
+from shardtrain.metrics import MetricsLog, memory_bytes, mfu
 from shardtrain.nn.model import Batch
 from shardtrain.state import TrainState
 from shardtrain.step import evaluate
@@ -61,7 +61,7 @@ class Speed:
         rate = self.tokens_per_step / seconds
         values = {"step_time_s": seconds, "tokens_per_s": rate}
         if self.flops_per_token and self.peak_flops:
-            values["mfu"] = rate * self.flops_per_token / self.peak_flops
+            values["mfu"] = mfu(rate, self.flops_per_token, self.peak_flops, 1)
         return values
 
 

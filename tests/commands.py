@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from conftest import REMATERIALIZATION
 from shardtrain import cli, load_config
 from shardtrain.run import Trainer
 
@@ -160,7 +161,9 @@ class Process:
 
     def end(self, seconds: float = 120) -> int:
         """Wait for its end; the exit code, or minus the signal."""
-        return self.popen.wait(seconds)
+        code = self.popen.wait(seconds)
+        assert REMATERIALIZATION not in self.output
+        return code
 
     def kill(self) -> None:
         """End it and whatever it started."""

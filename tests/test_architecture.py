@@ -77,6 +77,7 @@ def test_a_file_imports_only_rooms_below_its_own(path):
         if name in {f"shardtrain.{public}" for public in shardtrain.__all__}:
             continue
         target = room(name)
+        assert target is not None or name == "shardtrain", f"{path} imports {name}, which lies in no room"
         if target is not None:
             assert ROOMS.index(target) <= ROOMS.index(own), f"{path} in room {own} imports {name}"
         assert not name.startswith("shardtrain.models"), f"{path} names a model"

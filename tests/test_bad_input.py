@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from commands import (
     CONFIG,
     Result,
@@ -18,7 +19,6 @@ from commands import (
     shardtrain,
     train,
 )
-
 from shardtrain import UserError
 from shardtrain.data import write_tokens
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+import shardtrain as package
 from commands import (
     CONFIG,
     compiled_once,  # noqa: F401
@@ -17,8 +19,6 @@ from commands import (
     saved,
     shardtrain,
 )
-
-import shardtrain as package
 from shardtrain import cli, load_config
 from shardtrain.checkpoint import RunLock
 

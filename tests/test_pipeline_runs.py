@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from commands import compiled_once, fit, losses, pair, saved, start  # noqa: F401
 
 LAYERS = "model.n_layers=4"

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+
 from commands import (
     CONFIG,
     assert_same_bits,
@@ -22,7 +23,6 @@ from commands import (
     saved,
     start,
 )
-
 from shardtrain import load_config
 from shardtrain.checkpoint import RunLock
 from shardtrain.run import Trainer

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+
 from commands import (
     CONFIG,
     assert_same_bits,
@@ -17,7 +18,6 @@ from commands import (
     saved,
     train,
 )
-
 from shardtrain import Callback, UserError, load_config
 from shardtrain.checkpoint import read_extra
 from shardtrain.run import Trainer

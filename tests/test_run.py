@@ -1,8 +1,8 @@
 """What a run writes down: a researcher's own numbers, fewer lines on demand, and losses that are not numbers."""
 
 import pytest
-from commands import CONFIG, compiled_once, fit, metrics, saved, shardtrain, train  # noqa: F401
 
+from commands import CONFIG, compiled_once, fit, metrics, saved, shardtrain, train  # noqa: F401
 from shardtrain import Callback, build, load_config
 
 

@@ -59,7 +59,9 @@ def test_an_axis_of_size_one_may_be_named_twice():
 
 
 def test_an_unknown_name_suggests_the_nearest(cube):
-    with pytest.raises(UserError, match=r"'emned' has no rule; did you mean embed\? Or add rules.emned, null to keep"):
+    with pytest.raises(
+        UserError, match=r"'emned' has no rule; did you mean embed\? \(or add rules.emned, null to keep"
+    ):
         cube.spec("emned")
     with pytest.raises(UserError, match=r"'zzz' has no rule; use one of batch, seq, embed"):
         cube.size("zzz")

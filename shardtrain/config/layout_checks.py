@@ -117,10 +117,16 @@ def check_schedule(mesh: MeshSizes, pipeline: Pipeline) -> Iterator[Problem]:
     """Whether there is such a schedule for these sizes."""
     if mesh.pipe > 1:
         try:
-            schedules.make(pipeline.schedule, mesh.pipe, pipeline.microbatches, pipeline.chunks)
+            schedule = schedules.make(pipeline.schedule, mesh.pipe, pipeline.microbatches, pipeline.chunks)
         except UserError as error:
             fix = f"choose among {', '.join(schedules.registered)}, or other sizes"
             yield Problem("pipeline.schedule", pipeline.schedule, str(error), fix)
+            return
+        if pipeline.backward != "remat" and "W" in schedule.phases:
+            rule = f"{pipeline.schedule} splits the backward pass, and keeps what its second half needs"
+            yield Problem(
+                "pipeline.backward", pipeline.backward, rule, "drop pipeline.backward, or take another schedule"
+            )
 
 
 def check_layers(model: Model, mesh: MeshSizes, pipeline: Pipeline) -> Iterator[Problem]:

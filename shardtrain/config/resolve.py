@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 
@@ -10,13 +11,16 @@ def resolve(sections: Mapping[str, Any]) -> dict[str, Any]:
     """The sections with those defaults filled in; an absent section (it had problems) fills nothing."""
     done = dict(sections)
     run, model, data, optimizer = (sections.get(name) for name in ("run", "model", "data", "optimizer"))
-    if run and run.dir is None:
-        done["run"] = run.model_copy(update={"dir": f"runs/{run.name}"})
+    if run:
+        done["run"] = run.model_copy(update={"dir": _expanded(run.dir or f"runs/{run.name}")})
+    if sections.get("init_from"):
+        done["init_from"] = _expanded(sections["init_from"])
     if data:
         tokenizer = data.tokenizer or ("bpe" if data.type in ("corpus", "text") else None)
         of_model = model.options.get("vocab_size") if model and tokenizer == "bpe" else None
         vocab = of_model if data.vocab_size is None else data.vocab_size
-        done["data"] = data.model_copy(update={"tokenizer": tokenizer, "vocab_size": vocab})
+        path = tuple(map(_expanded, data.path)) if isinstance(data.path, tuple) else data.path and _expanded(data.path)
+        done["data"] = data.model_copy(update={"tokenizer": tokenizer, "vocab_size": vocab, "path": path})
     if optimizer:
         schedule = optimizer.schedule
         update: dict[str, Any] = {}
@@ -26,3 +30,8 @@ def resolve(sections: Mapping[str, Any]) -> dict[str, Any]:
             update["stable_ratio"] = 0.8
         done["optimizer"] = optimizer.model_copy(update={"schedule": schedule.model_copy(update=update)})
     return done
+
+
+def _expanded(path: str) -> str:
+    """A path with `~` written out."""
+    return str(Path(path).expanduser()) if path.startswith("~") else path

@@ -185,9 +185,10 @@ class Sample(Section):
 class Pipeline(Section):
     """How a batch flows through the stages, once mesh.pipe > 1."""
 
-    schedule: str = "1f1b"
+    schedule: str = "1f1b"  # a name that `shardtrain schedule --compare` shows, or a .csv file
     microbatches: Count = 8
-    chunks: Count = 1
+    chunks: Count = 1  # stages on each rank
+    backward: Literal["remat", "save"] = "remat"  # compute each stage again in its backward pass, or keep its residuals
 
 
 class RunConfig(Section):

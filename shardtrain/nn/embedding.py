@@ -1,6 +1,6 @@
 """Token embedding, usable as the output head too (tied).
 
-Shapes: B batch, S sequence, V vocabulary, D model dim.
+Shapes: B batch, S sequence, V vocabulary, D model dim, P parts of the vocabulary.
 """
 
 from __future__ import annotations
@@ -41,7 +41,19 @@ class Embedding(nnx.Module):
 def lookup(table_VD: jax.Array, tokens_BS: jax.Array, precision: Precision) -> jax.Array:
     """Rows of a sharded table, `[B, S, D]`; its gradient is summed where the tokens are, then reduced once."""
     # Gathered over the batch's mesh axes before the lookup: XLA otherwise rematerialises the whole table.
-    return jnp.take(gathered(table_VD, _AXES, precision.compute), tokens_BS, axis=0, mode="clip")
+    table_VD = gathered(table_VD, _AXES, precision.compute)
+    (V, D), parts = table_VD.shape, pieces("vocab")
+    if parts == 1:
+        return jnp.take(table_VD, tokens_BS, axis=0, mode="clip")
+    # Each device looks in its own part of the vocabulary, and the parts are added: what XLA does by itself, but in so
+    # many words, since its own way aborts (JAX 0.12) where a mesh axis is manual.
+    table_PVD = constrain(table_VD.reshape(parts, V // parts, D), "vocab", None, None)
+    first_P = jnp.arange(parts, dtype=tokens_BS.dtype) * (V // parts)
+    local_PBS = jnp.clip(tokens_BS, 0, V - 1) - first_P[:, None, None]
+    found_PBSD = jax.vmap(lambda table_VD, tokens_BS: table_VD.at[tokens_BS].get(mode="clip"))(table_PVD, local_PBS)
+    here_PBS = (local_PBS >= 0) & (local_PBS < V // parts)
+    found_PBSD = constrain(jnp.where(here_PBS[..., None], found_PBSD, 0), "vocab", "batch", "seq", None)
+    return found_PBSD.sum(0)
 
 
 def _lookup_fwd(

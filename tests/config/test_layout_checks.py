@@ -136,3 +136,8 @@ def test_what_only_the_number_of_devices_can_tell(base):
     fixed = load_config(base, ["devices.emulate=null"])
     with pytest.raises(ConfigError, match=r"fsdp 4 x tensor 2 = 8, must be the number of devices, 4"):
         check_devices(fixed, 4)
+
+
+def test_a_split_backward_keeps_what_it_needs_by_itself(problems):
+    overrides = ["mesh={pipe: 2, data: 4}", "pipeline={schedule: zb_h1, microbatches: 2, backward: save}"]
+    assert "splits the backward pass" in problems(*overrides)["pipeline.backward"].rule

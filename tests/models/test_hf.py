@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import quick
 
+from helpers import quick
 from shardtrain import nn
 from shardtrain.models.llama import Llama
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import equations, filled, packed_batch, quick
 
+from helpers import equations, filled, packed_batch, quick
 from shardtrain import nn
 from shardtrain.errors import UserError
 from shardtrain.model_def import ModelDef, flatten

@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 from flax import nnx
-from helpers import filled, packed_batch, quick
 
+from helpers import filled, packed_batch, quick
 from shardtrain import nn
 from shardtrain.model_def import ModelDef, flatten
 from shardtrain.models.mlp import MLP

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import equations, filled, packed_batch, partition, quick
 
+from helpers import equations, filled, packed_batch, partition, quick
 from shardtrain import nn
 from shardtrain.errors import UserError
 from shardtrain.nn.attention_kernels import attention_mask

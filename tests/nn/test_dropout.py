@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import partition, quick
 from jax.sharding import PartitionSpec as P
 
+from helpers import partition, quick
 from shardtrain import nn
 from shardtrain.errors import UserError
 from shardtrain.sharding import use

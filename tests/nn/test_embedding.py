@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import filled, partition
 
+from helpers import filled, partition
 from shardtrain import nn
 from shardtrain.sharding import use
 

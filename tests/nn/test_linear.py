@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import equations, filled, partition
 
+from helpers import equations, filled, partition
 from shardtrain import nn
 from shardtrain.hlo import collectives
 from shardtrain.models.llama import Llama

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import equations, partition, quick
 
+from helpers import equations, partition, quick
 from shardtrain import nn
 from shardtrain.errors import UserError
 from shardtrain.hlo import collectives

@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 from flax import nnx
-from helpers import filled, quick
 
+from helpers import filled, quick
 from shardtrain import nn
 
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import filled
 
+from helpers import filled
 from shardtrain import nn
 
 F32 = nn.Precision()

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import equations, filled, packed_batch, quick
 from jax.ad_checkpoint import checkpoint_name
 
+from helpers import equations, filled, packed_batch, quick
 from shardtrain import nn
 from shardtrain.errors import UserError
 from shardtrain.model_def import ModelDef, flatten

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from helpers import equations, filled, packed_batch
 
+from helpers import equations, filled, packed_batch
 from shardtrain import nn
 
 POLICIES = {

@@ -189,5 +189,7 @@ def test_a_model_that_cannot_be_cut_is_refused_by_name():
     with pytest.raises(UserError, match=r"Normalised cannot be pipelined: the forward pass changes norm.mean"):
         ModelDef(Normalised, schedule=table, replicate_unannotated=True)
     model = llama({"pipe": 2}, ("1f1b", 4, 1))
+    with pytest.raises(UserError, match="a loss function of its own cannot be pipelined"):
+        make_train_step(model, optax.sgd(0.1), tiny.partitioner(pipe=2), loss=lambda *_: None)
     with pytest.raises(UserError, match="pipeline has microbatches of its own"):
         make_train_step(model, optax.sgd(0.1), tiny.partitioner(pipe=2), accumulate=2)
