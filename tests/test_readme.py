@@ -1,6 +1,7 @@
 """The README claims nothing that is not so."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,17 @@ def test_the_config_shown_is_the_quickstart(tmp_path):
     assert from_readme["optimizer"] == whole["optimizer"]
 
 
-def test_every_file_and_command_that_the_readme_names_exists():
+def test_every_file_that_the_readme_names_exists():
     for name in re.findall(r"(?:tests|configs|benchmarks|models|docs)/[\w/]+(?:\.\w+)?", README):
         assert (ROOT / name).exists(), name
+
+
+def test_every_pytest_command_of_the_table_selects_tests():
+    commands = re.findall(r"`(pytest [^`]+)`", README)
+    assert len(commands) > 8
+    words = {word for command in commands for word in shlex.split(command)[1:] if word.startswith("tests")}
+    collect = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "full or not full", *sorted(words)]
+    run = subprocess.run(collect, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout
+    for word in words:
+        assert word in run.stdout, word
