@@ -17,9 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from shardtrain.parallel.halve import halve
 from shardtrain.parallel.schedules import Program
-from shardtrain.parallel.slots import read, select, write
+from shardtrain.parallel.slots import masked, read, select, write
 from shardtrain.parallel.work import Visit, Work
 
 Tree = Any
@@ -54,36 +53,26 @@ def remat(work: Work, visit: Callable[[jax.Array], Visit]) -> Backward:
 
 def split(work: Work, visit: Callable[[jax.Array], Visit]) -> Backward:
     """Keep stage inputs until I, and the operands of W from then on. The layers of a stage are unrolled."""
-    work = dataclasses.replace(work, unrolled=True)
-    some = visit(jnp.int32(0))
-    x = jax.eval_shape(work.embed, some)
-    halves = halve(lambda params, early, _: work.backward(params, *early), work.params(some), (x, x, some), ())
+    halves = work.split_at_dx(visit(jnp.int32(0)))
+    unrolled = dataclasses.replace(work, unrolled=True)
 
     def inputs(state: State, row: Row) -> State:
         at = visit(row["I"])
         x, g = read(state["x"], row["I_x"]), _gradient(state, row, "I_g")
-        done, operands = halves.first(work.params(at), (x, g, at))
+        done, operands = halves.first(unrolled.params(at), (x, g, at))
         return _sent(state, *done) | {"w": write(state["w"], row["I_w"], operands)}
 
     def weights(state: State, row: Row) -> State:
         at = visit(row["W"])
-        dparams = halves.second(work.params(at), (), read(state["w"], row["W_w"]))
-        return state | {"dstacked": work.add(state["dstacked"], dparams, at)}
+        dparams = halves.second(unrolled.params(at), (), read(state["w"], row["W_w"]))
+        return state | {"dstacked": unrolled.add(state["dstacked"], dparams, at)}
 
     return Backward({"F": _forward(work, visit), "I": inputs, "W": weights}, {"w": halves.kept})
 
 
 def save(work: Work, visit: Callable[[jax.Array], Visit]) -> Backward:
     """Keep the residuals of stages. The last stage's loss is computed right after its forward pass."""
-    some = visit(jnp.int32(0))
-    x = jax.eval_shape(work.embed, some)
-
-    def whole(params: Tree, early: tuple[Tree, Visit], dy: Tree) -> tuple[Tree, Tree]:
-        x, at = early
-        (y, aux), back = jax.vjp(lambda p, x: work.stage(p, x, at), params, x)
-        return (y, aux), back((dy, work.aux_gradient(aux)))
-
-    halves = halve(whole, work.params(some), (x, some), x)
+    halves = work.split_at_dy(visit(jnp.int32(0)))
 
     def forward(state: State, row: Row) -> State:
         at = visit(row["F"])

@@ -69,7 +69,7 @@ def halve(function: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]], known: Tree
     waiting = _waiting(jaxpr, now_out, set(late_in), given)
     second_eqns, open_vars = _upstream(jaxpr.eqns, later_out, lambda v: v in waiting or v in given)
     kept = [v for v in open_vars if v not in waiting and v not in given]
-    first_eqns, _ = _upstream(jaxpr.eqns, [*now_out, *kept], lambda v: v not in waiting)
+    first_eqns, _ = _upstream(jaxpr.eqns, [*now_out, *kept], lambda v: v not in waiting, effects=True)
 
     def part(invars: Sequence[core.Var], outvars: Sequence[Any], eqns: Sequence[core.JaxprEqn]) -> core.Jaxpr:
         return core.Jaxpr(jaxpr.constvars, [*invars], [*outvars], [*eqns], jaxpr.effects, jaxpr.debug_info)
@@ -85,7 +85,7 @@ def halve(function: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]], known: Tree
         out = jax.core.eval_jaxpr(two, consts, *jax.tree.leaves((known, late)), *kept)
         return jax.tree.unflatten(jax.tree.structure(outputs[1]), out)
 
-    return Halves(first, second, [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in kept], (one, two))
+    return Halves(first, second, [jax.ShapeDtypeStruct(_aval(v).shape, _aval(v).dtype) for v in kept], (one, two))
 
 
 def _inline(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
@@ -119,8 +119,7 @@ def _given(jaxpr: core.Jaxpr, known: Iterable[core.Var]) -> set[core.Var]:
 
 def _waiting(jaxpr: core.Jaxpr, now: Sequence[Any], late: set[core.Var], given: set[core.Var]) -> set[core.Var]:
     """Late arguments, and all that the second half computes."""
-    effects = [v for eqn in jaxpr.eqns if eqn.effects for v in eqn.outvars]
-    needed = {id(eqn) for eqn in _upstream(jaxpr.eqns, [*now, *effects], lambda v: True)[0]}
+    needed = {id(eqn) for eqn in _upstream(jaxpr.eqns, now, lambda v: True, effects=True)[0]}
     waiting = set(late)
     for eqn in jaxpr.eqns:
         fresh = [v for v in _vars(eqn.invars) if v not in given]
@@ -132,12 +131,15 @@ def _waiting(jaxpr: core.Jaxpr, now: Sequence[Any], late: set[core.Var], given: 
 
 
 def _upstream(
-    eqns: Sequence[core.JaxprEqn], targets: Iterable[Any], within: Callable[[core.Var], bool]
+    eqns: Sequence[core.JaxprEqn], targets: Iterable[Any], within: Callable[[core.Var], bool], *, effects: bool = False
 ) -> tuple[list[core.JaxprEqn], dict[core.Var, None]]:
-    """The equations behind some variables, as far as these are `within`; and all variables that occur."""
+    """The equations behind some variables, as far as these are `within`; and all variables that occur.
+
+    With `effects`, equations that have some (`jax.debug.print`) count as wanted.
+    """
     wanted, chosen = _vars(targets), []
     for eqn in reversed(eqns):
-        if any(v in wanted and within(v) for v in eqn.outvars):
+        if any(v in wanted and within(v) for v in eqn.outvars) or (effects and eqn.effects):
             chosen.append(eqn)
             wanted |= _vars(eqn.invars)
     return chosen[::-1], wanted
@@ -148,7 +150,12 @@ def _heavy(eqn: core.JaxprEqn) -> bool:
 
 
 def _bytes(variables: Iterable[core.Var]) -> int:
-    return sum(v.aval.size * v.aval.dtype.itemsize for v in variables)
+    return sum(_aval(v).size * _aval(v).dtype.itemsize for v in variables)
+
+
+def _aval(variable: core.Var) -> Any:
+    """Its shape and dtype; typed loosely because JAX's abstract values need not have any."""
+    return variable.aval
 
 
 def _vars(atoms: Iterable[Any]) -> dict[core.Var, None]:

@@ -1,9 +1,9 @@
 """The executor: runs any pipeline schedule inside one SPMD program, on stock JAX.
 
 It is called within a `jax.shard_map` that is manual over `pipe`. Every rank does the same work in every tick, an idle
-one on values that nobody reads, so the program has no conditional and any collective is legal inside of a stage; an idle
-rank would have waited anyway. Consecutive ticks with the same phases are one `lax.scan`, so the program does not grow
-with the number of microbatches. Messages move only at the start of a tick.
+one on values that nobody reads, so the program has no conditional and any collective is legal inside of a stage; an
+idle rank would have waited anyway. Consecutive ticks with the same phases are one `lax.scan`, so the program does not
+grow with the number of microbatches. Messages move only at the start of a tick.
 
 What a stage computes is in `work.py`, what its phases keep for each other in `backward.py`.
 
@@ -57,7 +57,7 @@ def pipeline_gradients(
       keep: pins the layout and dtype of gradients of (stacked, shared).
 
     Returns:
-      Gradients of `stacked` (this rank's) and of `shared` (all ranks' sum), and `{name: (sum, weight)}`, all ranks' sum.
+      Gradients of `stacked` (this rank's) and of `shared` (all ranks' sum), and `{name: (sum, weight)}` (all ranks').
     """
     rank = jax.lax.axis_index(_AXIS)
     visit = _visits(program, layers_CRk, batch_M, rank)
@@ -93,7 +93,9 @@ def pipeline_gradients(
     }
     state = pinned(state)
     for segment in program.segments():
-        columns = {name: column[segment.start : segment.stop] for name, column in program.columns.items()}
+        columns: dict[str, Any] = {
+            name: column[segment.start : segment.stop] for name, column in program.columns.items()
+        }
         state, _ = jax.lax.scan(tick(segment), state, columns)
     dshared, sums = jax.lax.psum((state["dshared"], state["sums"]), _AXIS)
     return state["dstacked"], dshared, sums
@@ -125,7 +127,7 @@ def _delivered(state: State, row: Row, moves: Mapping[str, tuple[tuple[int, int]
     A rank sends the one output (or gradient) that it has every way that anything goes; whom it is not meant for writes
     it where nobody reads.
     """
-    arrived = {}
+    arrived: dict[str, Any] = {}
     for move, edges in moves.items():
         kind, sent = move[0], state["y" if move[0] == "x" else "dx"]
         # Without edges, what a rank sends stays there.

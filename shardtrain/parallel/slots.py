@@ -29,11 +29,20 @@ def write(slots: Tree, slot: jax.Array, value: Tree) -> Tree:
     return jax.tree.map(put, slots, value)
 
 
+def read_at(a: jax.Array, *index: jax.Array | int) -> jax.Array:
+    """What lies at the place `index` of the first dims."""
+    shape = a.shape[len(index) :]
+    return jax.lax.dynamic_slice(a, _start(a, index), (*[1] * len(index), *shape)).reshape(shape)
+
+
 def add_at(total: jax.Array, value: jax.Array, *index: jax.Array | int) -> jax.Array:
-    """`total` with `value` added at the place `index` of its first dims, in place where the compiler can."""
-    start = [jnp.asarray(i, jnp.int32) for i in (*index, *[0] * value.ndim)]
-    value = value.reshape(*[1] * len(index), *value.shape).astype(total.dtype)
+    """`total` with `value` added at the place `index` of the first dims, without a copy where the compiler can."""
+    value, start = value.astype(total.dtype).reshape(*[1] * len(index), *value.shape), _start(total, index)
     return jax.lax.dynamic_update_slice(total, jax.lax.dynamic_slice(total, start, value.shape) + value, start)
+
+
+def _start(a: jax.Array, index: tuple[jax.Array | int, ...]) -> list[jax.Array]:
+    return [jnp.asarray(i, jnp.int32) for i in (*index, *[0] * (a.ndim - len(index)))]
 
 
 def select(which: jax.Array, a: Tree, b: Tree) -> Tree:

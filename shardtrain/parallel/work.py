@@ -19,7 +19,8 @@ from shardtrain.nn.context import Context
 from shardtrain.nn.losses import Loss
 from shardtrain.nn.model import Batch
 from shardtrain.nn.stack import Aux
-from shardtrain.parallel.slots import add_at, masked, select
+from shardtrain.parallel.halve import Halves, halve
+from shardtrain.parallel.slots import add_at, masked, read_at, select
 
 Tree = Any
 
@@ -88,8 +89,14 @@ class Work:
 
     def params(self, visit: Visit) -> Tree:
         """The parameters of the stage."""
-        chunk = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, visit.chunk, 0, keepdims=False), self.stacked)
-        return [jax.tree.map(lambda a, i=i: a[i], chunk) for i in self._slots(visit)] if self.unrolled else chunk
+        if not self.unrolled:
+            return jax.tree.map(lambda a: read_at(a, visit.chunk), self.stacked)
+        # Zero, as only the running program knows. A fixed slot would let the compiler gather the weights of all layers
+        # once, before the loop over ticks, and keep them.
+        zero = jnp.minimum(visit.chunk, 0)
+        return [
+            jax.tree.map(lambda a, i=i: read_at(a, visit.chunk, zero + i), self.stacked) for i in self._slots(visit)
+        ]
 
     def add(self, total: Tree, dparams: Tree, visit: Visit) -> Tree:
         """A gradient like `stacked`, with that of the stage added."""
@@ -122,7 +129,7 @@ class Work:
         return self.cut.pin(x), jax.tree.map(lambda *a: sum(a[1:], a[0]), *terms)
 
     def loss(self, y: Tree, visit: Visit) -> tuple[Tree, dict[str, tuple[jax.Array, jax.Array]], Tree]:
-        """Of the last stage: the gradient of the loss sum by `y`, all sums, and the gradient of `shared`; both masked."""
+        """Of the last stage: the loss's gradient by `y`; all sums, and its gradient by `shared`, these two masked."""
 
         def head(shared: Tree, y: Tree) -> tuple[jax.Array, dict[str, Any]]:
             loss, weight, metrics = self.cut.head(shared, y, visit.inputs, self._at(visit))
@@ -152,6 +159,23 @@ class Work:
         dx = self.cut.pin(dx)
         dshared = jax.tree.map(_wide_sum, dshared, self.embed_gradient(dx, visit))
         return (dx, sums | masked(visit.on, aux), dshared), dparams
+
+    def split_at_dx(self, some: Visit) -> Halves:
+        """`backward` cut in two: `(params, (x, g, visit))` to what it returns first; then the gradient of params."""
+        x = jax.eval_shape(self.embed, some)
+        work = dataclasses.replace(self, unrolled=True)
+        return halve(lambda params, early, _: work.backward(params, *early), work.params(some), (x, x, some), ())
+
+    def split_at_dy(self, some: Visit) -> Halves:
+        """A stage and back, cut in two: `(params, (x, visit))` to `(y, aux)`; then, given dy, `(dparams, dx)`."""
+
+        def whole(params: Tree, early: tuple[Tree, Visit], dy: Tree) -> tuple[Any, Any]:
+            x, visit = early
+            (y, aux), back = jax.vjp(lambda p, x: self.stage(p, x, visit), params, x)
+            return (y, aux), back((dy, self.aux_gradient(aux)))
+
+        x = jax.eval_shape(self.embed, some)
+        return halve(whole, self.params(some), (x, some), x)
 
     def _at(self, visit: Visit) -> Context:
         return dataclasses.replace(self.ctx, inputs=visit.inputs)
