@@ -32,12 +32,12 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 import numpy as np
 import optax
-import roll
-import sleeping
 from jax.sharding import NamedSharding
-from overhead import copied, random_batch
 
 import floor
+import roll
+import sleeping
+from overhead import copied, random_batch
 from shardtrain import MeshSpec, ModelDef, Partitioner, init_state, make_train_step, optimizer
 from shardtrain.hlo.text import leaves, parse
 from shardtrain.models.llama import Llama

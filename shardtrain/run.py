@@ -79,7 +79,11 @@ class Trainer(trainer.Trainer):
                 stored = read_extra(checkpointer.directory, latest)["config"]
                 check_same_run(stored, config, str(directory))
             source, held_out, tokenizer = _open_data(config, directory)
-            restored = None if latest is None else checkpointer.restore(job.abstract_canonical(), latest)
+            restored = (
+                None
+                if latest is None
+                else checkpointer.restore(job.abstract_canonical(), latest, cast=config.checkpoint.cast)
+            )
             state = job.init_state() if restored is None else job.live(restored.state)
             if restored is None and config.init_from is not None:
                 state = _with_weights_of(config.init_from, state, job)
@@ -237,7 +241,8 @@ def _with_weights_of(path: str, state: Any, job: Job) -> Any:
     place = Path(path)
     is_step = place.name.isdigit() and not (place / "checkpoints").is_dir()
     step = int(place.name) if is_step else None
-    params = load_weights(place.parent if step is not None else place, job.abstract_canonical().params, step)
+    folder, cast = place.parent if is_step else place, job.config.checkpoint.cast
+    params = load_weights(folder, job.abstract_canonical().params, step, cast=cast)
     return job.live(dataclasses.replace(job.canonical(state), params=params))
 
 

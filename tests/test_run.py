@@ -1,9 +1,10 @@
 """What a run writes down: a researcher's own numbers, fewer lines on demand, and losses that are not numbers."""
 
+import jax
 import pytest
 
 from commands import CONFIG, compiled_once, fit, metrics, saved, shardtrain, train  # noqa: F401
-from shardtrain import Callback, build, load_config
+from shardtrain import Callback, UserError, build, load_config
 
 
 def test_a_callback_s_metrics_join_the_line(tmp_path):
@@ -103,3 +104,12 @@ def test_losses_that_are_not_finite_end_the_run(tmp_path, monkeypatch):
         assert part in result.err
     assert saved(tmp_path / "run") == [4]
     assert shardtrain("checkpoint", "verify", tmp_path / "run").code == 0
+
+
+def test_weights_of_another_dtype_need_a_word(tmp_path):
+    old = fit(tmp_path / "old", "run.steps=1")
+    overrides = ["run.steps=1", f"init_from={old.directory}", "precision.params=bfloat16"]
+    with pytest.raises(UserError, match=r"float32 != bfloat16 \(checkpoint.cast=true converts it\)"):
+        fit(tmp_path / "new", *overrides)
+    new = fit(tmp_path / "new", *overrides, "checkpoint.cast=true")
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(new.state.params)} == {"bfloat16"}

@@ -56,7 +56,7 @@ def _leaf_differences(name: str, saved: ArrayInfo, wanted: ArrayInfo, cast: bool
         if not _castable(saved.dtype, wanted.dtype):
             lines.append(f"dtype: {name} {saved.dtype.name} cannot become {wanted.dtype.name}")
         elif not cast:
-            lines.append(f"dtype: {name} {saved.dtype.name} != {wanted.dtype.name} (cast=True converts it)")
+            lines.append(f"dtype: {name} {saved.dtype.name} != {wanted.dtype.name} (checkpoint.cast=true converts it)")
     return lines
 
 

@@ -158,6 +158,7 @@ class Checkpoint(Section):
     keep_every: Count | None = None  # and each multiple of this step
     compress: bool = False
     asynchronous: bool = True
+    cast: bool = False  # load weights of another dtype than precision.params
 
 
 class Eval(Section):

@@ -17,7 +17,7 @@ def test_each_kind_of_difference_is_one_line():
         "missing: new float32 (5,)",
         "unexpected: gone float32 ()",
         "shape: a (4, 8) != (4, 16)",
-        "dtype: b float32 != bfloat16 (cast=True converts it)",
+        "dtype: b float32 != bfloat16 (checkpoint.cast=true converts it)",
     ]
 
 

@@ -119,7 +119,7 @@ def test_a_cast_needs_the_flag_and_rounds_as_jax_does(tmp_path, make_state, make
     abstract.params["embed"]["table"] = narrow
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(2, state, {})
-        with pytest.raises(UserError, match=r"dtype: params\.embed\.table float32 != bfloat16 \(cast=True"):
+        with pytest.raises(UserError, match=r"dtype: params\.embed\.table float32 != bfloat16 \(checkpoint.cast=true"):
             checkpointer.restore(abstract)
         restored = checkpointer.restore(abstract, cast=True).state
     np.testing.assert_array_equal(

@@ -5,8 +5,8 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 import pytest
-import roll
 
+import roll
 import tiny
 from shardtrain.hlo.text import leaves, parse
 from shardtrain.model_def import ModelDef
