@@ -4,6 +4,7 @@ python load.py ADDRESS PROCESSES PROCESS OUT
 """
 
 import json
+import os
 import sys
 
 import jax
@@ -61,5 +62,6 @@ if __name__ == "__main__":
         coordinator_bind_address=address,
         initialization_timeout=30,
     )
-    with open(out, "w") as file:
+    with open(f"{out}.part", "w") as file:
         json.dump({name: load(sizes, 3) for name, sizes in MESHES.items()}, file)
+    os.replace(f"{out}.part", out)
