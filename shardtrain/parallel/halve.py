@@ -65,11 +65,10 @@ def halve(function: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]], known: Tree
     known_in, early_in, late_in = _cut(jaxpr.invars, n_known, n_known + n_early)
     now_out, later_out = _cut(jaxpr.outvars, n_now)
 
-    given = _given(jaxpr, known_in)
-    waiting = _waiting(jaxpr, now_out, set(late_in), given)
-    second_eqns, open_vars = _upstream(jaxpr.eqns, later_out, lambda v: v in waiting or v in given)
-    kept = [v for v in open_vars if v not in waiting and v not in given]
-    first_eqns, _ = _upstream(jaxpr.eqns, [*now_out, *kept], lambda v: v not in waiting, effects=True)
+    place, places = _deal(jaxpr, now_out, known_in, early_in, late_in)
+    second_eqns, wanted = _live(jaxpr, later_out, places, "late")
+    kept = [v for v in wanted if place[v] == "early"]
+    first_eqns, _ = _live(jaxpr, [*now_out, *kept], places, "early")
 
     def part(invars: Sequence[core.Var], outvars: Sequence[Any], eqns: Sequence[core.JaxprEqn]) -> core.Jaxpr:
         return core.Jaxpr(jaxpr.constvars, [*invars], [*outvars], [*eqns], jaxpr.effects, jaxpr.debug_info)
@@ -108,41 +107,40 @@ def _inline(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> li
     return [read(v) for v in jaxpr.outvars]
 
 
-def _given(jaxpr: core.Jaxpr, known: Iterable[core.Var]) -> set[core.Var]:
-    """What follows from known arguments and constants alone."""
-    given = {*jaxpr.constvars, *known}
+def _deal(
+    jaxpr: core.Jaxpr, now: Sequence[Any], known: Sequence[Any], early: Sequence[Any], late: Sequence[Any]
+) -> tuple[dict[core.Var, str], list[str]]:
+    """For each variable and for each equation, whether it is `known` (in both halves), `early` or `late`."""
+    needed = {id(eqn) for eqn in _live(jaxpr, now, ["known"] * len(jaxpr.eqns), "early")[0]}
+    place = dict.fromkeys((*jaxpr.constvars, *known), "known")
+    place |= dict.fromkeys(early, "early") | dict.fromkeys(late, "late")
+    places = []
     for eqn in jaxpr.eqns:
-        if given.issuperset(_vars(eqn.invars)) and not eqn.effects:
-            given.update(eqn.outvars)
-    return given
+        fresh = [v for v in _vars(eqn.invars) if place[v] != "known"]
+        if any(place[v] == "late" for v in fresh):
+            assert id(eqn) not in needed, f"{eqn.primitive} is needed now, but waits for an argument that comes late"
+            places.append("late")
+        elif not fresh and not eqn.effects:
+            places.append("known")
+        elif id(eqn) in needed or eqn.effects:
+            places.append("early")
+        else:
+            places.append("late" if _heavy(eqn) or _bytes(eqn.outvars) >= _bytes(fresh) else "early")
+        place |= dict.fromkeys(eqn.outvars, places[-1])
+    return place, places
 
 
-def _waiting(jaxpr: core.Jaxpr, now: Sequence[Any], late: set[core.Var], given: set[core.Var]) -> set[core.Var]:
-    """Late arguments, and all that the second half computes."""
-    needed = {id(eqn) for eqn in _upstream(jaxpr.eqns, now, lambda v: True, effects=True)[0]}
-    waiting = set(late)
-    for eqn in jaxpr.eqns:
-        fresh = [v for v in _vars(eqn.invars) if v not in given]
-        if id(eqn) in needed:
-            assert late.isdisjoint(fresh), f"{eqn.primitive} is needed now, but waits for an argument that comes late"
-        elif not waiting.isdisjoint(fresh) or (fresh and (_heavy(eqn) or _bytes(eqn.outvars) >= _bytes(fresh))):
-            waiting.update(eqn.outvars)
-    return waiting
-
-
-def _upstream(
-    eqns: Sequence[core.JaxprEqn], targets: Iterable[Any], within: Callable[[core.Var], bool], *, effects: bool = False
+def _live(
+    jaxpr: core.Jaxpr, targets: Iterable[Any], places: Sequence[str], half: str
 ) -> tuple[list[core.JaxprEqn], dict[core.Var, None]]:
-    """The equations behind some variables, as far as these are `within`; and all variables that occur.
-
-    With `effects`, equations that have some (`jax.debug.print`) count as wanted.
-    """
-    wanted, chosen = _vars(targets), []
-    for eqn in reversed(eqns):
-        if any(v in wanted and within(v) for v in eqn.outvars) or (effects and eqn.effects):
-            chosen.append(eqn)
+    """The equations of a half that lead to some variables or have effects; and all variables that they use."""
+    wanted, live = _vars(targets), []
+    for eqn, place in zip(reversed(jaxpr.eqns), reversed(places), strict=True):
+        acts = place == half and bool(eqn.effects)
+        if acts or (place in (half, "known") and any(v in wanted for v in eqn.outvars)):
+            live.append(eqn)
             wanted |= _vars(eqn.invars)
-    return chosen[::-1], wanted
+    return live[::-1], wanted
 
 
 def _heavy(eqn: core.JaxprEqn) -> bool:
