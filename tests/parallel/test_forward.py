@@ -57,8 +57,8 @@ QUICK = [
 
 
 def everything():
-    meshes = ["pipe2", "pipe4", "pipe8", "pipe4 data2", "pipe2 island2 data2", "pipe2 fsdp2 tensor2"]
-    names = [("gpipe", 1), ("1f1b", 1), ("interleaved", 3), ("zb_h1", 1), ("zb_v", 2), ("v", 2)]
+    meshes = ["pipe2 context2 tensor2", "pipe4", "pipe8", "pipe4 data2", "pipe2 island2 data2", "pipe2 fsdp2 tensor2"]
+    names = [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zb_h1", 1), ("zb_v", 2), ("v", 2)]
     turns = itertools.cycle(itertools.product((2, 8), ("tied", "llama")))
     for ((name, chunks), mesh), (microbatches, kind) in zip(itertools.product(names, meshes), turns, strict=False):
         yield pytest.param(
