@@ -13,6 +13,7 @@ import numpy as np
 from shardtrain.errors import UserError
 from shardtrain.model_def import ModelDef
 from shardtrain.nn.context import Context
+from shardtrain.pipelined import pipelined_rows
 from shardtrain.sharding import Partitioner, use
 from shardtrain.state import TrainState
 
@@ -30,7 +31,8 @@ def generate(
 ) -> np.ndarray:
     """Continue a prompt; several samples at once, one per piece of the mesh's batch axes.
 
-    Every token runs the whole window through the model (no key/value cache): right for samples, not for serving.
+    Every token runs the whole window through the model (no key/value cache), under a pipeline as one microbatch, rank
+    after rank: right for samples, not for serving.
 
     Args:
       model: a definition whose module follows `nn.Model` and has `logits(x)`.
@@ -46,6 +48,8 @@ def generate(
     """
     if not prompt:
         raise UserError("generation needs a prompt of at least one token; give sample.prompt some text")
+    if not hasattr(outline := model.outline({}), "logits"):
+        raise UserError(f"{type(outline).__name__} has no method logits(x), which generation needs; add one")
     rows = partitioner.size("batch")
     step = _next_token(model, partitioner, float(temperature))
     known = min(len(prompt), window)
@@ -67,19 +71,23 @@ def _next_token(model: ModelDef, partitioner: Partitioner, temperature: float) -
     @partial(jax.jit, out_shardings=partitioner.sharding(()))
     def step(params: Any, model_state: Any, text_BS: jax.Array, last: jax.Array, key: jax.Array) -> jax.Array:
         with use(partitioner):
-            module: Any = model.merge(params, model_state)
-            if not hasattr(module, "logits"):
-                raise UserError(f"{type(module).__name__} has no method logits(x), which generation needs; add one")
             rows, length = text_BS.shape
             batch = {
                 "tokens": partitioner.constrain(text_BS, "batch", "seq"),
                 "positions": jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), text_BS.shape),
                 "row": jnp.arange(rows, dtype=jnp.int32),
             }
-            ctx = Context(inputs=batch)
-            x_BSD, _ = module.blocks(module.embedder(batch, ctx), ctx)
-            logits_BV = jax.lax.dynamic_index_in_dim(module.logits(x_BSD), last, axis=1, keepdims=False)
-            logits_BV = logits_BV.astype(jnp.float32)
+
+            def next_BV(module: Any, x_BSD: Any) -> jax.Array:
+                logits_BSV = module.logits(x_BSD)
+                return jax.lax.dynamic_index_in_dim(logits_BSV, last, axis=1, keepdims=False).astype(jnp.float32)
+
+            if model.program is not None:
+                logits_BV = pipelined_rows(model, params, batch, partitioner, next_BV)
+            else:
+                module: Any = model.merge(params, model_state)
+                ctx = Context(inputs=batch)
+                logits_BV = next_BV(module, module.blocks(module.embedder(batch, ctx), ctx)[0])
             if temperature == 0:
                 return logits_BV.argmax(-1)
             return jax.random.categorical(key, logits_BV / temperature)

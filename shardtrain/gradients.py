@@ -19,6 +19,7 @@ from shardtrain.nn.losses import Loss
 from shardtrain.nn.model import Batch, Model, forward
 from shardtrain.nn.param import Weight
 from shardtrain.parallel.pipeline import pipeline_gradients
+from shardtrain.parallel.stages import pin
 from shardtrain.sharding import Partitioner
 from shardtrain.state import TrainState
 
@@ -134,16 +135,7 @@ def _pipelined(
     """The same by a pipeline; within a region manual over `pipe`, where `params` holds this rank's layers."""
     assert model.program is not None
     assert model.layers_CRk is not None
-    length = batch["tokens"].shape[1] if "tokens" in batch else None
-
-    def pin(x: Any) -> Any:
-        def one(a: jax.Array) -> jax.Array:
-            seq = "seq" if a.ndim > 2 and a.shape[1] == length else None
-            return partitioner.constrain(a, "batch", *(seq if dim == 1 else None for dim in range(1, a.ndim)))
-
-        return jax.tree.map(one, x)
-
-    cut, ctx = model.cut(pin), Context(inputs=batch, key=key, train=True)
+    cut, ctx = model.cut(pin(partitioner, batch)), Context(inputs=batch, key=key, train=True)
     stacked, shared = split_layers(params)
     mine = jax.tree.map(lambda a: a[:, 0], stacked)  # [chunks, 1, k, ...]: the only rank here is this one
 
@@ -182,7 +174,7 @@ def _kept(grads: Tree, weights: Tree, partitioner: Partitioner) -> Tree:
 
 
 def batch_sums(model: ModelDef, loss: LossFunction | None, state: TrainState, batch: Batch) -> Sums:
-    """The evaluation sums of one batch: loss, metrics and auxiliary terms."""
+    """The evaluation sums of one batch, without a pipeline: loss, metrics and auxiliary terms."""
     sums, aux, _ = _sums(model, loss, state.params, state.model_state, batch, None, train=False)
     return sums | aux
 

@@ -16,7 +16,7 @@ from shardtrain.layout import Layout
 from shardtrain.nn.param import describe
 from shardtrain.nn.stack import Stack, rematerialized
 from shardtrain.parallel.pipeline import Cut
-from shardtrain.parallel.schedules import Program, Schedule, allocate
+from shardtrain.parallel.schedules import Program, Schedule, allocate, check_trains
 from shardtrain.parallel.stages import layer_table
 
 Backward = Literal["remat", "save"]
@@ -82,6 +82,7 @@ class ModelDef:
                 f"{type(module).__name__} cannot be pipelined: {reason}; set mesh.pipe to 1, or write the model as "
                 "shardtrain.nn.Model describes"
             )
+        check_trains(schedule)
         layers = module.blocks.n_layers
         self.layers_CRk = layer_table(schedule, layers)
         slots = [int(np.flatnonzero(self.layers_CRk.ravel() == layer)[0]) for layer in range(layers)]
@@ -99,21 +100,21 @@ class ModelDef:
     def cut(self, pin: Callable[[Any], Any]) -> Cut:
         """The module as the pure functions that a pipeline runs."""
         layer = [(path, variable) for path, variable in nnx.to_flat_state(self._params) if path[:2] == _LAYER]
-        blocks = self._abstract({}).blocks
+        blocks = self.outline({}).blocks
 
         def of_layer(params: Tree) -> nnx.State:
             flat = flatten(params)
             return nnx.from_flat_state([(path[2:], v.replace(flat[dotted(path[2:])])) for path, v in layer])
 
         return Cut(
-            embed=lambda shared, batch, ctx: self._abstract(shared).embedder(batch, ctx),
+            embed=lambda shared, batch, ctx: self.outline(shared).embedder(batch, ctx),
             block=lambda params, x, ctx: blocks.apply_block(of_layer(params), x, ctx),
-            head=lambda shared, x, batch, ctx: self._abstract(shared).head(x, batch, ctx),
+            head=lambda shared, x, batch, ctx: self.outline(shared).head(x, batch, ctx),
             remat=lambda body: rematerialized(body, blocks.remat),
             pin=pin,
         )
 
-    def _abstract(self, shared: Tree) -> Any:
+    def outline(self, shared: Tree) -> Any:
         """The module with the parameters in `shared`, and shapes for all others."""
         flat = flatten(shared)
         weights = nnx.to_flat_state(self._params)

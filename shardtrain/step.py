@@ -13,6 +13,7 @@ from shardtrain.errors import UserError
 from shardtrain.gradients import LossFunction, Sums, batch_gradients, batch_sums
 from shardtrain.model_def import ModelDef
 from shardtrain.nn.model import Batch
+from shardtrain.pipelined import pipelined_sums
 from shardtrain.sharding import Partitioner, use
 from shardtrain.state import TrainState, abstract_state
 
@@ -90,6 +91,9 @@ def make_train_step(
 def make_eval_step(model: ModelDef, partitioner: Partitioner, *, loss: LossFunction | None = None) -> Any:
     """The jitted `(state, batch) -> {name: (sum, weight)}`, without dropout and without gradients.
 
+    Under a pipeline too each rank applies its own layers; rows that the schedule's microbatches do not divide go in
+    fewer.
+
     Raises:
       UserError: a `loss` for a pipeline.
     """
@@ -97,6 +101,8 @@ def make_eval_step(model: ModelDef, partitioner: Partitioner, *, loss: LossFunct
 
     def step(state: TrainState, batch: Batch) -> Sums:
         with use(partitioner):
+            if model.program is not None:
+                return pipelined_sums(model, state.params, batch, partitioner)
             return batch_sums(model, loss, state, batch)
 
     return jax.jit(step, out_shardings=partitioner.sharding(()))

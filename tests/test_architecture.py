@@ -26,6 +26,7 @@ ROOMS = [
     "model_def",
     "state",
     "gradients",
+    "pipelined",
     "step",
     "report",
     "generate",

@@ -5,7 +5,8 @@ one on values that nobody reads, so the program has no conditional and any colle
 idle rank would have waited anyway. Consecutive ticks with the same phases are one `lax.scan`, so the program does not
 grow with the number of microbatches. Messages move only at the start of a tick.
 
-What a stage computes is in `work.py`, what its phases keep for each other in `backward.py`.
+What a stage computes is in `work.py`, what its phases keep for each other in `backward.py`, and the only phase of a
+pipeline without a backward pass in `forward.py`.
 
 Shapes: M microbatches, C chunks of a rank, R ranks, k layers of a chunk.
 """
@@ -13,6 +14,7 @@ Shapes: M microbatches, C chunks of a rank, R ranks, k layers of a chunk.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,12 +23,14 @@ import numpy as np
 
 from shardtrain.nn.context import Context
 from shardtrain.nn.model import Batch
-from shardtrain.parallel.backward import Row, State, backward_mode
+from shardtrain.nn.stack import Aux
+from shardtrain.parallel.backward import Phase, Row, State, backward_mode
+from shardtrain.parallel.forward import Result, finished, forward_only
 from shardtrain.parallel.schedules import Program, Segment
-from shardtrain.parallel.slots import buffer, write
+from shardtrain.parallel.slots import buffer, write, zeros_like
 from shardtrain.parallel.work import Cut, Visit, Work
 
-__all__ = ["Cut", "pipeline_gradients"]
+__all__ = ["Cut", "pipeline_forward", "pipeline_gradients"]
 
 _AXIS = "pipe"
 Tree = Any
@@ -69,19 +73,9 @@ def pipeline_gradients(
         x, g = (jax.vmap(cut.pin)(state[kind]) for kind in "xg")
         return state | {"x": x, "g": g, "dstacked": dstacked, "dshared": dshared}
 
-    def tick(segment: Segment) -> Callable[[State, Row], tuple[State, None]]:
-        def run(state: State, columns: Row) -> tuple[State, None]:
-            row = {name: column[rank] for name, column in columns.items()}
-            state = _delivered(state, row, {move: program.edges[move] for move in segment.moves})
-            for phase in segment.phases:
-                state = mode.phases[phase](state, row)
-            return pinned(state), None
-
-        return run
-
     some = visit(jnp.int32(0))
     x = jax.eval_shape(work.embed, some)
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), x)
+    zeros = zeros_like(x)
     like = {"x": x, "g": x, **mode.kept}
     state = {
         **{kind: buffer(tree, program.slots[kind]) for kind, tree in like.items()},
@@ -91,14 +85,66 @@ def pipeline_gradients(
         "dshared": jax.tree.map(_wide_zeros, shared),
         "sums": _zero_sums(work, zeros, some),
     }
+    state = _run(program, rank, mode.phases, pinned, state)
+    dshared, sums = jax.lax.psum((state["dshared"], state["sums"]), _AXIS)
+    return state["dstacked"], dshared, sums
+
+
+def pipeline_forward(
+    program: Program,
+    layers_CRk: np.ndarray,
+    cut: Cut,
+    stacked: Tree,
+    shared: Tree,
+    batch_M: Batch,
+    ctx: Context,
+    result: Result,
+) -> tuple[Tree, Aux]:
+    """Forward passes alone: what `result` makes of the last block's outputs, and the auxiliary terms.
+
+    Both are summed over microbatches and ranks. Arguments are those of `pipeline_gradients`, but for:
+
+    Args:
+      program: of `schedules.forward`.
+      result: `(shared, y, batch, ctx) -> pytree of arrays`, of one microbatch.
+    """
+    rank = jax.lax.axis_index(_AXIS)
+    visit = _visits(program, layers_CRk, batch_M, rank)
+    work = Work(cut, stacked, shared, ctx, {})
+
+    def pinned(state: State) -> State:
+        return state | {"x": jax.vmap(cut.pin)(state["x"])}
+
+    some = visit(jnp.int32(0))
+    x = jax.eval_shape(work.embed, some)
+    _, sums = jax.eval_shape(partial(finished, work, result), x, some)
+    state = {"x": buffer(x, program.slots["x"]), "y": zeros_like(x), "sums": zeros_like(sums)}
+    state = _run(program, rank, {"F": forward_only(work, visit, result)}, pinned, state)
+    return jax.lax.psum(state["sums"], _AXIS)
+
+
+def _run(
+    program: Program, rank: jax.Array, phases: Mapping[str, Phase], pinned: Callable[[State], State], state: State
+) -> State:
+    """All ticks, one after the other."""
+
+    def tick(segment: Segment) -> Callable[[State, Row], tuple[State, None]]:
+        def run(state: State, columns: Row) -> tuple[State, None]:
+            row = {name: column[rank] for name, column in columns.items()}
+            state = _delivered(state, row, {move: program.edges[move] for move in segment.moves})
+            for phase in segment.phases:
+                state = phases[phase](state, row)
+            return pinned(state), None
+
+        return run
+
     state = pinned(state)
     for segment in program.segments():
         columns: dict[str, Any] = {
             name: column[segment.start : segment.stop] for name, column in program.columns.items()
         }
         state, _ = jax.lax.scan(tick(segment), state, columns)
-    dshared, sums = jax.lax.psum((state["dshared"], state["sums"]), _AXIS)
-    return state["dstacked"], dshared, sums
+    return state
 
 
 def _visits(program: Program, layers_CRk: np.ndarray, batch_M: Batch, rank: jax.Array) -> Callable[[jax.Array], Visit]:
@@ -141,7 +187,7 @@ def _zero_sums(work: Work, x: Tree, visit: Visit) -> dict[str, tuple[jax.Array, 
         y, aux = work.stage(work.params(visit), x, visit)
         return work.loss(y, visit)[1] | aux
 
-    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(sums))
+    return zeros_like(jax.eval_shape(sums))
 
 
 def _wide_zeros(weight: jax.Array) -> jax.Array:

@@ -15,6 +15,11 @@ def buffer(like: Tree, slots: int) -> Tree:
     return jax.tree.map(lambda a: jnp.zeros((slots + 1, *a.shape), a.dtype), like)
 
 
+def zeros_like(shapes: Tree) -> Tree:
+    """Zeros of these shapes and dtypes."""
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+
+
 def read(slots: Tree, slot: jax.Array | int) -> Tree:
     """What lies in a slot; of none, anything."""
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, jnp.maximum(slot, 0), 0, keepdims=False), slots)

@@ -8,7 +8,7 @@ import pytest
 from schedules.tokens import BUILT_IN, runs
 
 from shardtrain.errors import UserError
-from shardtrain.parallel.schedules import Program, Schedule, allocate, check, check_program, make, textbook
+from shardtrain.parallel.schedules import Program, Schedule, allocate, check, check_program, forward, make, textbook
 
 SIZES = {"gpipe": (2, 4, 2), "1f1b": (3, 5, 1), "interleaved": (3, 4, 2), "zb_h1": (3, 5, 1), "zb_v": (2, 4, 2)}
 OPTIONS = [
@@ -34,10 +34,12 @@ def accepted(schedule, cells):
     return True
 
 
-@pytest.fixture(params=[*BUILT_IN, "published 1f1b", "published zb_v"])
+@pytest.fixture(params=[*BUILT_IN, "published 1f1b", "published zb_v", "forward interleaved", "forward zb_v"])
 def schedule(request) -> Schedule:
-    *published, name = request.param.split()
-    return textbook(name, *SIZES[name]).lockstep() if published else make(name, *SIZES[name])
+    *form, name = request.param.split()
+    if form == ["published"]:
+        return textbook(name, *SIZES[name]).lockstep()
+    return forward(make(name, *SIZES[name])) if form else make(name, *SIZES[name])
 
 
 def test_a_dropped_action_is_rejected(schedule):

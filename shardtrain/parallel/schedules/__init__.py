@@ -6,9 +6,10 @@ A schedule is a function `(ranks, microbatches, chunks) -> Schedule` in a file o
 from shardtrain.parallel.schedules import gpipe, interleaved, one_f_one_b, zb_h1, zb_v  # noqa: F401  (they register)
 from shardtrain.parallel.schedules.buffers import Program, Segment, allocate
 from shardtrain.parallel.schedules.build import ring, tabulate, vee, weights_last
-from shardtrain.parallel.schedules.check import check
+from shardtrain.parallel.schedules.check import check, check_trains
 from shardtrain.parallel.schedules.check_program import check_program
 from shardtrain.parallel.schedules.csv_file import from_csv, to_csv
+from shardtrain.parallel.schedules.forward import forward
 from shardtrain.parallel.schedules.registry import Entry, get, make, register, registered, textbook
 from shardtrain.parallel.schedules.schedule import Action, Schedule, Textbook
 from shardtrain.parallel.schedules.simulate import Costs, Result, simulate
@@ -25,6 +26,8 @@ __all__ = [
     "allocate",
     "check",
     "check_program",
+    "check_trains",
+    "forward",
     "from_csv",
     "get",
     "make",

@@ -18,7 +18,7 @@ import numpy as np
 
 from shardtrain.parallel.schedules.build import ring
 from shardtrain.parallel.schedules.check import check
-from shardtrain.parallel.schedules.schedule import Schedule
+from shardtrain.parallel.schedules.schedule import FORWARD, Schedule
 
 #: Kinds of buffers: stage inputs, gradients of stage outputs, residuals of F, and what W needs from I.
 KINDS = ("x", "g", "r", "w")
@@ -53,7 +53,7 @@ class Program:
         x_down, x_up, x_same slot for the stage input that arrives as the tick starts: from the rank before, the rank
                              after, or this rank itself
         g_down, g_up, g_same the same for a gradient
-        F_x                  slot of the stage input; on the first stage, the slot to store it in
+        F_x                  slot of the stage input; on the first stage, the slot to store it in, if anything keeps it
         F_r, F_g             slot to store residuals in; on the last stage, also the gradient that the loss sends back
         B_x, B_r, B_g        slots of what to use; no B_g on the last stage if the loss is computed there and then
         I_x, I_r, I_g        the same, for a split backward
@@ -115,7 +115,10 @@ def allocate(schedule: Schedule, *, save_residuals: bool = False, split_from: st
     """
     check(schedule)
     assert split_from in {"operands", "inputs"}, split_from
-    values = list(_values(schedule, "r" if save_residuals else "x", split_from == "inputs"))
+    if schedule.phases == FORWARD:
+        values = list(_inputs(schedule))
+    else:
+        values = list(_values(schedule, "r" if save_residuals else "x", split_from == "inputs"))
     slots_by_rank = {kind: [0] * schedule.ranks for kind in KINDS}
     columns = _actions(schedule)
     edges = message_edges(schedule)
@@ -142,11 +145,22 @@ def _actions(schedule: Schedule) -> dict[str, np.ndarray]:
     return {phase: np.ascontiguousarray(schedule.table[:, :, k]) for k, phase in enumerate(schedule.phases)}
 
 
+def _inputs(schedule: Schedule) -> Iterator[_Value]:
+    """The input of every stage but the first, for every microbatch, where nothing needs it after F."""
+    when = schedule.when("F").tolist()
+    for stage, (rank, _) in enumerate(schedule.placement[1:], 1):
+        for before, tick in zip(when[stage - 1], when[stage], strict=True):
+            columns = ((f"x_{direction(schedule, stage - 1)}", before + 1), ("F_x", tick))
+            yield _Value("x", rank, _MOMENTS * (before + 1) + _ARRIVE, _MOMENTS * tick + _F, columns)
+
+
 def _values(schedule: Schedule, kept: str, until_weights: bool) -> Iterator[_Value]:
     """Every value of every stage and microbatch. `kept` is the kind (x or r) that the backward starts from."""
     b, split = schedule.phases[1], "W" in schedule.phases
     when = {phase: schedule.when(phase).tolist() for phase in schedule.phases}
     last = schedule.stages - 1
+    if kept == "r":
+        yield from _inputs(schedule)
     for stage, (rank, _) in enumerate(schedule.placement):
         for m in range(schedule.microbatches):
             tf, tb, tw = when["F"][stage][m], when[b][stage][m], when["W"][stage][m] if split else -1
@@ -160,8 +174,6 @@ def _values(schedule: Schedule, kept: str, until_weights: bool) -> Iterator[_Val
             if kept == "x":
                 yield _Value("x", rank, born, end, (*arrival, ("F_x", tf), (f"{b}_x", tb), *weights("x")))
             else:
-                if arrival:
-                    yield _Value("x", rank, born, f, (*arrival, ("F_x", tf)))
                 yield _Value("r", rank, f, end, (("F_r", tf), (f"{b}_r", tb), *weights("r")))
 
             if stage < last:
@@ -209,7 +221,8 @@ def message_edges(schedule: Schedule) -> dict[str, tuple[tuple[int, int], ...]]:
     pairs: dict[str, set[tuple[int, int]]] = {}
     for stage in range(schedule.stages - 1):
         where, rank, after = direction(schedule, stage), schedule.placement[stage][0], schedule.placement[stage + 1][0]
-        there, back = pairs.setdefault(f"x_{where}", set()), pairs.setdefault(f"g_{BACK[where]}", set())
+        there = pairs.setdefault(f"x_{where}", set())
+        back = set() if schedule.phases == FORWARD else pairs.setdefault(f"g_{BACK[where]}", set())
         if where != "same":
             there.add((rank, after))
             back.add((after, rank))

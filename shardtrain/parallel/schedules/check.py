@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from shardtrain.errors import UserError
-from shardtrain.parallel.schedules.schedule import PHASES, Action, Schedule
+from shardtrain.parallel.schedules.schedule import FORWARD, PHASES, Action, Schedule
 
 
 def check(schedule: Schedule) -> None:
@@ -25,9 +25,19 @@ def check(schedule: Schedule) -> None:
     _order(schedule)
 
 
+def check_trains(schedule: Schedule) -> None:
+    """Refuse a schedule without a backward pass.
+
+    Raises:
+      UserError: it has none.
+    """
+    if schedule.phases == FORWARD:
+        raise UserError(f"schedule {schedule.name} goes forward only, which trains nothing; use phases {PHASES}")
+
+
 def _sizes(schedule: Schedule) -> None:
     name, table = schedule.name, schedule.table
-    if schedule.phases not in PHASES:
+    if schedule.phases not in (*PHASES, FORWARD):
         raise UserError(f"schedule {name} has phases {schedule.phases}; use one of {PHASES}")
     if table.ndim != 3 or table.shape[1:] != (schedule.ranks, len(schedule.phases)):
         raise UserError(
@@ -90,9 +100,12 @@ def _order(schedule: Schedule) -> None:
     In one tick the phases run in order, and every phase comes after those of its own stage that it needs.
     """
     when_SM = {phase: schedule.when(phase) for phase in schedule.phases}
-    backward = schedule.phases[1]
-    forward_SM, backward_SM = when_SM["F"], when_SM[backward]
+    forward_SM = when_SM["F"]
     _after(schedule, "F", forward_SM[1:], 1, "F", forward_SM[:-1], 1, -1)
+    if schedule.phases == FORWARD:
+        return
+    backward = schedule.phases[1]
+    backward_SM = when_SM[backward]
     _after(schedule, backward, backward_SM, 0, "F", forward_SM, 0, 0)
     _after(schedule, backward, backward_SM[:-1], 0, backward, backward_SM[1:], 1, +1)
     if "W" in when_SM:

@@ -11,7 +11,7 @@ import numpy as np
 from shardtrain.errors import UserError
 from shardtrain.parallel.schedules.buffers import BACK, Program, direction
 from shardtrain.parallel.schedules.check import check
-from shardtrain.parallel.schedules.schedule import Action
+from shardtrain.parallel.schedules.schedule import FORWARD, Action
 
 #: A value: its kind, stage and microbatch.
 _Name = tuple[str, int, int]
@@ -65,7 +65,7 @@ class _Run:
         saves = "F_r" in self.program.columns
         kept, split, again = "r" if saves else "x", "W" in self.schedule.phases, "W_g" in self.program.columns
         if phase == "F":
-            if first and not saves:
+            if first and not saves and self.schedule.phases != FORWARD:
                 self.write("F_x", tick, rank, ("x", stage, m))
             elif not first:
                 self.read("F_x", tick, rank, ("x", stage, m))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from shardtrain.errors import UserError, did_you_mean
-from shardtrain.parallel.schedules.check import check
+from shardtrain.parallel.schedules.check import check, check_trains
 from shardtrain.parallel.schedules.csv_file import from_csv
 from shardtrain.parallel.schedules.schedule import Schedule, Textbook
 
@@ -91,6 +91,7 @@ def make(name: str, ranks: int, microbatches: int, chunks: int = 1) -> Schedule:
                 f"ask for {what} {getattr(schedule, what)}, or take another schedule"
             )
     check(schedule)
+    check_trains(schedule)
     return schedule
 
 

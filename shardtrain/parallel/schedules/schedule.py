@@ -24,6 +24,8 @@ from shardtrain.errors import UserError
 
 #: The phases of a tick: forward and backward, or forward, input gradient and weight gradient.
 PHASES = (("F", "B"), ("F", "I", "W"))
+#: Those of a schedule that trains nothing (see `forward.py`).
+FORWARD = ("F",)
 
 #: For each stage, the (rank, chunk) that holds it.
 Placement = tuple[tuple[int, int], ...]

@@ -1,0 +1,102 @@
+"""Forward passes through a pipeline, without gradients: each rank applies its own layers, whatever it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from shardtrain.gradients import Sums, microbatches
+from shardtrain.model_def import ModelDef, Tree, split_layers
+from shardtrain.nn.context import Context
+from shardtrain.nn.model import Batch
+from shardtrain.parallel.forward import Result
+from shardtrain.parallel.pipeline import pipeline_forward
+from shardtrain.parallel.schedules import allocate, forward
+from shardtrain.parallel.stages import pin
+from shardtrain.sharding import Partitioner
+
+
+def pipelined_sums(model: ModelDef, params: Tree, batch: Batch, partitioner: Partitioner) -> Sums:
+    """The evaluation sums of one batch: loss, metrics and auxiliary terms.
+
+    Its rows go in as many microbatches as the schedule has or, where these do not divide a device's rows, in the most
+    that do: the sums are the same.
+
+    Raises:
+      UserError: rows that do not divide over the mesh.
+    """
+
+    def sums(shared: Tree, y: Any, batch: Batch, ctx: Context) -> Sums:
+        loss, weight, metrics = model.outline(shared).head(y, batch, ctx)
+        return {"loss": (loss, weight), **metrics}
+
+    assert model.program is not None
+    found, aux = _through(model, params, batch, partitioner, model.program.schedule.microbatches, sums, whole=True)
+    return found | aux
+
+
+def pipelined_rows(
+    model: ModelDef, params: Tree, batch: Batch, partitioner: Partitioner, result: Callable[[Any, Any], jax.Array]
+) -> jax.Array:
+    """What `result(module, x)` makes of the last block's output `x`, `[B, ...]`, on all ranks.
+
+    The batch goes as one microbatch. `result` may use all parameters of the module but those of its blocks.
+
+    Raises:
+      UserError: rows that do not divide over the mesh.
+    """
+
+    def rows(shared: Tree, y: Any, batch: Batch, ctx: Context) -> jax.Array:
+        return result(model.outline(shared), y)
+
+    return _through(model, params, batch, partitioner, 1, rows, whole=False)[0]
+
+
+def _through(
+    model: ModelDef, params: Tree, batch: Batch, partitioner: Partitioner, most: int, result: Result, *, whole: bool
+) -> tuple[Any, Any]:
+    """Results and auxiliary terms, summed over at most `most` microbatches.
+
+    Args:
+      whole: whether they are also summed over the rows of all devices; else the results of each device's rows are
+        joined, and auxiliary terms, of which every device has its own, mean nothing.
+    """
+    assert model.program is not None
+    schedule, layers_CRk = model.program.schedule, model.layers_CRk
+    assert layers_CRk is not None
+    for name, a in batch.items():
+        partitioner.sharding(("batch", *[None] * (a.ndim - 1)), a.shape, f"batch[{name!r}]")  # checks the rows
+    by_hand = tuple(axis for axis in ("island", "data") if partitioner.mesh.shape[axis] > 1)  # as in training
+
+    def local(params: Tree, batch: Batch) -> tuple[Any, Any]:
+        rows = jax.tree.leaves(batch)[0].shape[0] // partitioner.pieces("batch")
+        count = next(m for m in range(min(most, rows), 0, -1) if rows % m == 0)
+        stacked, shared = split_layers(params)
+        found = pipeline_forward(
+            allocate(forward(schedule, count)),
+            layers_CRk,
+            model.cut(pin(partitioner, batch)),
+            jax.tree.map(lambda a: a[:, 0], stacked),  # [chunks, 1, k, ...]: the only rank here is this one
+            shared,
+            microbatches(batch, count),
+            Context(inputs=batch),
+            result,
+        )
+        return jax.lax.psum(found, by_hand) if by_hand and whole else found
+
+    rows = PartitionSpec(by_hand or None)
+    return jax.shard_map(
+        local,
+        mesh=partitioner.mesh,
+        in_specs=(jax.tree.map(lambda w: _stages(w.axes), model.weights), rows),
+        out_specs=(PartitionSpec() if whole else rows, PartitionSpec()),
+        axis_names={"pipe", *by_hand},
+        check_vma=False,  # other axes stay Auto (research/pipeline.md, sharp edge 3)
+    )(params, batch)
+
+
+def _stages(axes: tuple[str | None, ...]) -> PartitionSpec:
+    return PartitionSpec(*("pipe" if axis == "stages" else None for axis in axes))

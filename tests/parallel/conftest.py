@@ -1,0 +1,3 @@
+"""Fixtures of the layers' tests."""
+
+from helpers import x64  # noqa: F401
