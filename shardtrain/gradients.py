@@ -18,6 +18,7 @@ from shardtrain.nn.context import Context
 from shardtrain.nn.losses import Loss
 from shardtrain.nn.model import Batch, Model, forward
 from shardtrain.nn.param import Weight
+from shardtrain.parallel.gather import NONE, Gather, gathered, on_parts, split_dims, summed
 from shardtrain.parallel.pipeline import pipeline_gradients
 from shardtrain.sharding import Partitioner
 from shardtrain.state import TrainState
@@ -39,20 +40,34 @@ def batch_gradients(
     partitioner: Partitioner,
     accumulate: int,
     reduce_dtype: Any,
+    gather: Gather = "tick",
 ) -> tuple[Tree, Sums, Tree]:
     """Gradients of the mean loss over the global batch, the sums behind it, and the model's new state.
 
     The loss is `loss_sum / weight_sum` plus each auxiliary `sum / weight`, every quotient over the *global* batch.
     A model that follows `nn.Model` runs in a region that is manual over `data` and `island` (and `pipe`, for a
     pipeline): there each device group sums its own rows' gradients over the microbatches, and one reduction at the end
-    adds them up. A module with its own `loss` runs outside of any manual region, so that what it does over the batch
-    (BatchNorm) sees all of it.
+    adds them up. A pipeline that gathers weights once per step makes it manual over `fsdp` too. A module with its own
+    `loss` runs outside of any manual region, so that what it does over the batch (BatchNorm) sees all of it.
     """
     reduced = [axis for axis in _REDUCED if partitioner.mesh.shape[axis] > 1] if loss is None else []
-    total = partial(jax.lax.psum, axis_name=reduced) if reduced else lambda x: x
     pipe = [] if model.program is None else ["pipe"]
+    dims = jax.tree.map(lambda _: NONE, model.weights)  # that fsdp splits, as far as that is done by hand
+    if gather == "step":
+        dims, reduced = split_dims(model.weights, partitioner), [*reduced, "fsdp"]
+    total = partial(jax.lax.psum, axis_name=reduced) if reduced else lambda x: x
+
+    def total_gradients(grads: Tree) -> Tree:
+        def one(grad: jax.Array, weight: Weight, dim: int) -> jax.Array:
+            if reduced:
+                grad = summed(grad.astype(_reduced(grad, reduce_dtype)), reduced, dim).astype(grad.dtype)
+            return grad if "stages" in weight.axes else summed(grad, pipe)
+
+        return jax.tree.map(one, grads, model.weights, dims)
 
     def local(params: Tree, model_state: Tree, batch: Batch) -> tuple[Tree, Sums, Tree]:
+        if gather == "step":
+            params = gathered(params, model.weights, dims, partitioner)
         if pipe:
             grads, sums = _pipelined(model, params, batch, key, partitioner, total)
             new_state = model_state
@@ -60,14 +75,12 @@ def batch_gradients(
             grads, sums, new_state = _accumulated(
                 model, loss, params, model_state, batch, key, partitioner, accumulate, total
             )
-        if reduced:
-            grads = jax.tree.map(lambda g: total(g.astype(_reduced(g, reduce_dtype))).astype(g.dtype), grads)
-            sums = total(sums)
-        return grads, sums, new_state
+        reduce = on_parts(total_gradients, model.weights, partitioner) if gather == "step" else total_gradients
+        return reduce(grads), total(sums), new_state
 
     run = local
     if reduced or pipe:
-        params_spec = jax.tree.map(lambda w: PartitionSpec(*(a and "pipe" for a in _stages(w))), model.weights)
+        params_spec = jax.tree.map(_entry_spec, model.weights, dims)
         run = jax.shard_map(
             local,
             mesh=partitioner.mesh,
@@ -82,9 +95,11 @@ def batch_gradients(
     return grads, sums, new_state
 
 
-def _stages(weight: Weight) -> tuple[bool, ...]:
-    """Up to the dim that enumerates pipeline ranks, whether each dim is that one."""
-    return tuple(axis == "stages" for axis in weight.axes[:2]) if "stages" in weight.axes else ()
+def _entry_spec(weight: Weight, fsdp_dim: int) -> PartitionSpec:
+    """How a weight enters the manual region: its own rank's layers, and its own part of what fsdp splits by hand."""
+    return PartitionSpec(
+        *("pipe" if axis == "stages" else "fsdp" if dim == fsdp_dim else None for dim, axis in enumerate(weight.axes))
+    )
 
 
 def _accumulated(

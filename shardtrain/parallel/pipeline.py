@@ -57,7 +57,7 @@ def pipeline_gradients(
       keep: pins the layout and dtype of gradients of (stacked, shared).
 
     Returns:
-      Gradients of `stacked` (this rank's) and of `shared` (all ranks' sum), and `{name: (sum, weight)}` (all ranks').
+      This rank's gradients of `stacked` and of `shared`, and `{name: (sum, weight)}` (all ranks').
     """
     rank = jax.lax.axis_index(_AXIS)
     visit = _visits(program, layers_CRk, batch_M, rank)
@@ -97,8 +97,7 @@ def pipeline_gradients(
             name: column[segment.start : segment.stop] for name, column in program.columns.items()
         }
         state, _ = jax.lax.scan(tick(segment), state, columns)
-    dshared, sums = jax.lax.psum((state["dshared"], state["sums"]), _AXIS)
-    return state["dstacked"], dshared, sums
+    return state["dstacked"], state["dshared"], jax.lax.psum(state["sums"], _AXIS)
 
 
 def _visits(program: Program, layers_CRk: np.ndarray, batch_M: Batch, rank: jax.Array) -> Callable[[jax.Array], Visit]:
