@@ -18,7 +18,7 @@ from shardtrain.nn.context import Context
 from shardtrain.nn.losses import Loss
 from shardtrain.nn.model import Batch, Model, forward
 from shardtrain.nn.param import Weight
-from shardtrain.parallel.gather import NONE, Gather, gathered, on_parts, split_dims, summed
+from shardtrain.parallel.gather import NONE, Gather, entry_spec, gathered, on_parts, split_dims, summed
 from shardtrain.parallel.pipeline import pipeline_gradients
 from shardtrain.sharding import Partitioner
 from shardtrain.state import TrainState
@@ -59,9 +59,8 @@ def batch_gradients(
 
     def total_gradients(grads: Tree) -> Tree:
         def one(grad: jax.Array, weight: Weight, dim: int) -> jax.Array:
-            if reduced:
-                grad = summed(grad.astype(_reduced(grad, reduce_dtype)), reduced, dim).astype(grad.dtype)
-            return grad if "stages" in weight.axes else summed(grad, pipe)
+            grad = summed(grad, reduced, reduce_dtype, dim)
+            return grad if "stages" in weight.axes else summed(grad, pipe, jnp.float32)
 
         return jax.tree.map(one, grads, model.weights, dims)
 
@@ -75,12 +74,13 @@ def batch_gradients(
             grads, sums, new_state = _accumulated(
                 model, loss, params, model_state, batch, key, partitioner, accumulate, total
             )
-        reduce = on_parts(total_gradients, model.weights, partitioner) if gather == "step" else total_gradients
-        return reduce(grads), total(sums), new_state
+        if reduced or pipe:
+            grads, sums = on_parts(total_gradients, model.weights, partitioner)(grads), total(sums)
+        return grads, sums, new_state
 
     run = local
     if reduced or pipe:
-        params_spec = jax.tree.map(_entry_spec, model.weights, dims)
+        params_spec = jax.tree.map(entry_spec, model.weights, dims)
         run = jax.shard_map(
             local,
             mesh=partitioner.mesh,
@@ -93,13 +93,6 @@ def batch_gradients(
     weight = sums["loss"][1]
     grads = jax.tree.map(lambda g, w: (g / weight.astype(g.dtype)).astype(w.dtype), grads, model.weights)
     return grads, sums, new_state
-
-
-def _entry_spec(weight: Weight, fsdp_dim: int) -> PartitionSpec:
-    """How a weight enters the manual region: its own rank's layers, and its own part of what fsdp splits by hand."""
-    return PartitionSpec(
-        *("pipe" if axis == "stages" else "fsdp" if dim == fsdp_dim else None for dim, axis in enumerate(weight.axes))
-    )
 
 
 def _accumulated(
@@ -254,8 +247,3 @@ def _aux_scales(
         return {}
     weight, others = total(weights())
     return {name: jax.lax.stop_gradient(weight / w) for name, w in others.items()}
-
-
-def _reduced(grad: jax.Array, reduce_dtype: Any) -> Any:
-    # float64 parameters are reduced in float64: the policy narrows gradients only below their own float32 sums.
-    return reduce_dtype if grad.dtype == jnp.float32 else grad.dtype

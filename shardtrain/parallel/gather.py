@@ -1,7 +1,7 @@
-"""FSDP by hand: in a region that is manual over `fsdp`, each weight gathered once and each gradient scattered once.
+"""Into and out of the region where gradients are made: weights gathered and gradients summed, by hand.
 
-A pipeline that leaves `fsdp` to the compiler gathers the weights of a stage in every tick, and scatters their gradients
-in every backward tick. This takes as much communication as one microbatch, for the memory of `WholeBytes`.
+A pipeline that leaves fsdp to the compiler gathers the weights of a stage in every tick, and scatters their gradients
+in every backward tick. By hand, each crosses fsdp once per step, for the memory of `WholeBytes`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from shardtrain.errors import UserError
 from shardtrain.nn.param import Weight
@@ -65,6 +66,13 @@ def _split_dim(path: tuple[Any, ...], weight: Weight, partitioner: Partitioner) 
     return NONE
 
 
+def entry_spec(weight: Weight, dim: int) -> PartitionSpec:
+    """How a weight enters the region: its rank's layers, and this rank's part of what fsdp splits by hand."""
+    return PartitionSpec(
+        *("pipe" if axis == "stages" else _AXIS if i == dim else None for i, axis in enumerate(weight.axes))
+    )
+
+
 def gathered(params: Tree, weights: Tree, dims: Tree, partitioner: Partitioner) -> Tree:
     """Whole weights of this rank's shards, in the parameters' dtypes; within a region manual over fsdp.
 
@@ -80,21 +88,26 @@ def gathered(params: Tree, weights: Tree, dims: Tree, partitioner: Partitioner) 
     return on_parts(lambda params: jax.tree.map(one, params, weights, dims), weights, partitioner)(params)
 
 
-def summed(grad: jax.Array, axes: Sequence[str], dim: int = NONE) -> jax.Array:
+def summed(grad: jax.Array, axes: Sequence[str], dtype: Any, dim: int = NONE) -> jax.Array:
     """The sum of a gradient over mesh axes, of which fsdp leaves each rank its part of `dim`, if there is one.
 
-    It comes first, so that the other axes add up as little as there is. See `on_parts`.
+    It comes first, so that the other axes add up as little as there is. A float32 gradient travels in `dtype`; a wider
+    one, of wider parameters, as it is. See `on_parts`.
     """
+    if not axes:
+        return grad
+    total = grad.astype(dtype) if grad.dtype == jnp.float32 else grad
     if dim != NONE:
-        grad = jax.lax.psum_scatter(grad, _AXIS, scatter_dimension=dim, tiled=True)
+        total = jax.lax.psum_scatter(total, _AXIS, scatter_dimension=dim, tiled=True)
         axes = [axis for axis in axes if axis != _AXIS]
-    return jax.lax.psum(grad, tuple(axes)) if axes else grad
+    return (jax.lax.psum(total, tuple(axes)) if axes else total).astype(grad.dtype)
 
 
 def on_parts(function: Callable[[Tree], Tree], weights: Tree, partitioner: Partitioner) -> Callable[[Tree], Tree]:
     """A function of a tree like `weights`, in and out, with all mesh axes manual; to be called in a manual region.
 
-    What an all-gather or reduce-scatter by hand takes, XLA first makes whole over the axes that are left to it.
+    With axes left to it, XLA makes what an all-gather or reduce-scatter by hand takes whole over these first; and on a
+    CPU it aborts where the sum is of bfloat16.
     """
     specs = jax.tree.map(lambda w: partitioner.spec(*w.axes), weights)  # over the axes that are not manual yet
     axes = {*partitioner.mesh.axis_names} - {*jax.sharding.get_abstract_mesh().manual_axes}
