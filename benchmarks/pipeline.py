@@ -12,11 +12,16 @@ others, which on accelerators it would not. Hence three questions, each answered
   tracing and compiling it, over those of a vmap and roll pipeline (`roll.py`) of the same model, weights and data;
 - floor: matmul FLOPs, step time and CPU seconds on pipe 4 x fsdp 2, over those of the hand-written step (`floor.py`) on
   fsdp 8; and that one against itself (A/A).
+
+And one that needs no clock:
+
+- gather: bytes over fsdp and temporary memory of the compiled step, weights gathered in each tick and once per step.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
 import re
@@ -39,11 +44,15 @@ import roll
 import sleeping
 from overhead import copied, random_batch
 from shardtrain import MeshSpec, ModelDef, Partitioner, init_state, make_train_step, optimizer
+from shardtrain.hlo import collectives
 from shardtrain.hlo.text import leaves, parse
 from shardtrain.models.llama import Llama
 from shardtrain.parallel import schedules
+from shardtrain.parallel.gather import whole_bytes
 from shardtrain.parallel.schedules import simulate
+from shardtrain.state import abstract_state
 
+PARTS = ("schedules", "yardstick", "floor", "gather")
 RANKS = 4
 #: (schedule, chunks, backward mode)
 CASES = (
@@ -59,17 +68,18 @@ CASES = (
 FLOOR_MESHES: tuple[dict[str, int], ...] = ({"fsdp": 8}, {"pipe": RANKS, "fsdp": 2})
 #: (schedule, microbatches, backward mode) of 16 rows
 FLOOR_CASES = (("1f1b", 8, "remat"), ("1f1b", 8, "save"), ("zb_h1", 8, "remat"))
+GATHER_CASES = [case for case in CASES if case[0] in ("1f1b", "zb_h1")]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", choices=("schedules", "yardstick", "floor"), help="default: all")
+    parser.add_argument("--only", action="append", choices=PARTS, help="default: all")
     parser.add_argument("--microbatches", action="append", type=int, help="of the schedules; default: 8, 16, 32")
     parser.add_argument("--seconds", type=float, default=0.02, help="that a stage sleeps in F, and in I, and in W")
     parser.add_argument("--pairs", type=int, default=5, help="interleaved steps of each program")
     parser.add_argument("--tiny", action="store_true", help="tiny models, to see that the benchmark runs")
     args = parser.parse_args()
-    parts = args.only or ["schedules", "yardstick", "floor"]
+    parts = args.only or PARTS
     print(f"jax {jax.__version__}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, pipe {RANKS}")
     if "schedules" in parts:
         critical_paths(args.microbatches or ([8] if args.tiny else [8, 16, 32]), args.seconds)
@@ -83,6 +93,11 @@ def main() -> None:
             against_floor(floor.Shape(4, 32, 8, 8, 64, 64), 32, FLOOR_CASES[:1], pairs=1)
         else:
             against_floor(floor.Shape(), 256, FLOOR_CASES, pairs=args.pairs)
+    if "gather" in parts:
+        if args.tiny:
+            tick_and_step(floor.Shape(4, 32, 8, 8, 64, 64), 32, CASES[1:2], [8])
+        else:
+            tick_and_step(floor.Shape(8, 256, 8, 8, 1024, 2048), 256, GATHER_CASES, [8, 32])
 
 
 def critical_paths(microbatches: list[int], seconds: float) -> None:
@@ -180,6 +195,25 @@ def against_floor(shape: floor.Shape, length: int, cases: Any, *, pairs: int) ->
         print(f"{name:20} {line} {abs(loss[0] - loss[1]):9.1e}")
     _, wall, cpu, _ = (of["hand-written"] for of in measured)
     print(f"hand-written: {wall * 1e3:.0f} ms, {cpu:.2f} CPU s; load now {os.getloadavg()[0]:.1f}")
+
+
+def tick_and_step(shape: floor.Shape, length: int, cases: Any, microbatches: list[int]) -> None:
+    """What a device moves over fsdp in a step, and holds, on pipe 4 x fsdp 2; from the compiled program."""
+    print(f"\ngather: {shape}, microbatches of 2 x {length} tokens, pipe 4 x fsdp 2; MB on each device")
+    print("schedule              M     tick: over fsdp, temporaries     step: over fsdp, temporaries")
+    place = Partitioner(MeshSpec(**FLOOR_MESHES[1]).build(jax.devices()))
+    for (name, chunks, backward), count in itertools.product(cases, microbatches):
+        model = llama(shape, schedules.make(name, RANKS, count, chunks), backward, remat="none")
+        tx = optimizer("sgd", model.weights, lr=1e-3)
+        state, batch = abstract_state(model, tx, place), random_batch(place, 2 * count, length, shape.vocab_size)
+        line = f"{label(name, chunks, backward):18} {count:4}"
+        for gather in ("tick", "step"):
+            program = make_train_step(model, tx, place, gather=gather).lower(state, batch).compile()
+            moved = sum(c.bytes * c.times for c in collectives(program.as_text(), place.mesh) if "fsdp" in c.axes)
+            line += f" {moved / 1e6:20.1f} {program.memory_analysis().temp_size_in_bytes / 1e6:11.1f}"
+        print(line, flush=True)
+    held = whole_bytes(model.weights, place)
+    print(f"step holds {held.weights / 1e6:.1f} MB of gathered weights and {held.gradients / 1e6:.1f} MB of gradients")
 
 
 def llama(shape: floor.Shape, schedule: Any, backward: Any, remat: str) -> ModelDef:

@@ -155,6 +155,12 @@ def summary(run: Any) -> list[str]:
         lines.append(f"MFU is of {peak / devices.size / 1e12:,.0f} TFLOP/s per device, causal attention counted once")
     if job.model.program is not None:
         lines.append(pipeline_summary(job.model))
+    if job.whole is not None:
+        held = job.whole
+        lines.append(
+            f"gather: step, for {held.weights / 2**20:,.1f} MiB of gathered weights and {held.gradients / 2**20:,.1f} "
+            f"MiB of gradients on each device during a step"
+        )
     if report.unannotated:
         lines.append(f"whole on every device, having no logical axes: {', '.join(report.unannotated)}")
     if run.resumed_from is not None:

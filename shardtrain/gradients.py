@@ -18,6 +18,7 @@ from shardtrain.nn.context import Context
 from shardtrain.nn.losses import Loss
 from shardtrain.nn.model import Batch, Model, forward
 from shardtrain.nn.param import Weight
+from shardtrain.parallel.gather import NONE, Gather, entry_spec, gathered, on_parts, split_dims, summed
 from shardtrain.parallel.pipeline import pipeline_gradients
 from shardtrain.parallel.stages import pin
 from shardtrain.sharding import Partitioner
@@ -40,20 +41,33 @@ def batch_gradients(
     partitioner: Partitioner,
     accumulate: int,
     reduce_dtype: Any,
+    gather: Gather = "tick",
 ) -> tuple[Tree, Sums, Tree]:
     """Gradients of the mean loss over the global batch, the sums behind it, and the model's new state.
 
     The loss is `loss_sum / weight_sum` plus each auxiliary `sum / weight`, every quotient over the *global* batch.
     A model that follows `nn.Model` runs in a region that is manual over `data` and `island` (and `pipe`, for a
     pipeline): there each device group sums its own rows' gradients over the microbatches, and one reduction at the end
-    adds them up. A module with its own `loss` runs outside of any manual region, so that what it does over the batch
-    (BatchNorm) sees all of it.
+    adds them up. A pipeline that gathers weights once per step makes it manual over `fsdp` too. A module with its own
+    `loss` runs outside of any manual region, so that what it does over the batch (BatchNorm) sees all of it.
     """
     reduced = [axis for axis in _REDUCED if partitioner.mesh.shape[axis] > 1] if loss is None else []
-    total = partial(jax.lax.psum, axis_name=reduced) if reduced else lambda x: x
     pipe = [] if model.program is None else ["pipe"]
+    dims = jax.tree.map(lambda _: NONE, model.weights)  # that fsdp splits, as far as that is done by hand
+    if gather == "step":
+        dims, reduced = split_dims(model.weights, partitioner), [*reduced, "fsdp"]
+    total = partial(jax.lax.psum, axis_name=reduced) if reduced else lambda x: x
+
+    def total_gradients(grads: Tree) -> Tree:
+        def one(grad: jax.Array, weight: Weight, dim: int) -> jax.Array:
+            grad = summed(grad, reduced, reduce_dtype, dim)
+            return grad if "stages" in weight.axes else summed(grad, pipe, jnp.float32)
+
+        return jax.tree.map(one, grads, model.weights, dims)
 
     def local(params: Tree, model_state: Tree, batch: Batch) -> tuple[Tree, Sums, Tree]:
+        if gather == "step":
+            params = gathered(params, model.weights, dims, partitioner)
         if pipe:
             grads, sums = _pipelined(model, params, batch, key, partitioner, total)
             new_state = model_state
@@ -61,14 +75,13 @@ def batch_gradients(
             grads, sums, new_state = _accumulated(
                 model, loss, params, model_state, batch, key, partitioner, accumulate, total
             )
-        if reduced:
-            grads = jax.tree.map(lambda g: total(g.astype(_reduced(g, reduce_dtype))).astype(g.dtype), grads)
-            sums = total(sums)
+        if reduced or pipe:
+            grads, sums = on_parts(total_gradients, model.weights, partitioner)(grads), total(sums)
         return grads, sums, new_state
 
     run = local
     if reduced or pipe:
-        params_spec = jax.tree.map(lambda w: PartitionSpec(*(a and "pipe" for a in _stages(w))), model.weights)
+        params_spec = jax.tree.map(entry_spec, model.weights, dims)
         run = jax.shard_map(
             local,
             mesh=partitioner.mesh,
@@ -81,11 +94,6 @@ def batch_gradients(
     weight = sums["loss"][1]
     grads = jax.tree.map(lambda g, w: (g / weight.astype(g.dtype)).astype(w.dtype), grads, model.weights)
     return grads, sums, new_state
-
-
-def _stages(weight: Weight) -> tuple[bool, ...]:
-    """Up to the dim that enumerates pipeline ranks, whether each dim is that one."""
-    return tuple(axis == "stages" for axis in weight.axes[:2]) if "stages" in weight.axes else ()
 
 
 def _accumulated(
@@ -231,8 +239,3 @@ def _aux_scales(
         return {}
     weight, others = total(weights())
     return {name: jax.lax.stop_gradient(weight / w) for name, w in others.items()}
-
-
-def _reduced(grad: jax.Array, reduce_dtype: Any) -> Any:
-    # float64 parameters are reduced in float64: the policy narrows gradients only below their own float32 sums.
-    return reduce_dtype if grad.dtype == jnp.float32 else grad.dtype

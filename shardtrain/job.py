@@ -21,6 +21,7 @@ from shardtrain.model_def import ModelDef, flatten
 from shardtrain.nn.precision import Precision
 from shardtrain.optim import optimizer
 from shardtrain.parallel import schedules
+from shardtrain.parallel.gather import WholeBytes, whole_bytes
 from shardtrain.report import ShardingReport, sharding_report
 from shardtrain.sharding import Partitioner, make_rules
 from shardtrain.state import TrainState, abstract_canonical, abstract_state, init_state
@@ -39,6 +40,8 @@ class Job:
     tx: optax.GradientTransformation
     lr: optax.Schedule
     report: ShardingReport
+    #: What devices hold in a step because a pipeline gathers weights once per step.
+    whole: WholeBytes | None = None
 
     def abstract_state(self) -> TrainState:
         """The state as shapes and shardings."""
@@ -77,6 +80,7 @@ class Job:
             accumulate=self.config.optimizer.accumulate,
             reduce_dtype=self.precision.reduce,
             lr=self.lr,
+            gather="tick" if self.whole is None else "step",
         )
 
     def eval_step(self) -> Any:
@@ -112,7 +116,8 @@ def build(config: RunConfig, *, processes: int = 1) -> Job:
       processes: how many processes share emulated devices.
 
     Raises:
-      UserError: the devices are missing or do not fit the mesh, or the rules cannot lay the model out on it.
+      UserError: the devices are missing or do not fit the mesh, the rules cannot lay the model out on it, or a
+        pipeline cannot gather its weights once per step.
     """
     devices = select_devices(config.devices.platform, config.devices.emulate, processes)
     check_devices(config, len(devices))
@@ -134,7 +139,8 @@ def build(config: RunConfig, *, processes: int = 1) -> Job:
     report = sharding_report(model.weights, partitioner)
     report.check(max_replicated)
     tx, lr = _optimizer(config, model)
-    return Job(config, partitioner, model, precision, tx, lr, report)
+    whole = whole_bytes(model.weights, partitioner) if ranks > 1 and pipeline.gather == "step" else None
+    return Job(config, partitioner, model, precision, tx, lr, report, whole)
 
 
 def _optimizer(config: RunConfig, model: ModelDef) -> tuple[optax.GradientTransformation, optax.Schedule]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from shardtrain.model_def import ModelDef, Tree, split_layers
 from shardtrain.nn.context import Context
 from shardtrain.nn.model import Batch
 from shardtrain.parallel.forward import Result
+from shardtrain.parallel.gather import NONE, entry_spec
 from shardtrain.parallel.pipeline import pipeline_forward
 from shardtrain.parallel.schedules import allocate, forward
 from shardtrain.parallel.stages import pin
@@ -91,12 +93,8 @@ def _through(
     return jax.shard_map(
         local,
         mesh=partitioner.mesh,
-        in_specs=(jax.tree.map(lambda w: _stages(w.axes), model.weights), rows),
+        in_specs=(jax.tree.map(partial(entry_spec, dim=NONE), model.weights), rows),
         out_specs=(PartitionSpec() if whole else rows, PartitionSpec()),
         axis_names={"pipe", *by_hand},
         check_vma=False,  # other axes stay Auto (research/pipeline.md, sharp edge 3)
     )(params, batch)
-
-
-def _stages(axes: tuple[str | None, ...]) -> PartitionSpec:
-    return PartitionSpec(*("pipe" if axis == "stages" else None for axis in axes))

@@ -13,6 +13,7 @@ from shardtrain.errors import UserError
 from shardtrain.gradients import LossFunction, Sums, batch_gradients, batch_sums
 from shardtrain.model_def import ModelDef
 from shardtrain.nn.model import Batch
+from shardtrain.parallel.gather import Gather, split_dims
 from shardtrain.pipelined import pipelined_sums
 from shardtrain.sharding import Partitioner, use
 from shardtrain.state import TrainState, abstract_state
@@ -30,6 +31,7 @@ def make_train_step(
     accumulate: int = 1,
     reduce_dtype: Any = jnp.float32,
     lr: optax.Schedule | None = None,
+    gather: Gather = "tick",
 ) -> Any:
     """The jitted `(state, batch) -> (state, metrics)`; the state is donated.
 
@@ -41,6 +43,7 @@ def make_train_step(
       accumulate: microbatches per step; microbatch m is the rows `m::accumulate`. The result is that of the full batch.
       reduce_dtype: dtype in which gradients cross the `data` and `island` axes; they are accumulated in float32.
       lr: the schedule, to report.
+      gather: of a pipeline, whether the weights that fsdp splits are gathered in each tick, or once per `step`.
 
     Returns:
       A `jax.jit` function. Metrics are float32 scalars: `loss`, `grad_norm`, `weight` (the loss's normaliser), `lr`,
@@ -48,7 +51,7 @@ def make_train_step(
 
     Raises:
       UserError: `accumulate` > 1 for a pipeline, or for a module whose forward pass changes state; a `loss` for a
-        pipeline; while tracing, rows that do not divide into the microbatches.
+        pipeline; a `gather` step that cannot be; while tracing, rows that do not divide into the microbatches.
     """
     _check_loss(model, loss)
     if accumulate < 1:
@@ -63,13 +66,17 @@ def make_train_step(
             f"optimizer.accumulate is {accumulate}, but the model changes {', '.join(model.mutable[:3])} in its "
             "forward pass, which would then depend on the microbatch; use accumulate 1"
         )
+    if gather == "step":
+        if model.program is None:
+            raise UserError("gather step is for a pipeline, and the model has no schedule; drop it, or give a schedule")
+        split_dims(model.weights, partitioner)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, tx, partitioner))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with use(partitioner):
             key = jax.random.fold_in(jax.random.key(seed), state.step)
             grads, sums, model_state = batch_gradients(
-                model, loss, state, batch, key, partitioner, accumulate, reduce_dtype
+                model, loss, state, batch, key, partitioner, accumulate, reduce_dtype, gather
             )
             metrics = means(sums)
             metrics["grad_norm"] = optax.tree.norm(grads)

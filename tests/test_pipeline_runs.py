@@ -4,13 +4,20 @@ import numpy as np
 import pytest
 
 from commands import compiled_once, fit, losses, pair, saved, start  # noqa: F401
+from shardtrain.cli import summary
 
 LAYERS = "model.n_layers=4"
-#: Of one run, one after the other: none, four ranks, two ranks with two chunks each.
+#: Of one run, one after the other: none, four ranks, two ranks with two chunks each and weights gathered once a step.
 LAYOUTS = [
     (4, ["mesh={fsdp: 4, tensor: 2}"]),
     (8, ["mesh={pipe: 4, data: 2}", "pipeline={schedule: 1f1b, microbatches: 4}"]),
-    (12, ["mesh={pipe: 2, fsdp: 2, tensor: 2}", "pipeline={schedule: interleaved, microbatches: 2, chunks: 2}"]),
+    (
+        12,
+        [
+            "mesh={pipe: 2, fsdp: 2, tensor: 2}",
+            "pipeline={schedule: interleaved, microbatches: 2, chunks: 2, gather: step}",
+        ],
+    ),
 ]
 
 
@@ -23,6 +30,7 @@ def test_a_run_moves_between_pipeline_layouts(undisturbed, tmp_path):
     for steps, overrides in LAYOUTS:
         run = fit(tmp_path / "run", LAYERS, f"run.steps={steps}", *overrides)
     assert run.resumed_from == 8
+    assert any(line.startswith("gather: step, for 0.") for line in summary(run))
     np.testing.assert_allclose(losses(run.directory), undisturbed, rtol=1e-5)
 
 

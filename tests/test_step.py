@@ -147,14 +147,15 @@ def test_bfloat16_compute_keeps_float32_masters_and_float32_gradients():
     assert losses[-1] < losses[0] - 0.3
     full = gradients_of(tiny.llama(n_layers=1), place)
     assert tiny.relative_error(gradients_of(model, place), full) < 0.1
+    assert tiny.relative_error(gradients_of(model, place, reduce=jnp.bfloat16), full) < 0.1
 
 
-def gradients_of(model: ModelDef, place: Any) -> Any:
+def gradients_of(model: ModelDef, place: Any, reduce: Any = jnp.float32) -> Any:
     state = init_state(model, optax.sgd(0.1), place)
 
     def run(state, batch):
         with use(place):
-            return batch_gradients(model, None, state, batch, jax.random.key(0), place, 1, jnp.float32)[0]
+            return batch_gradients(model, None, state, batch, jax.random.key(0), place, 1, reduce)[0]
 
     return jax.jit(run)(state, tiny.batch(place))
 

@@ -129,6 +129,13 @@ def check_schedule(mesh: MeshSizes, pipeline: Pipeline) -> Iterator[Problem]:
             )
 
 
+def check_gather(mesh: MeshSizes, pipeline: Pipeline) -> Iterator[Problem]:
+    """Whether there is anything that a pipeline could gather once per step; the job knows whether it can."""
+    if mesh.pipe > 1 and pipeline.gather == "step" and mesh.fsdp == 1:
+        rule = "it gathers the weights that mesh.fsdp splits, and mesh.fsdp is 1"
+        yield Problem("pipeline.gather", pipeline.gather, rule, "drop pipeline.gather, or set mesh.fsdp=2 or more")
+
+
 def check_layers(model: Model, mesh: MeshSizes, pipeline: Pipeline) -> Iterator[Problem]:
     """Layers against the stages of a pipeline."""
     layers, stages = model.options.get("n_layers"), mesh.pipe * pipeline.chunks

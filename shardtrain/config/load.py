@@ -25,6 +25,7 @@ LAYOUT: tuple[Check, ...] = (
     layout_checks.check_accumulate,
     layout_checks.check_sequence,
     layout_checks.check_schedule,
+    layout_checks.check_gather,
     layout_checks.check_layers,
     layout_checks.check_microbatches,
 )

@@ -26,7 +26,9 @@ class Embedding(nnx.Module):
     def __init__(self, vocab_size: int, dim: int, *, precision: Precision = Precision(), rngs: nnx.Rngs):
         self.precision = precision
         init = jax.nn.initializers.normal(dim**-0.5)
-        self.weight = param(rngs.params(), (vocab_size, dim), _AXES, init, precision.params, "embedding", inputs=1)
+        self.weight = param(
+            rngs.params(), (vocab_size, dim), _AXES, init, precision.params, "embedding", 1, precision.compute
+        )
 
     def __call__(self, tokens_BS: jax.Array) -> jax.Array:
         """Look up int tokens `[B, S]`; returns `[B, S, embed]` in the compute dtype."""

@@ -113,7 +113,7 @@ class Linear(nnx.Module):
     ):
         self.equation, self.axes, self.precision = equation, tuple(axes), precision
         init = init or fan_in_normal(inputs)
-        self.weight = param(rngs.params(), shape, axes, init, precision.params, role, inputs=inputs)
+        self.weight = param(rngs.params(), shape, axes, init, precision.params, role, inputs, precision.compute)
         zeros, kept = jax.nn.initializers.zeros, [None if a == "embed" else a for a in axes[inputs:]]
         self.bias = param(rngs.params(), shape[inputs:], kept, zeros, precision.params, "bias") if bias else None
 

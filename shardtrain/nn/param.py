@@ -29,6 +29,7 @@ class Weight:
       stack: leading dims that enumerate equal layers (0, or 1 inside a `Stack`, or 3 under a pipeline).
       inputs: dims after the stack dims that a matmul contracts; all further dims are outputs.
       annotated: False for a parameter that came from a plain Flax layer without logical axes.
+      compute: dtype that its layer casts it to before anything else; `None` where it does not, or does not say.
     """
 
     shape: tuple[int, ...]
@@ -38,6 +39,7 @@ class Weight:
     stack: int = 0
     inputs: int = 0
     annotated: bool = True
+    compute: Any = None
 
     @property
     def stack_dims(self) -> tuple[int, ...]:
@@ -73,6 +75,7 @@ def param(
     dtype: Any,
     role: Role = "matrix",
     inputs: int = 0,
+    compute: Any = None,
 ) -> nnx.Param:
     """Declare one weight: an `nnx.Param` of `shape` whose metadata says how it shards and how it trains.
 
@@ -81,6 +84,7 @@ def param(
       axes: one logical axis per dim; `None` keeps a dim whole on purpose.
       init: `(key, shape, dtype) -> array`, as in `jax.nn.initializers`.
       inputs: how many leading dims a matmul with the weight contracts.
+      compute: dtype that the layer casts the weight to before anything else, so that it may travel in that.
 
     Raises:
       UserError: another number of axes than dims, or an unknown role.
@@ -90,7 +94,7 @@ def param(
     if role not in get_args(Role):
         raise UserError(f"weight role {role!r} is none of {', '.join(get_args(Role))}")
     value = init(key, tuple(shape), dtype)
-    return nnx.Param(value, axes=tuple(axes), role=role, inputs=inputs, stack=0)
+    return nnx.Param(value, axes=tuple(axes), role=role, inputs=inputs, stack=0, compute=compute)
 
 
 def describe(variable: nnx.Variable) -> Weight:
@@ -112,6 +116,7 @@ def describe(variable: nnx.Variable) -> Weight:
         stack=stack,
         inputs=meta.get("inputs", 0 if vector else len(shape) - stack - 1),
         annotated=meta.get("annotated", names is not None),
+        compute=meta.get("compute"),
     )
 
 

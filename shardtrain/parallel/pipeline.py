@@ -61,7 +61,7 @@ def pipeline_gradients(
       keep: pins the layout and dtype of gradients of (stacked, shared).
 
     Returns:
-      Gradients of `stacked` (this rank's) and of `shared` (all ranks' sum), and `{name: (sum, weight)}` (all ranks').
+      This rank's gradients of `stacked` and of `shared`, and `{name: (sum, weight)}` (all ranks').
     """
     rank = jax.lax.axis_index(_AXIS)
     visit = _visits(program, layers_CRk, batch_M, rank)
@@ -86,8 +86,7 @@ def pipeline_gradients(
         "sums": _zero_sums(work, zeros, some),
     }
     state = _run(program, rank, mode.phases, pinned, state)
-    dshared, sums = jax.lax.psum((state["dshared"], state["sums"]), _AXIS)
-    return state["dstacked"], dshared, sums
+    return state["dstacked"], state["dshared"], jax.lax.psum(state["sums"], _AXIS)
 
 
 def pipeline_forward(

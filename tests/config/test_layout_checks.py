@@ -107,6 +107,12 @@ def test_a_pipeline_schedule_that_does_not_exist(problems):
     assert "needs 2" in found["pipeline.schedule"].rule
 
 
+def test_weights_gathered_once_per_step_are_split_over_fsdp(base, problems):
+    stages = "pipeline={microbatches: 2, gather: step}"
+    assert "mesh.fsdp is 1" in problems("mesh={pipe: 2, data: 4}", stages)["pipeline.gather"].rule
+    assert load_config(base, ["mesh={pipe: 2, fsdp: 4}", stages]).pipeline.gather == "step"
+
+
 def test_typos_in_rules(problems):
     found = problems("rules={head: tensor, mlp: tensr, vocab: [fsdp, tensr]}")
     assert "no such logical axis" in found["rules.head"].rule
