@@ -155,6 +155,9 @@ def summary(run: Any) -> list[str]:
         lines.append(f"MFU is of {peak / devices.size / 1e12:,.0f} TFLOP/s per device, causal attention counted once")
     if job.model.program is not None:
         lines.append(pipeline_summary(job.model))
+    if (xla := job.config.xla) != type(xla)():
+        flags = ", ".join(f"{flag}={value}" for flag, value in {**xla.environment, **job.compiler_options}.items())
+        lines.append(f"xla: preset {xla.preset}: {flags or 'no flags'}")
     if report.unannotated:
         lines.append(f"whole on every device, having no logical axes: {', '.join(report.unannotated)}")
     if run.resumed_from is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from shardtrain.sharding import Partitioner, make_rules
 from shardtrain.state import TrainState, abstract_canonical, abstract_state, init_state
 from shardtrain.step import make_eval_step, make_train_step
 from shardtrain.trainer import Speed
+from shardtrain.xla import compiler_options, set_environment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Job:
     tx: optax.GradientTransformation
     lr: optax.Schedule
     report: ShardingReport
+    compiler_options: Mapping[str, Any]
 
     def abstract_state(self) -> TrainState:
         """The state as shapes and shardings."""
@@ -77,11 +79,12 @@ class Job:
             accumulate=self.config.optimizer.accumulate,
             reduce_dtype=self.precision.reduce,
             lr=self.lr,
+            compiler_options=self.compiler_options,
         )
 
     def eval_step(self) -> Any:
         """See `make_eval_step`."""
-        return make_eval_step(self.model, self.partitioner)
+        return make_eval_step(self.model, self.partitioner, compiler_options=self.compiler_options)
 
     def speed(self) -> Speed:
         """What turns step times into tokens/s and, on a GPU with a known peak, MFU."""
@@ -112,10 +115,13 @@ def build(config: RunConfig, *, processes: int = 1) -> Job:
       processes: how many processes share emulated devices.
 
     Raises:
-      UserError: the devices are missing or do not fit the mesh, or the rules cannot lay the model out on it.
+      UserError: the devices are missing or do not fit the mesh, the rules cannot lay the model out on it, or XLA does
+        not know a flag.
     """
+    set_environment(config.xla.environment)
     devices = select_devices(config.devices.platform, config.devices.emulate, processes)
     check_devices(config, len(devices))
+    options = compiler_options(config.xla.preset, config.xla.options, jax.local_devices()[0])
     sizes = config.mesh.model_dump()
     max_replicated = sizes.pop("max_replicated")
     mesh = MeshSpec(**sizes).build(devices)
@@ -134,7 +140,7 @@ def build(config: RunConfig, *, processes: int = 1) -> Job:
     report = sharding_report(model.weights, partitioner)
     report.check(max_replicated)
     tx, lr = _optimizer(config, model)
-    return Job(config, partitioner, model, precision, tx, lr, report)
+    return Job(config, partitioner, model, precision, tx, lr, report, options)
 
 
 def _optimizer(config: RunConfig, model: ModelDef) -> tuple[optax.GradientTransformation, optax.Schedule]:
