@@ -53,17 +53,19 @@ class Job:
     @functools.cached_property
     def canonical(self) -> Callable[[TrainState], TrainState]:
         """Turns a state into what checkpoints store; without a pipeline that is the very same."""
-        return self._mover(self.model.canonical, self.abstract_canonical())
+        return self._mover(self.model.canonical, self.abstract_canonical)
 
     @functools.cached_property
     def live(self) -> Callable[[TrainState], TrainState]:
         """The inverse of `canonical`."""
-        return self._mover(self.model.live, self.abstract_state())
+        return self._mover(self.model.live, self.abstract_state)
 
-    def _mover(self, move: Callable[[Any], Any], wanted: TrainState) -> Callable[[TrainState], TrainState]:
+    def _mover(
+        self, move: Callable[[Any], Any], wanted: Callable[[], TrainState]
+    ) -> Callable[[TrainState], TrainState]:
         if self.model.program is None:
             return lambda state: state
-        return jax.jit(move, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, wanted))
+        return jax.jit(move, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, wanted()))
 
     def init_state(self) -> TrainState:
         """A fresh sharded state from the config's seed."""
