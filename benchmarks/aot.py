@@ -1,11 +1,11 @@
 """How long, and in how much memory, the train step of a large config compiles ahead of time, with no array made.
 
-    python benchmarks/aot.py                                              # the 70B config on 512 emulated devices, 3 meshes
-    python benchmarks/aot.py configs/llama_8b.yaml --devices 64 mesh.data=4 mesh.fsdp=16   # one config, with overrides
-    python benchmarks/aot.py --tiny                                       # a tiny one: to see that the benchmark runs
+    python benchmarks/aot.py                     # the 70B config on 512 emulated devices, on three meshes
+    python benchmarks/aot.py configs/llama_8b.yaml mesh.data=4 mesh.fsdp=16 --devices 64
+    python benchmarks/aot.py --tiny              # a tiny model: to see that the benchmark runs
 
 Each in a process of its own, without a compilation cache. `peak` is the process's largest resident memory; `state` and
-`temp` are bytes on each device, by XLA's own account of the CPU program (a GPU's has other kernels and other temporaries).
+`temp` are bytes on each device by XLA's own account of the CPU program, whose temporaries are not those of a GPU.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ LARGE = (
     ("mesh={data: 1, fsdp: 64, tensor: 8, slow: {}}",),
     ("mesh={pipe: 4, data: 1, fsdp: 16, tensor: 8, slow: {}}", "optimizer.accumulate=1", "pipeline.microbatches=16"),
 )
+TINY = ("model.d_model=32", "model.d_ff=64", "model.n_layers=2", "model.vocab_size=512", "data.seq_len=32")
 PHASES = ("import", "build", "trace", "lower", "compile")
 
 
@@ -41,11 +42,13 @@ def main() -> None:
         print(json.dumps(compile_step(args.config, args.devices, args.overrides)))
         return
     if args.tiny:
-        args.config, args.devices, meshes = str(CONFIGS / "quickstart.yaml"), 8, ((),)
+        args.config, args.devices, meshes = str(CONFIGS / "quickstart.yaml"), 8, (TINY,)
     else:
         meshes = LARGE if args.config.endswith("llama_70b.yaml") and not args.overrides else (tuple(args.overrides),)
     if not args.json:
-        print(f"{'mesh':36} {' '.join(f'{phase:>7}' for phase in PHASES)}  cpu s  peak GiB  HLO ops  state GiB  temp GiB")
+        print(
+            f"{'mesh':36} {' '.join(f'{phase:>7}' for phase in PHASES)}  cpu s  peak GiB  HLO ops  state GiB  temp GiB"
+        )
     for overrides in meshes:
         command = [sys.executable, __file__, "--one", f"--devices={args.devices}", args.config, *overrides]
         env = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}

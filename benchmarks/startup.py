@@ -79,8 +79,9 @@ def compare(rounds: int, overrides: tuple[str, ...]) -> None:
     for code in list(imports.values()) * rounds:
         command = [sys.executable, "-c", f"{code}; print('done', flush=True)"]
         costs.setdefault(code, []).append(measure(command, "done"))
+    _, *names = imports
     base, *ours = (median(costs[code], "wall") for code in imports.values())
-    print(f"{peers}: {base:.2f} s; " + "; ".join(f"{n} {s - base:+.2f} s" for n, s in zip(list(imports)[1:], ours)))
+    print(f"{peers}: {base:.2f} s; " + "; ".join(f"{n} {s - base:+.2f} s" for n, s in zip(names, ours, strict=True)))
 
 
 KINDS = ("wall", "cpu")
@@ -156,18 +157,9 @@ def run_floor(path: str, cache: str) -> None:
     lr = optax.warmup_cosine_decay_schedule(0.0, section["lr"], warmup, steps, section["lr"] * 0.1)
     tx = optax.chain(optax.clip_by_global_norm(section["clip_norm"]), optax.adamw(lr, weight_decay=0.1))
 
-    D, H, G, K, F, V = (  # noqa: E741
-        shape.d_model,
-        shape.n_heads,
-        shape.n_kv_heads,
-        shape.head_dim,
-        shape.d_ff,
-        shape.vocab_size,
-    )
-    layer = {
-        "query": (D, H, K), "key": (D, G, K), "value": (D, G, K), "out": (H, K, D),
-        "gate": (D, F), "up": (D, F), "down": (F, D),
-    }  # fmt: skip
+    D, H, G, K, F, V = shape.d_model, shape.n_heads, shape.n_kv_heads, shape.head_dim, shape.d_ff, shape.vocab_size
+    layer = {"query": (D, H, K), "key": (D, G, K), "value": (D, G, K), "out": (H, K, D)}
+    layer |= {"gate": (D, F), "up": (D, F), "down": (F, D)}
 
     def init(key: jax.Array) -> Any:
         keys = iter(jax.random.split(key, 9))

@@ -29,7 +29,8 @@ def use_cache(folder: Path | None) -> bool:
       Whether `folder` is in use.
     """
     global _mine
-    if jax.config.jax_compilation_cache_dir not in (None, _mine):
+    config: Any = jax.config
+    if config.jax_compilation_cache_dir not in (None, _mine):
         return False
     obstacle = None if folder is None else _obstacle(folder)
     if obstacle is not None:
@@ -42,7 +43,7 @@ def use_cache(folder: Path | None) -> bool:
         options |= {"jax_persistent_cache_min_compile_time_secs": 0, "jax_persistent_cache_min_entry_size_bytes": -1}
         _trim(Path(_mine))
     for name, value in options.items():
-        jax.config.update(name, value)
+        config.update(name, value)
     compilation_cache.reset_cache()  # JAX looks for a cache when it first compiles, which may have been before
     return _mine is not None
 

@@ -12,8 +12,9 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jaxlib
@@ -32,8 +33,8 @@ class Choice(NamedTuple):
 
 
 _ON = "COLLECTIVE_PIPELINING_MODE_ON"
-#: Sources: NVIDIA's "Tips for High-Performance LLMs with JAX and XLA" (JAX-Toolbox) and XLA's "GPU optimization levels";
-#: the newer spelling: openxla/xla pull 45836. CUDA graphs (`xla_gpu_enable_command_buffer`) are on by default.
+#: Sources: "Tips for High-Performance LLMs with JAX and XLA" (NVIDIA/JAX-Toolbox), "GPU optimization levels" (XLA) and,
+#: for the newer spelling, openxla/xla pull 45836. CUDA graphs (`xla_gpu_enable_command_buffer`) are on by default.
 GPU_DEFAULT: tuple[Choice, ...] = (
     Choice(
         "moves collectives and copies to where computation hides them",
@@ -121,7 +122,6 @@ def _require(flag: str, value: Value, kind: str, device: jax.Device) -> None:
     if "No such compile option" not in refusal:
         raise UserError(f"{name} is {value!r}, which this XLA refuses: {refusal}; give it another value")
 
-
     def known(name: str) -> bool:
         return "No such compile option" not in (_refusal(name, value, device) or "")
 
@@ -133,7 +133,7 @@ def _require(flag: str, value: Value, kind: str, device: jax.Device) -> None:
     raise UserError(f"{name}: this XLA (jaxlib {jaxlib.__version__}) has no such flag; {_near(flag, known)}")
 
 
-def _refusal(flag: str, value: Value, device: jax.Device) -> str | None:
+def _refusal(flag: str, value: Any, device: jax.Device) -> str | None:
     """What XLA has against compiling with an option, by a program that does nothing."""
     nothing = jax.ShapeDtypeStruct((), "int32", sharding=jax.sharding.SingleDeviceSharding(device))
     try:
@@ -164,18 +164,19 @@ def set_environment(flags: Mapping[str, Value]) -> None:
         if not _is_environment_flag(flag, value):
             raise UserError(
                 f"xla.environment.{flag} is {value!r}: this XLA (jaxlib {jaxlib.__version__}) has no such flag, or no "
-                f"such value for it; {_near(flag, lambda name: _is_environment_flag(name, value))}"
+                f"such value for it; {_near(flag, partial(_is_environment_flag, value=value))}"
             )
     os.environ["XLA_FLAGS"] = " ".join([*given, *words])
 
 
 def _has_started() -> bool:
-    count = jax.config.jax_num_cpu_devices
+    config: Any = jax.config
+    count = config.jax_num_cpu_devices
     try:  # refused with an error once a backend has started, which is the only public sign of it
-        jax.config.update("jax_num_cpu_devices", count + 1)
+        config.update("jax_num_cpu_devices", count + 1)
     except RuntimeError:
         return True
-    jax.config.update("jax_num_cpu_devices", count)
+    config.update("jax_num_cpu_devices", count)
     return False
 
 

@@ -60,7 +60,9 @@ def test_an_option_without_effect_is_refused(options, words):
 
 
 def test_the_gpu_preset_needs_a_gpu():
-    with pytest.raises(UserError, match=r"gpu-default is for NVIDIA GPUs, and the devices are cpu; use xla.preset=auto"):
+    with pytest.raises(
+        UserError, match=r"gpu-default is for NVIDIA GPUs, and the devices are cpu; use xla.preset=auto"
+    ):
         compiler_options("gpu-default")
     with pytest.raises(ConfigError, match=r"xla.preset = gpu-default"):
         load_config(CONFIG, ["xla.preset=gpu-default"])
