@@ -47,6 +47,16 @@ def test_the_70b_step_compiles_for_512_devices_in_little_memory():
         assert row["state"] < 7 * 2**30  # on each device
 
 
+@pytest.mark.full
+def test_the_benchmark_of_the_start_runs(tmp_path):
+    command = [sys.executable, str(AOT.with_name("startup.py")), "--tiny"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    header, cold, warm, imports = run.stdout.splitlines()
+    assert (cold.split()[0], warm.split()[0]) == ("cold", "warm")
+    assert len(cold.split()) == len(warm.split()) == 7
+    assert imports.startswith("import jax, flax, optax: ")
+
+
 def test_the_benchmark_runs(capsys, monkeypatch):
     import aot
 
