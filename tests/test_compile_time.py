@@ -51,7 +51,7 @@ def test_the_70b_step_compiles_for_512_devices_in_little_memory():
 def test_the_benchmark_of_the_start_runs(tmp_path):
     command = [sys.executable, str(AOT.with_name("startup.py")), "--tiny"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    header, cold, warm, imports = run.stdout.splitlines()
+    _, cold, warm, imports = run.stdout.splitlines()
     assert (cold.split()[0], warm.split()[0]) == ("cold", "warm")
     assert len(cold.split()) == len(warm.split()) == 7
     assert imports.startswith("import jax, flax, optax: ")
