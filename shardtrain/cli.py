@@ -6,6 +6,7 @@ import logging
 import os
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -117,7 +118,10 @@ def _train(config: Any, allow_changes: bool, processes: int) -> None:
     from shardtrain.signals import stop_on_signals, stop_together
 
     with (stop_together if processes > 1 else stop_on_signals)() as should_stop:
+        start = time.perf_counter()
+        print("preparing data and state ...", file=sys.stderr, flush=True)
         run = Trainer.from_config(config, should_stop=should_stop, allow_changes=allow_changes, processes=processes)
+        print(f"prepared in {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
         if run.step >= run.steps:
             run.fit()
             print(f"the run in {run.directory} is finished: {run.step} of {run.steps} steps; nothing to do")
@@ -161,6 +165,9 @@ def summary(run: Any) -> list[str]:
             f"gather: step, for {held.weights / 2**20:,.1f} MiB of gathered weights and {held.gradients / 2**20:,.1f} "
             f"MiB of gradients on each device during a step"
         )
+    if (xla := job.config.xla) != type(xla)():
+        flags = ", ".join(f"{flag}={value}" for flag, value in {**xla.environment, **job.compiler_options}.items())
+        lines.append(f"xla: preset {xla.preset}: {flags or 'no flags'}")
     if report.unannotated:
         lines.append(f"whole on every device, having no logical axes: {', '.join(report.unannotated)}")
     if run.resumed_from is not None:

@@ -108,12 +108,14 @@ def _accumulated(
     total: Callable[..., Any],
 ) -> tuple[Tree, Sums, Tree]:
     """Gradients of the summed loss over this region's rows, microbatch by microbatch."""
-    scales = _aux_scales(partial(_unpipelined_weights, model, loss, params, batch), total)
+    weights = partial(_unpipelined_weights, model, loss, params, batch)
+    scales = _aux_scales(weights, total) if accumulate > 1 else None  # a single batch's own forward pass tells them
 
     def gradient(batch: Batch, key: jax.Array) -> tuple[Tree, tuple[Sums, Tree]]:
         def objective(params: Tree) -> tuple[jax.Array, tuple[Sums, Tree]]:
             sums, aux, new_state = _sums(model, loss, params, model_state, batch, key, train=True)
-            value = sums["loss"][0] + sum(s * scales[name] for name, (s, _) in aux.items())
+            ratios = _ratios(sums["loss"][1], {n: w for n, (_, w) in aux.items()}, total) if scales is None else scales
+            value = sums["loss"][0] + sum(s * ratios[name] for name, (s, _) in aux.items())
             return value, (sums | aux, new_state)
 
         grads, rest = jax.grad(objective, has_aux=True)(params)
@@ -235,7 +237,9 @@ def _aux_scales(
     Gradients are divided by the loss's weight at the very end, while microbatches add up sums: so the ratio has to be
     known first. Weights depend on the batch alone; the compiler drops the rest of this forward pass.
     """
-    if not jax.eval_shape(weights)[1]:
-        return {}
-    weight, others = total(weights())
-    return {name: jax.lax.stop_gradient(weight / w) for name, w in others.items()}
+    return _ratios(*weights(), total) if jax.eval_shape(weights)[1] else {}
+
+
+def _ratios(weight: jax.Array, others: dict[str, jax.Array], total: Callable[..., Any]) -> dict[str, jax.Array]:
+    weight, others = total(jax.lax.stop_gradient((weight, others))) if others else (weight, {})
+    return {name: weight / w for name, w in others.items()}

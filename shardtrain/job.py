@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ from shardtrain.sharding import Partitioner, make_rules
 from shardtrain.state import TrainState, abstract_canonical, abstract_state, init_state
 from shardtrain.step import make_eval_step, make_train_step
 from shardtrain.trainer import Speed
+from shardtrain.xla import compiler_options, set_environment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Job:
     tx: optax.GradientTransformation
     lr: optax.Schedule
     report: ShardingReport
+    compiler_options: Mapping[str, Any]
     #: What devices hold in a step because a pipeline gathers weights once per step.
     whole: WholeBytes | None = None
 
@@ -54,17 +56,19 @@ class Job:
     @functools.cached_property
     def canonical(self) -> Callable[[TrainState], TrainState]:
         """Turns a state into what checkpoints store; without a pipeline that is the very same."""
-        return self._mover(self.model.canonical, self.abstract_canonical())
+        return self._mover(self.model.canonical, self.abstract_canonical)
 
     @functools.cached_property
     def live(self) -> Callable[[TrainState], TrainState]:
         """The inverse of `canonical`."""
-        return self._mover(self.model.live, self.abstract_state())
+        return self._mover(self.model.live, self.abstract_state)
 
-    def _mover(self, move: Callable[[Any], Any], wanted: TrainState) -> Callable[[TrainState], TrainState]:
+    def _mover(
+        self, move: Callable[[Any], Any], wanted: Callable[[], TrainState]
+    ) -> Callable[[TrainState], TrainState]:
         if self.model.program is None:
             return lambda state: state
-        return jax.jit(move, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, wanted))
+        return jax.jit(move, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, wanted()))
 
     def init_state(self) -> TrainState:
         """A fresh sharded state from the config's seed."""
@@ -80,12 +84,13 @@ class Job:
             accumulate=self.config.optimizer.accumulate,
             reduce_dtype=self.precision.reduce,
             lr=self.lr,
+            compiler_options=self.compiler_options,
             gather="tick" if self.whole is None else "step",
         )
 
     def eval_step(self) -> Any:
         """See `make_eval_step`."""
-        return make_eval_step(self.model, self.partitioner)
+        return make_eval_step(self.model, self.partitioner, compiler_options=self.compiler_options)
 
     def speed(self) -> Speed:
         """What turns step times into tokens/s and, on a GPU with a known peak, MFU."""
@@ -116,11 +121,13 @@ def build(config: RunConfig, *, processes: int = 1) -> Job:
       processes: how many processes share emulated devices.
 
     Raises:
-      UserError: the devices are missing or do not fit the mesh, the rules cannot lay the model out on it, or a
-        pipeline cannot gather its weights once per step.
+      UserError: the devices are missing or do not fit the mesh, the rules cannot lay the model out on it, a
+        pipeline cannot gather its weights once per step, or XLA does not know a flag.
     """
+    set_environment(config.xla.environment)
     devices = select_devices(config.devices.platform, config.devices.emulate, processes)
     check_devices(config, len(devices))
+    options = compiler_options(config.xla.preset, config.xla.options, jax.local_devices()[0])
     sizes = config.mesh.model_dump()
     max_replicated = sizes.pop("max_replicated")
     mesh = MeshSpec(**sizes).build(devices)
@@ -140,7 +147,7 @@ def build(config: RunConfig, *, processes: int = 1) -> Job:
     report.check(max_replicated)
     tx, lr = _optimizer(config, model)
     whole = whole_bytes(model.weights, partitioner) if ranks > 1 and pipeline.gather == "step" else None
-    return Job(config, partitioner, model, precision, tx, lr, report, whole)
+    return Job(config, partitioner, model, precision, tx, lr, report, options, whole)
 
 
 def _optimizer(config: RunConfig, model: ModelDef) -> tuple[optax.GradientTransformation, optax.Schedule]:

@@ -127,6 +127,10 @@ class ModelDef:
         """Paths of what the forward pass may change, parameters and random state aside."""
         return [dotted(path) for path, _ in nnx.to_flat_state(self._other)]
 
+    def abstract_model_state(self) -> Tree:
+        """Shapes and dtypes of what `init` returns beside the parameters."""
+        return _nested(self._other, lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype))
+
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
         """Parameters and other state, drawn from `key`; a pure function, to be jitted with output shardings."""
         with nnx.use_eager_sharding(False):

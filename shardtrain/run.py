@@ -16,6 +16,7 @@ import jax
 from shardtrain import trainer
 from shardtrain.checkpoint import Checkpointer, RunLock, load_weights, read_extra
 from shardtrain.checkpoint.agree import on_process_zero
+from shardtrain.compile_cache import use_cache
 from shardtrain.config import RunConfig, check_same_run
 from shardtrain.data import Batch, Loader, Source, Tokenizer, open_source, split
 from shardtrain.errors import UserError
@@ -63,8 +64,9 @@ class Trainer(trainer.Trainer):
         Raises:
           UserError: anything wrong with config, devices, data, directory or checkpoints.
         """
-        job = build(config, processes=processes)
         directory = Path(config.run.dir or f"runs/{config.run.name}").absolute()
+        use_cache(_cache_folder(config.run.compile_cache, directory))
+        job = build(config, processes=processes)
         lock = on_process_zero(lambda: RunLock(directory))
         try:
             checkpointer = Checkpointer(
@@ -192,6 +194,12 @@ class Trainer(trainer.Trainer):
         if sample is not None and jax.process_index() == 0:
             prompt, text = sample
             _write(self.directory / "sample.txt", f"--- prompt\n{prompt}\n--- continuation\n{text}\n")
+
+
+def _cache_folder(chosen: str | None, directory: Path) -> Path | None:
+    if chosen is None:
+        return None
+    return directory.parent / ".jax_cache" if chosen == "auto" else Path(chosen).expanduser().absolute()
 
 
 def _open_log(directory: Path, config: RunConfig, step: int) -> MetricsLog:

@@ -52,11 +52,10 @@ def abstract_state(model: ModelDef, tx: optax.GradientTransformation, partitione
         return jax.ShapeDtypeStruct(weight.shape, weight.dtype, sharding=sharding)
 
     params = jax.tree_util.tree_map_with_path(place, model.weights)
-    _, other = jax.eval_shape(model.init, jax.random.key(0))
     shapes = jax.eval_shape(tx.init, params)
     opt_state = _with_sharding(shapes, state_shardings(tx, params, model.weights))
     scalar: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    return TrainState(scalar, params, _with_sharding(other, whole), opt_state, scalar, scalar)
+    return TrainState(scalar, params, _with_sharding(model.abstract_model_state(), whole), opt_state, scalar, scalar)
 
 
 def abstract_canonical(model: ModelDef, tx: optax.GradientTransformation, partitioner: Partitioner) -> TrainState:

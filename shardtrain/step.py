@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ def make_train_step(
     reduce_dtype: Any = jnp.float32,
     lr: optax.Schedule | None = None,
     gather: Gather = "tick",
+    compiler_options: Mapping[str, Any] | None = None,
 ) -> Any:
     """The jitted `(state, batch) -> (state, metrics)`; the state is donated.
 
@@ -44,6 +45,7 @@ def make_train_step(
       reduce_dtype: dtype in which gradients cross the `data` and `island` axes; they are accumulated in float32.
       lr: the schedule, to report.
       gather: of a pipeline, whether the weights that fsdp splits are gathered in each tick, or once per `step`.
+      compiler_options: for XLA; `shardtrain.xla.compiler_options` checks and completes them.
 
     Returns:
       A `jax.jit` function. Metrics are float32 scalars: `loss`, `grad_norm`, `weight` (the loss's normaliser), `lr`,
@@ -92,10 +94,17 @@ def make_train_step(
             metrics |= {"skipped": skipped, "skipped_in_row": in_row}
             return TrainState(state.step + 1, params, model_state, opt_state, skipped, in_row), metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, partitioner.sharding(())))
+    out = (shardings, partitioner.sharding(()))
+    return jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=dict(compiler_options or {}))
 
 
-def make_eval_step(model: ModelDef, partitioner: Partitioner, *, loss: LossFunction | None = None) -> Any:
+def make_eval_step(
+    model: ModelDef,
+    partitioner: Partitioner,
+    *,
+    loss: LossFunction | None = None,
+    compiler_options: Mapping[str, Any] | None = None,
+) -> Any:
     """The jitted `(state, batch) -> {name: (sum, weight)}`, without dropout and without gradients.
 
     Under a pipeline too each rank applies its own layers; rows that the schedule's microbatches do not divide go in
@@ -112,7 +121,7 @@ def make_eval_step(model: ModelDef, partitioner: Partitioner, *, loss: LossFunct
                 return pipelined_sums(model, state.params, batch, partitioner)
             return batch_sums(model, loss, state, batch)
 
-    return jax.jit(step, out_shardings=partitioner.sharding(()))
+    return jax.jit(step, out_shardings=partitioner.sharding(()), compiler_options=dict(compiler_options or {}))
 
 
 def _check_loss(model: ModelDef, loss: LossFunction | None) -> None:

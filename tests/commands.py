@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -26,6 +27,8 @@ from conftest import REMATERIALIZATION
 from shardtrain import cli, load_config
 from shardtrain.run import Trainer
 
+#: What `train` says on standard error when all goes well.
+PREPARED = re.compile(r"preparing data and state \.\.\.\nprepared in \d+\.\d s\n")
 #: A tiny model on synthetic data, on eight emulated devices.
 CONFIG = Path(__file__).parent / "small.yaml"
 

@@ -13,6 +13,8 @@ ROOT = Path(__file__).parent.parent
 #: Rooms from the ground up. A file imports only rooms before its own, or its own.
 ROOMS = [
     "errors",
+    "xla",
+    "compile_cache",
     "mesh",
     "sharding",
     "hlo",

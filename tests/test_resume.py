@@ -10,6 +10,7 @@ import pytest
 
 from commands import (
     CONFIG,
+    PREPARED,
     assert_same_bits,
     compiled_once,  # noqa: F401
     fit,
@@ -101,7 +102,8 @@ def test_a_finished_run_says_so_and_changes_nothing(undisturbed, tmp_path):
     shutil.copytree(undisturbed.directory, tmp_path / "run")
     (tmp_path / "run/loss.png").unlink()  # as if it had died at the very end
     again = train(tmp_path / "run")
-    assert (again.code, again.err) == (0, "")
+    assert again.code == 0
+    assert PREPARED.fullmatch(again.err)
     assert "is finished: 12 of 12 steps" in again.out
     assert saved(tmp_path / "run") == [4, 8, 12]
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == (undisturbed.directory / "metrics.jsonl").read_bytes()
@@ -115,7 +117,8 @@ def test_more_steps_need_the_decay_that_the_run_began_with(undisturbed, tmp_path
     assert refused.code == 2
     assert f"pass optimizer.schedule.decay_steps={STEPS} to continue" in refused.err
     result = train(*more)
-    assert (result.code, result.err) == (0, "")
+    assert result.code == 0
+    assert PREPARED.fullmatch(result.err)
     assert f"resumed from the checkpoint of step {STEPS}" in result.out
     assert losses(tmp_path / "run")[:STEPS] == undisturbed.losses
     lr = [row["lr"] for row in metrics(tmp_path / "run")]

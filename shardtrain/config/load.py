@@ -31,6 +31,7 @@ LAYOUT: tuple[Check, ...] = (
 )
 VALUES: tuple[Check, ...] = (
     value_checks.check_devices_section,
+    value_checks.check_xla,
     layout_checks.check_mesh,
     layout_checks.check_rules,
     value_checks.check_model_numbers,

@@ -28,6 +28,7 @@ Role = Literal["matrix", "embedding", "head", "norm", "bias", "router"]
 
 _frozen = (AfterValidator(freeze), PlainSerializer(thaw))
 Options = Annotated[Mapping[str, Any], *_frozen]
+Flags = Annotated[Mapping[str, bool | int | float | str], *_frozen]
 
 
 def _as_tuple(value: Any) -> Any:
@@ -59,6 +60,7 @@ class Run(Section):
     dir: str | None = None  # default: runs/<name>
     steps: Annotated[Count, Field(examples=[200])]
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    compile_cache: str | None = "auto"  # a directory, null for none, or auto: .jax_cache beside the run directory
     max_skipped_steps: Count = 10  # so many non-finite steps in a row stop the run
 
 
@@ -193,6 +195,14 @@ class Pipeline(Section):
     gather: Literal["tick", "step"] = "tick"  # the weights that fsdp splits: in each tick, or once, for more memory
 
 
+class Xla(Section):
+    """Flags of XLA. The preset's, each with its reason, are in `shardtrain.xla`; docs/xla.md tells more."""
+
+    preset: Literal["auto", "none", "gpu-default"] = "none"  # auto: gpu-default on NVIDIA GPUs, none elsewhere
+    options: Flags = FrozenDict()  # handed to the compiler with the train and eval step
+    environment: Flags = FrozenDict()  # added to XLA_FLAGS before JAX starts, for what XLA reads only there
+
+
 class RunConfig(Section):
     """A resolved config. Made by `load_config` and `parse_config`, which also check it as a whole."""
 
@@ -210,6 +220,7 @@ class RunConfig(Section):
     log: Log = Log()
     sample: Sample = Sample()
     pipeline: Pipeline = Pipeline()
+    xla: Xla = Xla()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, text, numbers and null, for JSON or YAML."""

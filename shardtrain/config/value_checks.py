@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shardtrain.config.errors import Problem
-from shardtrain.config.schema import Data, Devices, Model, Optimizer, Run, Sample
+from shardtrain.config.schema import Data, Devices, Model, Optimizer, Run, Sample, Xla
 from shardtrain.errors import did_you_mean
 from shardtrain.optim import OPTIMIZERS
 
@@ -29,6 +29,13 @@ def check_devices_section(devices: Devices) -> Iterator[Problem]:
     if devices.platform == "cuda" and devices.emulate is not None:
         rule = "emulated devices are CPU devices, and devices.platform is cuda"
         yield Problem("devices.emulate", devices.emulate, rule, "set devices.emulate=null or devices.platform=cpu")
+
+
+def check_xla(xla: Xla, devices: Devices) -> Iterator[Problem]:
+    """The GPU preset needs a GPU. Which flags there are, only XLA knows, once it has started."""
+    if xla.preset == "gpu-default" and (devices.platform == "cpu" or devices.emulate is not None):
+        rule = "gpu-default is for NVIDIA GPUs, and the devices are CPU devices"
+        yield Problem("xla.preset", xla.preset, rule, "use auto, which takes it on GPUs only, or none")
 
 
 def check_model_numbers(model: Model) -> Iterator[Problem]:

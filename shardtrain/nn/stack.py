@@ -11,7 +11,7 @@ from flax import nnx
 
 from shardtrain.errors import UserError
 from shardtrain.nn.context import Context
-from shardtrain.nn.param import describe, stacked
+from shardtrain.nn.param import Weight, describe, stacked
 
 Aux = dict[str, tuple[jax.Array, jax.Array]]
 Remat = str | Sequence[str]
@@ -82,19 +82,25 @@ class Stack(nnx.Module):
             raise UserError(f"a stack of {n_layers} layers; use 1 or more")
         remat_policy(remat)
         self.n_layers, self.remat, self.scan = n_layers, remat if isinstance(remat, str) else tuple(remat), scan
-        graph, one = nnx.split(nnx.eval_shape(lambda: make_block(nnx.Rngs(0))))
-        for path, variable in nnx.to_flat_state(one):
-            if not isinstance(variable, nnx.Param):
-                raise UserError(
-                    f"a block of the stack holds {'.'.join(map(str, path))}, a {type(variable).__name__}: blocks hold "
-                    "parameters only; take random bits from ctx.row_keys (nn.Dropout does), or keep such a layer "
-                    "outside of the stack"
-                )
-        keys = jax.random.split(rngs.params(), n_layers)
-        many = jax.vmap(lambda key: nnx.split(make_block(nnx.Rngs(key)))[1])(keys)
-        weights = {path: describe(variable) for path, variable in nnx.to_flat_state(one)}
+        graph: Any = None
+        one: dict[Any, Weight] = {}
+
+        def build(key: jax.Array) -> Any:
+            nonlocal graph
+            graph, state = nnx.split(make_block(nnx.Rngs(key)))
+            for path, variable in nnx.to_flat_state(state):
+                if not isinstance(variable, nnx.Param):
+                    raise UserError(
+                        f"a block of the stack holds {'.'.join(map(str, path))}, a {type(variable).__name__}: blocks "
+                        "hold parameters only; take random bits from ctx.row_keys (nn.Dropout does), or keep such a "
+                        "layer outside of the stack"
+                    )
+                one[path] = describe(variable)  # here it still has the shape of one layer
+            return state
+
+        many = jax.vmap(build)(jax.random.split(rngs.params(), n_layers))
         self.layer = nnx.merge(
-            graph, nnx.from_flat_state([(p, stacked(v, weights[p])) for p, v in nnx.to_flat_state(many)])
+            graph, nnx.from_flat_state([(p, stacked(v, one[p])) for p, v in nnx.to_flat_state(many)])
         )
 
     def apply_block(self, params: Any, x: Any, ctx: Context) -> tuple[Any, Aux]:

@@ -1,0 +1,207 @@
+"""XLA's own flags: a preset for GPUs, options of the user's, and an error where this XLA would not heed one.
+
+Options are handed to the compiler with the train and eval step (`jax.jit(compiler_options=...)`). What XLA reads only
+from the variable `XLA_FLAGS`, when JAX starts, is `environment`.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jaxlib
+
+from shardtrain.errors import UserError, nearest
+
+Preset = Literal["auto", "none", "gpu-default"]
+Value = bool | int | float | str
+
+
+class Choice(NamedTuple):
+    """One line of a preset: why, and how releases of XLA spell it, newest first."""
+
+    why: str
+    spellings: tuple[tuple[str, Value], ...]
+
+
+_ON = "COLLECTIVE_PIPELINING_MODE_ON"
+#: Sources: "Tips for High-Performance LLMs with JAX and XLA" (NVIDIA/JAX-Toolbox), "GPU optimization levels" (XLA) and,
+#: for the newer spelling, openxla/xla pull 45836. CUDA graphs (`xla_gpu_enable_command_buffer`) are on by default.
+GPU_DEFAULT: tuple[Choice, ...] = (
+    Choice(
+        "moves collectives and copies to where computation hides them",
+        (("xla_gpu_enable_latency_hiding_scheduler", True),),
+    ),
+    Choice(
+        "unrolls the scan over layers by two, so that one layer's collectives overlap the next one's work",
+        (("xla_gpu_enable_while_loop_double_buffering", True),),
+    ),
+    Choice(
+        "gathers the weights of a layer (fsdp) one layer ahead",
+        (("xla_gpu_pipeline_all_gather", _ON), ("xla_gpu_enable_pipelined_all_gather", True)),
+    ),
+    Choice(
+        "scatters the gradients of a layer (fsdp) while the next is computed",
+        (("xla_gpu_pipeline_reduce_scatter", _ON), ("xla_gpu_enable_pipelined_reduce_scatter", True)),
+    ),
+    Choice(
+        "the same for all-reduces (tensor)",
+        (("xla_gpu_pipeline_all_reduce", _ON), ("xla_gpu_enable_pipelined_all_reduce", True)),
+    ),
+    Choice(
+        "one gather for all the weights of a layer: large messages use the links better",
+        (("xla_gpu_all_gather_combine_threshold_bytes", 2**30),),
+    ),
+    Choice(
+        "one scatter for all the gradients of a layer",
+        (("xla_gpu_reduce_scatter_combine_threshold_bytes", 2**30),),
+    ),
+    Choice(
+        "large messages for gradients over `data`, and yet several, so that the first leave early",
+        (("xla_gpu_all_reduce_combine_threshold_bytes", 2**27),),
+    ),
+)
+
+#: Accepted as an option by every XLA and read only when JAX starts.
+_START_ONLY = {"xla_force_host_platform_device_count": "use devices.emulate"}
+
+
+def compiler_options(
+    preset: Preset = "none", options: Mapping[str, Value] | None = None, device: jax.Device | None = None
+) -> dict[str, Value]:
+    """What to compile a step with: the preset for the device, `options` over it; each known to this XLA.
+
+    Lines of a preset that this XLA knows under no spelling are left out.
+
+    Args:
+      preset: `gpu-default`, `none`, or `auto`: `gpu-default` on NVIDIA GPUs and `none` elsewhere.
+      options: flag, as in `XLA_FLAGS` without dashes, to value: bool, number or text.
+      device: one of those that will run the program; default: JAX's first.
+
+    Raises:
+      UserError: a flag that this XLA does not know, or knows otherwise; that is for another kind of device; that is
+        read only from the environment; a GPU preset for other devices.
+    """
+    device = jax.devices()[0] if device is None else device
+    kind = "gpu" if device.platform in ("gpu", "cuda") else device.platform
+    if preset == "gpu-default" and kind != "gpu":
+        raise UserError(
+            f"xla.preset gpu-default is for NVIDIA GPUs, and the devices are {device.platform}; use xla.preset=auto, "
+            "which takes it on GPUs only, or none"
+        )
+    chosen = _known(GPU_DEFAULT, device) if kind == "gpu" and preset != "none" else {}
+    for flag, value in (options or {}).items():
+        _require(flag, value, kind, device)
+    return {**chosen, **(options or {})}
+
+
+def _known(choices: tuple[Choice, ...], device: jax.Device) -> dict[str, Value]:
+    """Of each choice the first spelling that this XLA takes."""
+    found = (next((s for s in choice.spellings if _refusal(*s, device) is None), None) for choice in choices)
+    return dict(spelling for spelling in found if spelling is not None)
+
+
+def _require(flag: str, value: Value, kind: str, device: jax.Device) -> None:
+    name = f"xla.options.{flag}"
+    if flag in _START_ONLY:
+        raise UserError(f"{name} is read only when JAX starts and would do nothing as an option; {_START_ONLY[flag]}")
+    meant = next((platform for platform in ("gpu", "cpu", "tpu") if flag.startswith(f"xla_{platform}_")), kind)
+    if meant != kind:
+        raise UserError(f"{name} is for {meant.upper()}s and would do nothing on {device.platform}; drop it")
+    refusal = _refusal(flag, value, device)
+    if refusal is None:
+        return
+    if "No such compile option" not in refusal:
+        raise UserError(f"{name} is {value!r}, which this XLA refuses: {refusal}; give it another value")
+
+    def known(name: str) -> bool:
+        return "No such compile option" not in (_refusal(name, value, device) or "")
+
+    if _is_environment_flag(flag, value):
+        raise UserError(
+            f"{name}: this XLA (jaxlib {jaxlib.__version__}) takes it only from XLA_FLAGS, when JAX starts; move it to "
+            f"xla.environment, or start with XLA_FLAGS={_word(flag, value)}"
+        )
+    raise UserError(f"{name}: this XLA (jaxlib {jaxlib.__version__}) has no such flag; {_near(flag, known)}")
+
+
+def _refusal(flag: str, value: Any, device: jax.Device) -> str | None:
+    """What XLA has against compiling with an option, by a program that does nothing."""
+    nothing = jax.ShapeDtypeStruct((), "int32", sharding=jax.sharding.SingleDeviceSharding(device))
+    try:
+        jax.jit(lambda x: x).lower(nothing).compile(compiler_options={flag: value})
+    except Exception as error:  # JaxRuntimeError, and for a value of another kind whatever the binding raises
+        return str(error).removeprefix("INVALID_ARGUMENT: ").partition("\n")[0]
+    return None
+
+
+def set_environment(flags: Mapping[str, Value]) -> None:
+    """Append flags to the variable `XLA_FLAGS`, which XLA reads when JAX starts a backend; once.
+
+    Each is first tried in a process of its own: a flag that XLA does not know would end this one.
+
+    Raises:
+      UserError: an unknown flag; or JAX has started already, without them.
+    """
+    words = [_word(flag, value) for flag, value in flags.items()]
+    given = os.environ.get("XLA_FLAGS", "").split()
+    if set(words) <= set(given):
+        return
+    if _has_started():
+        raise UserError(
+            f"xla.environment is too late: JAX has started, and reads XLA_FLAGS only then; start a fresh process, or "
+            f'set XLA_FLAGS="{" ".join(words)}" in its environment'
+        )
+    for flag, value in flags.items():
+        if not _is_environment_flag(flag, value):
+            raise UserError(
+                f"xla.environment.{flag} is {value!r}: this XLA (jaxlib {jaxlib.__version__}) has no such flag, or no "
+                f"such value for it; {_near(flag, partial(_is_environment_flag, value=value))}"
+            )
+    os.environ["XLA_FLAGS"] = " ".join([*given, *words])
+
+
+def _has_started() -> bool:
+    config: Any = jax.config
+    count = config.jax_num_cpu_devices
+    try:  # refused with an error once a backend has started, which is the only public sign of it
+        config.update("jax_num_cpu_devices", count + 1)
+    except RuntimeError:
+        return True
+    config.update("jax_num_cpu_devices", count)
+    return False
+
+
+def _is_environment_flag(flag: str, value: Value) -> bool:
+    code = "import jax; jax.devices()"
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": _word(flag, value)}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, check=False).returncode == 0
+
+
+def _word(flag: str, value: Value) -> str:
+    return f"--{flag}={str(value).lower() if isinstance(value, bool) else value}"
+
+
+def _near(flag: str, known: Callable[[str], bool]) -> str:
+    """The flag most like it that XLA knows. XLA tells the names of its options nowhere but in its binary."""
+    library = next(Path(jaxlib.__file__).parent.glob("libjax_common*"), None)
+    names: set[str] = set()
+    if library is not None:
+        with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            names = {name.decode() for name in re.findall(rb"xla_[a-z0-9_]{4,80}", content)}
+    for _ in range(5):  # some of the strings are names of the past, or none
+        near = nearest(flag, names, cutoff=0.75)
+        if near is None:
+            break
+        if known(near):
+            return f"did you mean {near}?"
+        names.remove(near)
+    return "see the flags of its release in xla/debug_options_flags.cc"
