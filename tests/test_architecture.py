@@ -22,6 +22,7 @@ ROOMS = [
     "layout",
     "per_layer",
     "lr_schedules",
+    "moments",
     "optim",
     "model_def",
     "state",
