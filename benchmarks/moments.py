@@ -24,7 +24,7 @@ import optax
 from shardtrain.config import load_config
 from shardtrain.job import build
 from shardtrain.metrics.log import read
-from shardtrain.run import run
+from shardtrain.run import Trainer
 
 ROOT = Path(__file__).parent.parent
 MOMENTS = {"float32": "#1f5fa8", "bfloat16": "#2e8b57", "int8": "#d1571f"}
@@ -42,11 +42,12 @@ def main() -> None:
     rows, curves = [], {}
     with tempfile.TemporaryDirectory() as scratch:
         for moments in MOMENTS:
-            changes = [*SMALL, f"run.steps={args.steps}", f"run.dir={scratch}/{moments}", f"optimizer.moments={moments}"]
+            sizes = [f"run.steps={args.steps}", f"optimizer.schedule.warmup_steps={args.steps // 10}"]
+            changes = [*SMALL, *sizes, f"run.dir={scratch}/{moments}", f"optimizer.moments={moments}"]
             config = load_config(ROOT / "configs/quickstart.yaml", changes)
-            state = jax.tree.leaves(build(config).abstract_state().opt_state)
-            weights = jax.tree.leaves(build(config).abstract_state().params)
-            run(config)
+            abstract = build(config).abstract_state()
+            state, weights = jax.tree.leaves(abstract.opt_state), jax.tree.leaves(abstract.params)
+            Trainer.from_config(config).fit()
             logged = read(f"{scratch}/{moments}")
             curves[moments] = [row["loss"] for row in logged if "loss" in row]
             held_out = next(row["eval_loss"] for row in reversed(logged) if "eval_loss" in row)

@@ -63,8 +63,9 @@ def with_moments(tx: optax.GradientTransformation, weights: Any, moments: Moment
         raise UserError(f"optimizer moments {moments!r} is none of {', '.join(known)}; pick one of these")
 
     def init(params: Any) -> Any:
-        state = tx.init(jax.tree.map(_wide, params))
-        return _fields(functools.partial(_store, moments, jnp.zeros((), jnp.int32)), state, weights)
+        # Behind a barrier, or XLA works out the codes of all the zeros while it compiles.
+        state, count = jax.lax.optimization_barrier((tx.init(jax.tree.map(_wide, params)), jnp.zeros((), jnp.int32)))
+        return _fields(functools.partial(_store, moments, count), state, weights)
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         state = _fields(_load, state, weights)
