@@ -109,7 +109,7 @@ def test_second_moments_decay_without_gradients():
             one = lambda state, _: (tx.update(jax.tree.map(jnp.zeros_like, grad), state, grad)[1], None)  # noqa: E731
             return state, jax.lax.scan(one, state, None, length=300)[0]
 
-        start, end = ([n for n in jax.tree.leaves(s[0].nu) if n.shape == (64, 128)][0] for s in run(grad))
+        start, end = (next(n for n in jax.tree.leaves(s[0].nu) if n.shape == (64, 128)) for s in run(grad))
         if moments == "int8":
             start, end = (decode(s[0].nu.code["w"], s[0].nu.scale["w"], 1) for s in run(grad))
         ratio = np.asarray(end, "f8")[:, 1:].mean() / np.asarray(start, "f8")[:, 1:].mean()

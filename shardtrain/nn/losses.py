@@ -182,7 +182,9 @@ def _chunked_bwd(axes: Axes, precision: Precision, count: int, saved: tuple[Any,
     zeros = jnp.zeros((*devices, *w.shape), wide)
     parts = tuple(_split(a, count) for a in (x_BSD, targets_BS, log_z_BS, *dout))
     dw, dx = jax.lax.scan(one, constrain(zeros, "batch", "seq", *used), parts)
-    return _join(dx), scattered(dw.astype(precision.gradient).sum((0, 1)), axes, w.dtype), _no_gradient(targets_BS)
+    zero = jnp.zeros((), precision.gradient)
+    dw = jax.lax.reduce(dw.astype(precision.gradient), zero, jax.lax.add, (0, 1))  # `sum` would widen what is sent
+    return _join(dx), scattered(dw, axes, w.dtype), _no_gradient(targets_BS)
 
 
 _chunked_terms.defvjp(_chunked_fwd, _chunked_bwd)
