@@ -6,7 +6,7 @@ Shapes: B batch, S sequence, D model dim, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from flax import nnx
@@ -44,8 +44,7 @@ class Llama(nnx.Module):
     Args:
       attention: attention kernel, see `nn.attend`.
       remat, scan: see `nn.Stack`.
-      z_loss: see `nn.cross_entropy`.
-      loss_chunk: positions whose logits are alive at a time; `None` for all.
+      z_loss, loss_chunk: see `nn.linear_cross_entropy`.
     """
 
     def __init__(
@@ -71,7 +70,7 @@ class Llama(nnx.Module):
         remat: str | list[str] = "full",
         scan: bool = True,
         z_loss: float = 0.0,
-        loss_chunk: int | None = None,
+        loss_chunk: int | Literal["auto"] | None = "auto",
         precision: nn.Precision = nn.Precision(),
         rngs: nnx.Rngs,
     ):
@@ -114,6 +113,6 @@ class Llama(nnx.Module):
     def head(self, x_BSD: jax.Array, batch: Batch, ctx: nn.Context) -> Loss:
         """Next-token cross entropy, as `(loss_sum, weight_sum, metrics)`."""
         targets, mask = batch["targets"], batch["loss_mask"]
-        if self.loss_chunk is None:
-            return nn.cross_entropy(self.logits(x_BSD), targets, mask, z_loss=self.z_loss)
-        return nn.chunked_cross_entropy(self.logits, x_BSD, targets, mask, chunk=self.loss_chunk, z_loss=self.z_loss)
+        layer = self.embedding if self.unembedding is None else self.unembedding
+        options = {"chunk": self.loss_chunk, "z_loss": self.z_loss, "precision": layer.precision}
+        return nn.linear_cross_entropy(self.norm(x_BSD), layer.weight[...], layer.axes, targets, mask, **options)

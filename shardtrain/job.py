@@ -163,6 +163,7 @@ def _optimizer(config: RunConfig, model: ModelDef) -> tuple[optax.GradientTransf
         weight_decay=section.weight_decay,
         decay_roles=section.decay_roles,
         per_layer=section.per_layer,
+        moments=section.moments,
         **thaw(section.options),
     )
     return tx, lr

@@ -62,8 +62,8 @@ def shardings_like(tree: Any, params: Any, weights: Any) -> Any:
 
     Returns:
       Tree of `NamedSharding`, congruent with `tree`. A leaf of its weight's shape takes the weight's
-      sharding; one of another shape (Adafactor's rows and columns) dim by dim; small leaves of no weight are
-      replicated.
+      sharding; one of another shape (Adafactor's rows and columns, one value for each block) dim by dim; small
+      leaves of no weight are replicated.
 
     Raises:
       UserError: a leaf whose dims cannot be traced to its weight's. Nothing large is ever replicated.
@@ -82,10 +82,19 @@ def shardings_like(tree: Any, params: Any, weights: Any) -> Any:
         if leaf.shape == weight.shape:
             return sharding
         spec = (*sharding.spec, *(None,) * (len(weight.shape) - len(sharding.spec)))
-        kept = PartitionSpec(*_kept_dims(path, leaf.shape, weight, spec))
+        if len(leaf.shape) == len(spec) and all(n % k == 0 for n, k in zip(weight.shape, leaf.shape, strict=True)):
+            # One element stands for several of a dim: split alike, unless there are fewer than devices.
+            dims = [s if k % _pieces(mesh, s) == 0 else None for k, s in zip(leaf.shape, spec, strict=True)]
+            kept = PartitionSpec(*dims[: len(sharding.spec)])
+        else:
+            kept = PartitionSpec(*_kept_dims(path, leaf.shape, weight, spec))
         return NamedSharding(mesh, kept, memory_kind=sharding.memory_kind)
 
     return tree_map_with_path(derive, tree, match_weights(tree, weights), match_weights(tree, shardings))
+
+
+def _pieces(mesh: Any, axes: str | tuple[str, ...] | None) -> int:
+    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
 def _kept_dims(path: Path, shape: tuple[int, ...], weight: Weight, spec: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -14,7 +14,8 @@ from flax import nnx
 from shardtrain.errors import UserError
 from shardtrain.layout import Layout
 from shardtrain.nn.param import describe
-from shardtrain.nn.stack import Stack, rematerialized
+from shardtrain.nn.remat import rematerialized
+from shardtrain.nn.stack import Stack
 from shardtrain.parallel.pipeline import Cut
 from shardtrain.parallel.schedules import Program, Schedule, allocate, check_trains
 from shardtrain.parallel.stages import layer_table

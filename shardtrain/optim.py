@@ -14,6 +14,7 @@ from jax.tree_util import tree_map_with_path
 
 from shardtrain.errors import UserError, did_you_mean
 from shardtrain.layout import Path, dotted, shardings_like
+from shardtrain.moments import Moments, with_moments
 from shardtrain.nn.param import Role, Weight
 from shardtrain.per_layer import abstract, over_layers, probe, slices
 
@@ -46,6 +47,7 @@ def optimizer(
     weight_decay: float = 0.0,
     decay_roles: Sequence[Role] = ("matrix", "embedding", "head", "router"),
     per_layer: bool | None = None,
+    moments: Moments | None = None,
     **options: Any,
 ) -> Transform:
     """An optimizer over a tree of weights. Its state mirrors the params, each leaf laid out like its weight.
@@ -63,6 +65,7 @@ def optimizer(
       decay_roles: roles of the weights that decay.
       per_layer: treat each slice of a stacked weight as a weight of its own. By default so wherever it
         matters; False is for a factory that couples weights on purpose.
+      moments: how the state keeps them, see `with_moments`; by default as optax does, in the dtype of the weights.
       options: passed on to the optax factory.
 
     Raises:
@@ -89,6 +92,8 @@ def optimizer(
         probe(f"optimizer {type}", tx, weights, apart)
     if apart:
         tx = over_layers(tx, weights)
+    if moments is not None:
+        tx = with_moments(tx, weights, moments)
     return tx if clip_norm is None else _clipped(tx, clip_norm)
 
 

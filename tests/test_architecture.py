@@ -24,6 +24,7 @@ ROOMS = [
     "layout",
     "per_layer",
     "lr_schedules",
+    "moments",
     "optim",
     "model_def",
     "state",

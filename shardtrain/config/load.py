@@ -35,6 +35,7 @@ VALUES: tuple[Check, ...] = (
     layout_checks.check_mesh,
     layout_checks.check_rules,
     value_checks.check_model_numbers,
+    value_checks.check_remat,
     value_checks.check_heads,
     value_checks.check_data,
     value_checks.check_vocabulary,

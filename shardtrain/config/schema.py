@@ -141,6 +141,7 @@ class Optimizer(Section):
     decay_roles: tuple[Role, ...] = ("matrix", "embedding", "head", "router")
     accumulate: Count = 1  # microbatches per step
     per_layer: bool | None = None  # update each stacked layer by itself; default: as the optimizer needs
+    moments: Literal["float32", "bfloat16", "int8"] | None = None  # how its state is kept; default: like the weights
     options: Options = FrozenDict()
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from shardtrain.config.errors import Problem
 from shardtrain.config.schema import Data, Devices, Model, Optimizer, Run, Sample, Xla
-from shardtrain.errors import did_you_mean
+from shardtrain.errors import UserError, did_you_mean
+from shardtrain.nn.remat import ACTIVATIONS, check_names, remat_names
 from shardtrain.optim import OPTIMIZERS
 
 #: Ids of the byte tokenizer: 256 bytes and the separator. A byte-level BPE has these and its merges.
@@ -48,6 +49,20 @@ def check_model_numbers(model: Model) -> Iterator[Problem]:
         yield Problem("model.dropout", dropout, "a probability from 0 to below 1", "for example model.dropout=0.1")
     if isinstance(z_loss := options.get("z_loss"), int | float) and not 0 <= z_loss <= 1:
         yield Problem("model.z_loss", z_loss, "must be from 0 to 1", "0 for none, or for example model.z_loss=1e-4")
+
+
+def check_remat(model: Model) -> Iterator[Problem]:
+    """What the backward pass keeps; a model of the user's own may name its own activations."""
+    remat = model.options.get("remat", "none")
+    if not isinstance(remat, str | tuple | list):
+        return
+    try:
+        names = remat_names(remat)
+        if ":" not in model.type:
+            check_names(names, ACTIVATIONS)
+    except UserError as error:
+        rule, _, fix = str(error).partition("; ")
+        yield Problem("model.remat", remat, rule, fix)
 
 
 def check_heads(model: Model) -> Iterator[Problem]:

@@ -6,7 +6,7 @@ from shardtrain.nn.context import Context
 from shardtrain.nn.dropout import Dropout
 from shardtrain.nn.embedding import Embedding
 from shardtrain.nn.linear import Linear
-from shardtrain.nn.losses import chunked_cross_entropy, cross_entropy
+from shardtrain.nn.losses import cross_entropy, linear_cross_entropy
 from shardtrain.nn.mlp import GatedMLP
 from shardtrain.nn.model import Model, forward
 from shardtrain.nn.norm import LayerNorm, RMSNorm
@@ -28,8 +28,8 @@ __all__ = [
     "Stack",
     "Weight",
     "attend",
-    "chunked_cross_entropy",
     "cross_entropy",
     "forward",
+    "linear_cross_entropy",
     "param",
 ]

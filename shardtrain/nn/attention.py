@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from shardtrain.errors import UserError
 from shardtrain.nn.attention_kernels import Implementation, attend
@@ -87,16 +88,16 @@ class Attention(nnx.Module):
         k_BSGK = constrain(self._position(self.key(x_BSD), self.key_norm, ctx), "batch", "seq", "kv_heads", None)
         v_BSGK = constrain(self.value(x_BSD), "batch", "seq", "kv_heads", None)
         y_BSHK = attend(
-            q_BSHK,
-            k_BSGK,
-            v_BSGK,
+            checkpoint_name(q_BSHK, "query"),
+            checkpoint_name(k_BSGK, "key"),
+            checkpoint_name(v_BSGK, "value"),
             window=self.window,
             segment_ids_BS=ctx.inputs.get("segment_ids"),
             soft_cap=self.soft_cap,
             implementation=self.implementation,
         )
-        y_BSD = self.out(constrain(y_BSHK, "batch", "seq", "heads", None))
-        return self.dropout(constrain(y_BSD, "batch", "seq", None), ctx)
+        y_BSD = self.out(checkpoint_name(constrain(y_BSHK, "batch", "seq", "heads", None), "attn_mixed"))
+        return self.dropout(checkpoint_name(constrain(y_BSD, "batch", "seq", None), "attn_out"), ctx)
 
     def _position(self, x_BSHK: jax.Array, norm: RMSNorm | None, ctx: Context) -> jax.Array:
         x_BSHK = x_BSHK if norm is None else norm(x_BSHK)

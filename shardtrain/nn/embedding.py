@@ -24,7 +24,7 @@ class Embedding(nnx.Module):
     """A table `[vocab, embed]`: tokens to vectors, and with `attend` vectors to logits."""
 
     def __init__(self, vocab_size: int, dim: int, *, precision: Precision = Precision(), rngs: nnx.Rngs):
-        self.precision = precision
+        self.axes, self.precision = _AXES, precision
         init = jax.nn.initializers.normal(dim**-0.5)
         self.weight = param(
             rngs.params(), (vocab_size, dim), _AXES, init, precision.params, "embedding", 1, precision.compute

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from shardtrain.nn.context import Context
 from shardtrain.nn.dropout import Dropout
@@ -26,5 +27,7 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x_BSD: jax.Array, ctx: Context) -> jax.Array:
         """`[B, S, dim]` to `[B, S, dim]` in the compute dtype."""
-        hidden_BSF = constrain(jax.nn.silu(self.gate(x_BSD)) * self.up(x_BSD), "batch", "seq", "mlp")
+        gate_BSF, up_BSF = self.gate(x_BSD), self.up(x_BSD)
+        gate_BSF, up_BSF = checkpoint_name(gate_BSF, "mlp_gate"), checkpoint_name(up_BSF, "mlp_up")
+        hidden_BSF = constrain(jax.nn.silu(gate_BSF) * up_BSF, "batch", "seq", "mlp")
         return self.dropout(constrain(self.down(hidden_BSF), "batch", "seq", None), ctx)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,44 +12,9 @@ from flax import nnx
 from shardtrain.errors import UserError
 from shardtrain.nn.context import Context
 from shardtrain.nn.param import Weight, describe, stacked
+from shardtrain.nn.remat import Remat, remat_policy, rematerialized
 
 Aux = dict[str, tuple[jax.Array, jax.Array]]
-Remat = str | Sequence[str]
-
-
-def remat_policy(remat: Remat) -> Callable[..., Any] | None:
-    """What the backward pass may keep, as a `jax.checkpoint` policy; `None` keeps everything.
-
-    Args:
-      remat: `none` keeps all; `full` only each block's input; `dots` the matmul results; `offload` moves them to host
-        memory; a list of names (or `names:a,b`) keeps what the block marked with `checkpoint_name`.
-
-    Raises:
-      UserError: another word, or an empty list of names.
-    """
-    policies = jax.checkpoint_policies
-    if isinstance(remat, str) and remat.startswith("names:"):
-        remat = [name.strip() for name in remat.removeprefix("names:").strip("[] ").split(",")]
-    if not isinstance(remat, str):
-        if not all(remat) or not remat:
-            raise UserError(f"remat {list(remat)} names nothing to keep; give names, or full to keep only the inputs")
-        return policies.save_only_these_names(*remat)
-    known = {
-        "none": None,
-        "full": policies.nothing_saveable,
-        "dots": policies.dots_with_no_batch_dims_saveable,
-        "offload": policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
-    }
-    if remat not in known:
-        raise UserError(f"remat {remat!r} is none of {', '.join(known)}, names:a,b; pick one of these")
-    return cast(Callable[..., Any] | None, known[remat])
-
-
-def rematerialized(body: Callable[..., Any], remat: Remat, *, in_scan: bool = True) -> Callable[..., Any]:
-    """A function whose backward pass keeps what `remat` says."""
-    policy = remat_policy(remat)
-    # Within a scan the loop itself keeps XLA from undoing the rematerialisation.
-    return body if policy is None else jax.checkpoint(body, policy=policy, prevent_cse=not in_scan)
 
 
 class Stack(nnx.Module):

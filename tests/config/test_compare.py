@@ -46,7 +46,7 @@ def test_another_run(base, override, keys):
         "run={name: other, steps: 200}",
         "precision.compute=bfloat16",
         "model.scan=false",
-        "model.remat=[a]",
+        "model.remat=[query]",
         "model.attention=einsum",
         "model.loss_chunk=64",
         "optimizer.accumulate=2",

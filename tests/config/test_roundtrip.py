@@ -23,7 +23,7 @@ maybe = {
         "norm_eps": st.floats(1e-12, 1e-2),
         "tie_embeddings": st.booleans(),
         "dropout": st.floats(0, 0.9),
-        "remat": st.sampled_from(["none", "full"]) | st.lists(text, max_size=2),
+        "remat": st.sampled_from(["none", "full"]) | st.lists(st.sampled_from(["query", "mlp_up"]), min_size=1),
         "loss_chunk": st.none() | positive,
     },
     "data": {"held_out": st.floats(0, 0.5), "shuffle": st.booleans(), "tokenizer": st.sampled_from(["bpe", "byte"])},

@@ -81,9 +81,9 @@ def test_the_message_is_readable(base):
 
 
 def test_nothing_in_a_config_can_change(base):
-    config = load_config(base, ["model.remat=[a, b]", "optimizer.options.b1=0.9", "rules.vocab=[tensor, fsdp]"])
+    config = load_config(base, ["model.remat=[query, key]", "optimizer.options.b1=0.9", "rules.vocab=[tensor, fsdp]"])
     hash(config)  # only immutable things have one
-    assert config.model.options["remat"] == ("a", "b")
+    assert config.model.options["remat"] == ("query", "key")
     with pytest.raises(ValidationError):
         config.run.steps = 3
     for mapping in (config.rules, config.mesh.slow, config.model.options, config.optimizer.options):

@@ -12,6 +12,7 @@ from shardtrain.errors import UserError
 from shardtrain.model_def import ModelDef, flatten
 from shardtrain.models.llama import Llama
 from shardtrain.nn.precision import Precision
+from shardtrain.nn.remat import ACTIVATIONS
 
 TINY = {"n_layers": 2, "d_model": 16, "n_heads": 4, "n_kv_heads": 2, "d_ff": 12, "vocab_size": 20, "remat": "none"}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
@@ -208,3 +209,23 @@ def test_the_attention_kernel_is_an_option():
     np.testing.assert_allclose(einsum, xla, rtol=1e-5)
     with pytest.raises(UserError, match="cudnn is not available here"):
         loss_of(model(attention="cudnn"))
+
+
+def test_a_policy_decides_which_matmuls_run_again():
+    counts = {remat: count_matmuls(remat) for remat in ("none", "dots", "offload", "full")}
+    # Of attention's own two, no policy keeps the scores, and by names alone the result.
+    assert counts["dots"] == counts["offload"] == counts["none"] + 2
+    assert count_matmuls(list(ACTIVATIONS)) == count_matmuls(f"offload:{','.join(ACTIVATIONS)}") == counts["none"] + 1
+    assert counts["full"] >= counts["dots"] + 4
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_activation_that_has_a_name_saves_a_matmul(name):
+    others = [other for other in ACTIVATIONS if other != name]
+    assert count_matmuls(list(ACTIVATIONS)) < count_matmuls(others)
+
+
+def count_matmuls(remat):
+    graph, state = nnx.split(model(n_layers=1, remat=remat, scan=False))
+    loss = lambda state: nn.forward(nnx.merge(graph, state), BATCH, nn.Context(BATCH))[0][0]  # noqa: E731
+    return len([e for e in equations(jax.grad(loss), state) if e.primitive.name == "dot_general"])

@@ -9,7 +9,6 @@ from helpers import equations, partition, quick
 from shardtrain import nn
 from shardtrain.errors import UserError
 from shardtrain.hlo import collectives
-from shardtrain.nn.linear import einsum
 from shardtrain.sharding import use
 
 B, S, D, V = 4, 6, 5, 16
@@ -70,21 +69,26 @@ def test_bfloat16_logits_are_summed_in_float32():
     np.testing.assert_allclose(loss, formula(np.asarray(logits, np.float64))[0], rtol=1e-6)
 
 
-def losses(x, w, chunk, z_loss=0.1):
-    head = lambda x: jnp.einsum("BSD,DV->BSV", x, w)  # noqa: E731
-    if chunk is None:
-        return nn.cross_entropy(head(x), TARGETS, jnp.asarray(MASK), z_loss=z_loss)
-    return nn.chunked_cross_entropy(head, x, TARGETS, jnp.asarray(MASK), chunk=chunk, z_loss=z_loss)
+F64 = nn.Precision(jnp.float64, jnp.float64, jnp.float64)
+HEAD, TIED = ("embed", "vocab"), ("vocab", "embed")
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 6])
-def test_chunks_change_nothing(x64, chunk):
-    def run(chunk):
-        grad = jax.value_and_grad(lambda x, w: (lambda out: (out[0], out))(losses(x, w, chunk)), (0, 1), has_aux=True)
+def losses(x, w, chunk, axes=HEAD):
+    mask = jnp.asarray(MASK)
+    return nn.linear_cross_entropy(x, w, axes, TARGETS, mask, chunk=chunk, z_loss=0.1, precision=F64)
+
+
+@pytest.mark.parametrize(("chunk", "axes"), [(None, HEAD), (1, HEAD), (2, TIED), (6, TIED), ("auto", HEAD)], ids=str)
+def test_chunks_change_nothing(x64, chunk, axes):
+    plain = lambda x, w: nn.cross_entropy(x @ w, TARGETS, jnp.asarray(MASK), z_loss=0.1)  # noqa: E731
+    turned = lambda x, w: losses(x, w if axes == HEAD else w.T, chunk, axes)  # noqa: E731
+
+    def run(loss):
+        grad = jax.value_and_grad(lambda x, w: (lambda out: (out[0], out))(loss(x, w)), (0, 1), has_aux=True)
         return jax.tree.leaves(quick(grad)(jnp.asarray(X), jnp.asarray(W)))
 
-    for got, want in zip(run(chunk), run(None), strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-13)
+    for got, want in zip(run(turned), run(plain), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("chunk", [0, 4, 7])
@@ -93,43 +97,78 @@ def test_a_chunk_divides_the_sequence(chunk):
         losses(jnp.asarray(X), jnp.asarray(W), chunk)
 
 
-@pytest.mark.parametrize("chunked", [False, True])
-def test_chunks_keep_the_logits_out_of_memory(chunked):
-    length, vocab = 256, 16384
-    logits_bytes = 4 * length * vocab
+def compiled_gradient(vocab, length, chunk, compute=jnp.float32, **sizes):
+    """The loss's gradient by input and head, for 8 model dims; compiled, not run."""
+    place, precision = partition(**sizes), nn.Precision(compute=compute)
+    batch = place.sharding(("batch", "seq"))
 
-    def loss(x, w):
-        head = lambda x: jnp.einsum("BSD,DV->BSV", x, w)  # noqa: E731
-        targets, mask = jnp.zeros((1, length), jnp.int32), jnp.ones((1, length))
-        if chunked:
-            return nn.chunked_cross_entropy(head, x, targets, mask, chunk=16)[0]
-        return nn.cross_entropy(head(x), targets, mask)[0]
+    def loss(x, w, targets, mask):
+        return nn.linear_cross_entropy(x, w, HEAD, targets, mask, chunk=chunk, precision=precision)[0]
 
-    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, length, 8), (8, vocab))]
-    compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes).compile()
-    temporary = compiled.memory_analysis().temp_size_in_bytes
-    assert temporary < logits_bytes / 2 if chunked else temporary >= logits_bytes
+    def gradient(*args):
+        with use(place):
+            return jax.grad(loss, argnums=(0, 1))(*args)
+
+    args = [
+        jax.ShapeDtypeStruct((8, length, 8), compute, sharding=batch),
+        jax.ShapeDtypeStruct((8, vocab), jnp.float32, sharding=place.sharding(HEAD)),
+        jax.ShapeDtypeStruct((8, length), jnp.int32, sharding=batch),
+        jax.ShapeDtypeStruct((8, length), jnp.float32, sharding=batch),
+    ]
+    return jax.jit(gradient).lower(*args).compile(), place.mesh
+
+
+@pytest.mark.parametrize(("sizes", "rows", "parts"), [({"fsdp": 8}, 1, 1), ({"tensor": 8}, 8, 8)], ids=str)
+def test_128k_logits_are_never_in_memory_at_once(sizes, rows, parts):
+    vocab, length = 131072, 4096
+    logits_bytes = 4 * rows * length * vocab // parts  # of one device
+    memory = lambda chunk: compiled_gradient(vocab, length, chunk, **sizes)[0].memory_analysis().temp_size_in_bytes  # noqa: E731
+    assert memory(None) >= logits_bytes
+    assert memory("auto") < logits_bytes / 2
+    assert memory(16) < logits_bytes / 32
+
+
+def test_chunks_gather_and_reduce_the_head_once():
+    compiled, mesh = compiled_gradient(1024, 64, 8, fsdp=8)
+    found = collectives(compiled.as_text(), mesh)
+    assert [(c.kind, c.shapes, c.loops) for c in found] == [
+        ("all-gather", ((8, 1024),), ()),  # kept from forward to backward here, where nothing lies between
+        ("all-reduce", ((8, 1024),), ()),
+    ]
+
+
+@pytest.mark.parametrize(("chunk", "matmuls"), [(None, 3), (2, 4)])
+def test_chunks_cost_one_matmul_more(chunk, matmuls):
+    x, w, mask = X.astype("f4"), W.astype("f4"), MASK.astype("f4")
+    loss = lambda x, w: nn.linear_cross_entropy(x, w, HEAD, TARGETS, mask, chunk=chunk)[0]  # noqa: E731
+    found = equations(jax.grad(loss, argnums=(0, 1)), x, w)
+    assert len([e for e in found if e.primitive.name == "dot_general"]) == matmuls
+
+
+def test_the_heads_gradient_adds_up_in_float32_over_bfloat16_chunks():
+    x, w = jnp.ones((1, 512, 1), jnp.bfloat16), jnp.zeros((1, 4), jnp.bfloat16)
+    narrow = nn.Precision(*[jnp.bfloat16] * 3)
+    targets, mask = jnp.zeros((1, 512), jnp.int32), jnp.ones((1, 512))
+    loss = lambda w: nn.linear_cross_entropy(x, w, HEAD, targets, mask, chunk=1, precision=narrow)[0]  # noqa: E731
+    # In bfloat16 the sum of 512 quarters would stop at 64, where a quarter is half of the last place.
+    np.testing.assert_array_equal(quick(jax.grad(loss))(w)[0].astype("f4"), [-384, 128, 128, 128])
 
 
 @pytest.mark.parametrize(("sizes", "chunk"), [({"tensor": 8}, None), ({"fsdp": 2, "tensor": 4}, 2)], ids=str)
 def test_a_sharded_vocabulary_is_never_gathered(sizes, chunk):
     partitioner = partition(**sizes)
-    axes, precision = ("embed", "vocab"), nn.Precision()
     vocab = 80  # no other dim, whole or split, has a size of 80 / 8 or 80 / 4
     x, w, mask = X[..., :4].astype("f4"), RNG.normal(size=(4, vocab)).astype("f4"), MASK.astype("f4")
 
     def loss(x, w):
-        head = lambda x: einsum("BSD,DV->BSV", x, w, axes, precision)  # noqa: E731
-        if chunk is None:
-            return nn.cross_entropy(head(x), TARGETS, mask, z_loss=0.1)[0]
-        return nn.chunked_cross_entropy(head, x, TARGETS, mask, chunk=chunk, z_loss=0.1)[0]
+        return nn.linear_cross_entropy(x, w, HEAD, TARGETS, mask, chunk=chunk, z_loss=0.1)[0]
 
     def step(x, w):
         with use(partitioner):
             return jax.value_and_grad(loss, argnums=(0, 1))(x, w)
 
     expected = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(x, w)
-    placed = jax.device_put((x, w), (partitioner.sharding(("batch", None, None)), partitioner.sharding(axes)))
+    placed = jax.device_put((x, w), (partitioner.sharding(("batch", None, None)), partitioner.sharding(HEAD)))
     compiled = jax.jit(step).lower(*placed).compile()
     for got, want in zip(jax.tree.leaves(compiled(*placed)), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)

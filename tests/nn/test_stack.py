@@ -80,7 +80,7 @@ def reference():
         return quick(jax.grad(objective, argnums=(0, 1), has_aux=True))(state, start()["h"])
 
 
-WAYS = [(remat, True) for remat in ("none", "full", "dots", "offload", "names:normed,hidden")]
+WAYS = [(remat, True) for remat in ("none", "full", "dots", "offload:hidden", "names:normed,hidden")]
 LONG = [(remat, False) for remat in ("none", "dots", "offload", ("normed",))]
 
 
@@ -148,7 +148,7 @@ def test_the_scanned_program_is_as_long_for_many_layers():
     ("remat", "dots"),
     # The block has two matmuls, four more in the backward pass. What is not kept runs again, but for the second one,
     # whose result no gradient needs.
-    [("none", 6), ("dots", 6), ("offload", 6), ("full", 7), ("names:normed", 7), ("names:hidden", 6)],
+    [("none", 6), ("dots", 6), ("full", 7), ("names:normed", 7), ("names:hidden", 6), ("offload:hidden", 6)],
 )
 def test_a_policy_decides_which_matmuls_run_again(remat, dots):
     graph, state = nnx.split(stack(1, F32, remat=remat, scan=False))
@@ -216,7 +216,7 @@ def test_plain_flax_layers_stack_too():
     ("options", "match"),
     [
         ({"n_layers": 0}, "a stack of 0 layers; use 1 or more"),
-        ({"n_layers": 2, "remat": "some"}, "remat 'some' is none of none, full, dots, offload, names:a,b"),
+        ({"n_layers": 2, "remat": "some"}, "remat 'some' is no policy; use one of none, full, dots, offload"),
         ({"n_layers": 2, "remat": "names:"}, "names nothing to keep"),
         ({"n_layers": 2, "remat": []}, "names nothing to keep"),
     ],
@@ -237,6 +237,13 @@ def kept(remat):
 @pytest.mark.parametrize("names", ["names:normed,hidden", "names:[normed, hidden]", ["normed", "hidden"]], ids=str)
 def test_names_are_read_from_text_or_a_list(names):
     assert kept(names) == (2, 1)  # the block's input, and what has a name
+
+
+@pytest.mark.parametrize("remat", ["names:normed,hiden", "offload:hiden", ["hiden"]], ids=str)
+def test_a_name_that_nothing_has_is_refused_while_tracing(remat):
+    module = stack(1, F32, remat=remat)
+    with pytest.raises(UserError, match=r"remat keeps 'hiden', but no activation.*did you mean hidden"):
+        jax.eval_shape(lambda: module(start("f4"), context())[0])
 
 
 def test_full_keeps_the_input_of_a_block_only():

@@ -35,7 +35,8 @@ class Layers(nnx.Module):
         x = x + self.attention(self.norms[0](x), ctx)
         x = x + self.mlp(self.norms[1](x), ctx)
         if chunk:
-            return nn.chunked_cross_entropy(self.head, x, batch["targets"], batch["loss_mask"], chunk=chunk, z_loss=0.1)
+            target, options = (batch["targets"], batch["loss_mask"]), {"chunk": chunk, "precision": self.head.precision}
+            return nn.linear_cross_entropy(x, self.head.weight[...], self.head.axes, *target, z_loss=0.1, **options)
         logits = self.embedding.attend(x) + self.head(x)
         return nn.cross_entropy(logits, batch["targets"], batch["loss_mask"], z_loss=0.1)
 
