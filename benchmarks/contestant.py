@@ -127,7 +127,11 @@ class Contestant:
             "turns": len(self.seconds),
         }
         self.report("result", batch=self.batch, **speed, **rest)
-        if self.run.left() > 20 and (forward := self.ask("forward", n=self.steps)) is not None:
+        if (
+            self.run.args.forward
+            and self.run.left() > 20
+            and (forward := self.ask("forward", n=self.steps)) is not None
+        ):
             tokens_per_s = self.batch * self.seq * self.steps / forward["seconds"]
             flops = tokens_per_s * flops_per_token(SHAPES[self.size], self.seq, forward_only=True)
             mfu = self.peak_flops and flops / self.peak_flops
@@ -141,9 +145,9 @@ class Contestant:
 
 
 def parsed(flags: str) -> dict[str, Any]:
-    """`a=true,b=3` as a dict; numbers and truth values as such."""
+    """`a=true b=3` as a dict; numbers and truth values as such."""
     words = {"true": True, "false": False}
-    pairs = (part.split("=", 1) for part in flags.split(",") if part)
+    pairs = (part.split("=", 1) for part in flags.split())
     return {name: words.get(value, int(value) if value.lstrip("-").isdecimal() else value) for name, value in pairs}
 
 
