@@ -40,7 +40,7 @@ class Contestant:
         self.size, seq = case.split("/")
         self.seq, self.seconds = int(seq), list[float]()
         python, file = (run.args.torch_python, "gpu_torch.py") if options is None else (sys.executable, "gpu_jax.py")
-        env = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.3f}"}
+        env = {"XLA_CLIENT_MEM_FRACTION": f"{share:.3f}"}
         self.worker = Worker([python, str(HERE / file)], env, run.args.out / "workers.log")
 
     @property

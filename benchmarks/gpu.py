@@ -33,6 +33,7 @@ MEMORY = 0.92  # of the device, shared out among the contestants; the rest is fo
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
+    os.environ.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)  # JAX refuses both names, and ours decides
     run = Run(args)
     run.report("run", date=f"{datetime.datetime.now():%Y-%m-%d %H:%M}", command=" ".join(sys.argv[1:]))
     find = "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is None)"
