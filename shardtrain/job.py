@@ -189,4 +189,5 @@ def _precision(config: RunConfig, device: jax.Device) -> Precision:
     dtypes = (config.precision.params, compute, config.precision.reduce)
     if "float64" in dtypes:
         jax.config.update("jax_enable_x64", True)  # asked for by name; JAX would otherwise narrow it silently
-    return Precision(*map(jnp.dtype, dtypes))
+    params, used, reduce = map(jnp.dtype, dtypes)
+    return Precision(params, used, reduce, config.precision.matmul)

@@ -151,6 +151,7 @@ class Precision(Section):
     params: Dtype = "float32"
     compute: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     reduce: Dtype = "float32"
+    matmul: Literal["compute", "float8"] = "compute"  # float8: the blocks' matmuls, scaled per tensor
 
 
 class Checkpoint(Section):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from shardtrain.nn import float8
 from shardtrain.nn.param import Initializer, Role, param
 from shardtrain.nn.precision import Precision, at_least_float32
 from shardtrain.sharding import current
@@ -50,14 +51,24 @@ def einsum(equation: str, x: jax.Array, w: jax.Array, axes: Axes, precision: Pre
     that no gathered copy stays alive. Its gradient is made and reduced over devices in `precision.gradient`.
     Every label of the equation stands in at least two of its three terms.
     """
-    return jnp.einsum(equation, x, gathered(w, axes, precision.compute))
+    return _einsum_fwd(equation, x, w, axes, precision)[0]
+
+
+def _product(
+    equation: str, a: jax.Array, b: jax.Array, axes: Axes, precision: Precision, dtype: Any, *formats: Any
+) -> jax.Array:
+    """One matmul, in float8 where the policy says so; the vocabulary's always in the compute dtype."""
+    if precision.matmul == "float8" and "vocab" not in axes:
+        return float8.einsum(equation, a, b, formats, dtype)
+    return jnp.einsum(equation, a, b, preferred_element_type=dtype)
 
 
 def _einsum_fwd(
     equation: str, x: jax.Array, w: jax.Array, axes: Axes, precision: Precision
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     # Spelled out: a remat policy cannot look for matmuls inside of the custom_vjp itself.
-    return jnp.einsum(equation, x, gathered(w, axes, precision.compute)), (x, w)
+    w_whole = gathered(w, axes, precision.compute)
+    return _product(equation, x, w_whole, axes, precision, precision.compute, float8.E4M3, float8.E4M3), (x, w)
 
 
 def _einsum_bwd(
@@ -66,8 +77,9 @@ def _einsum_bwd(
     x, w = saved
     inputs, out = equation.split("->")
     x_labels, w_labels = inputs.split(",")
-    dx = jnp.einsum(f"{out},{w_labels}->{x_labels}", dy, gathered(w, axes, precision.compute))
-    dw = jnp.einsum(f"{x_labels},{out}->{w_labels}", x, dy, preferred_element_type=precision.gradient)
+    w_whole = gathered(w, axes, precision.compute)
+    dx = _product(f"{out},{w_labels}->{x_labels}", dy, w_whole, axes, precision, x.dtype, float8.E5M2, float8.E4M3)
+    dw = _product(f"{x_labels},{out}->{w_labels}", x, dy, axes, precision, precision.gradient, float8.E4M3, float8.E5M2)
     return dx, scattered(dw, axes, w.dtype)
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from shardtrain.errors import UserError
+
 
 def at_least_float32(dtype: Any) -> Any:
     """The dtype for softmaxes, losses, norms and angles of values in `dtype`."""
@@ -21,11 +23,20 @@ class Precision:
       params: stored (master) weights, and with them the optimizer state.
       compute: activations, and weights where they are used.
       reduce: weight gradients, from the matmul that makes them through their reduction over devices and microbatches.
+      matmul: `compute`, or `float8` for the matmuls of the blocks (see `nn/float8.py`).
+
+    Raises:
+      UserError: another word for `matmul`.
     """
 
     params: Any = jnp.float32
     compute: Any = jnp.float32
     reduce: Any = jnp.float32
+    matmul: str = "compute"
+
+    def __post_init__(self) -> None:
+        if self.matmul not in ("compute", "float8"):
+            raise UserError(f"precision.matmul {self.matmul!r} is neither compute nor float8; pick one")
 
     @property
     def softmax(self) -> Any:
