@@ -9,6 +9,7 @@ import math
 import sys
 import types
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import grain
@@ -42,8 +43,8 @@ class Loader:
         state: where to continue, from the `state` of an earlier loader. Another `global_batch` is allowed:
             batches then begin at the next row that was not consumed.
         shuffle: False gives the rows in the source's order, in every epoch.
-        prefetch: host batches made ahead, by as many threads; 0 makes each when it is asked for. Besides, one
-            batch is always on its way to the devices.
+        prefetch: host batches made ahead, by as many threads; 0 makes each when it is to be sent. Besides, a thread
+            sends one batch ahead to the devices, while the step runs.
 
     `state` counts the batches that were returned, not those made ahead, and is the same in every process.
     Close a loader, or use it in a `with` statement, to end its threads. One thread uses it.
@@ -66,13 +67,15 @@ class Loader:
         _check_sizes(source, global_batch, seed, prefetch)
         self._next_row = 0 if state is None else _restore(state, source)
         self._local_rows = self._rows_of_this_process()
-        dataset = grain.MapDataset.source(source)
-        self._order = (dataset.seed(seed).shuffle() if shuffle else dataset).repeat()
+        order = grain.MapDataset.range(len(source))  # of numbers alone: Grain walks and measures what passes it
+        self._order = (order.seed(seed).shuffle() if shuffle else order).repeat()
         self._check_first_row()
         batches = grain.MapDataset.range(self._next_row, sys.maxsize, global_batch).map(self._host_batch)
         options = grain.ReadOptions(num_threads=prefetch, prefetch_buffer_size=prefetch)
         self._host_batches = iter(batches.to_iter_dataset(options))
-        self._on_its_way: tuple[int, Batch] | None = None
+        self._transfers = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._on_its_way: Future[tuple[int, Batch]] | None = None
+        self._closed = False
 
     @property
     def state(self) -> State:
@@ -83,16 +86,23 @@ class Loader:
             "fingerprint": self._source.fingerprint,
         }
 
+    @property
+    def ready(self) -> bool:
+        """Whether the next batch lies on the devices, so that `next` returns at once."""
+        return self._on_its_way is not None and self._on_its_way.done()
+
     def __iter__(self) -> "Loader":
         return self
 
     def __next__(self) -> Batch:
+        if self._closed:
+            raise ValueError("this loader is closed")
         try:
-            first, batch = self._on_its_way or self._transfer()
-            self._on_its_way = self._transfer()
+            first, batch = (self._on_its_way or self._transfers.submit(self._transfer)).result()
         except BaseException:
             self.close()  # a loader that went on after an error would leave a batch out
             raise
+        self._on_its_way = self._transfers.submit(self._transfer)
         self._next_row = first + self._global_batch
         return batch
 
@@ -109,7 +119,8 @@ class Loader:
 
     def close(self) -> None:
         """Ends the threads, each after the batch that it is at. `state` stays readable."""
-        self._on_its_way = None
+        self._closed, self._on_its_way = True, None
+        self._transfers.shutdown(cancel_futures=True)
         self._host_batches.close()
 
     def _transfer(self) -> tuple[int, Batch]:
@@ -143,13 +154,17 @@ class Loader:
         return np.flatnonzero(held)
 
     def _host_batch(self, first: int) -> _HostBatch:
-        rows = [self._order[first + int(row)] for row in self._local_rows]
+        rows = [self._row(first + int(row)) for row in self._local_rows]
         stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         return _HostBatch(first, {**stacked, "row": self._local_rows.astype(np.int32)})
 
+    def _row(self, number: int) -> Row:
+        """A row of the endless list."""
+        return self._source[int(self._order[number])]
+
     def _check_first_row(self) -> None:
         # Also makes Grain build its lazy parts here, before there are threads.
-        row = self._order[self._next_row + int(self._local_rows[0])]
+        row = self._row(self._next_row + int(self._local_rows[0]))
         if "row" in row:
             raise UserError("a source's rows must not have the name 'row': the loader adds it; rename it")
         for name, leaf in row.items():

@@ -21,14 +21,16 @@ from tensorboardX.proto.summary_pb2 import Summary
 from shardtrain.errors import UserError
 
 FILE = "metrics.jsonl"
+_FLUSH_S = 1.0  # what a kill may cost TensorBoard, at the most
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class MetricsLog:
     """The metrics of one run directory, appended to step by step and readable after a `kill -9` at any time.
 
-    Each line goes to the operating system before `write` returns. A last line that a kill tore is dropped on
-    opening. One writer per directory: the caller's lock sees to that.
+    Each line goes to the operating system before `write` returns; TensorBoard's events follow within a second, or with
+    `flush`. A last line that a kill tore is dropped on opening. One writer per directory: the caller's lock sees to
+    that.
     """
 
     def __init__(self, directory: Path | str, *, tensorboard: bool = True):
@@ -64,6 +66,11 @@ class MetricsLog:
         self._last, self._file = self._open(step)
         if self._events:
             self._events.forget_from(step + 1)
+
+    def flush(self) -> None:
+        """Bring TensorBoard's events to the disk too."""
+        if self._events:
+            self._events.flush()
 
     def close(self) -> None:
         """Close the files; the log is of no use afterwards."""
@@ -138,6 +145,7 @@ class _Events:
         directory.mkdir(parents=True, exist_ok=True)
         # The name holds the time in whole seconds, and an existing file would be overwritten.
         self._writer = EventsWriter(str(directory / "events"), f".{os.getpid()}.{time.time_ns()}")
+        self._flushed = 0.0
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         scalars = [Summary.Value(tag=key, simple_value=value) for key, value in values.items()]
@@ -146,9 +154,14 @@ class _Events:
     def forget_from(self, step: int) -> None:
         self._add(Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START)))
 
+    def flush(self) -> None:
+        self._writer.flush()  # which also calls fsync: milliseconds, or many on a disk that is shared
+        self._flushed = time.monotonic()
+
     def close(self) -> None:
         self._writer.close()
 
     def _add(self, event: Event) -> None:
         self._writer.write_event(event)
-        self._writer.flush()
+        if time.monotonic() - self._flushed >= _FLUSH_S:
+            self.flush()

@@ -47,7 +47,7 @@ def load(sizes: tuple[int, ...], batches: int) -> dict:
                 }
             )
         total = int(jax.jit(lambda tokens: tokens.sum())(batch["tokens"]))
-        return {"read": sorted(source.read), "state": loader.state, "shards": shards, "total": total}
+    return {"read": sorted(source.read), "state": loader.state, "shards": shards, "total": total}
 
 
 if __name__ == "__main__":
