@@ -202,7 +202,9 @@ class Trainer:
         """Wait for a step's metrics and time it, once."""
         if "loss" in flight.values:
             return
-        flight.values |= {name: float(value) for name, value in jax.device_get(flight.metrics).items()}
+        # Reading waits for one device alone; the others of this process may be far behind it.
+        metrics = jax.device_get(jax.block_until_ready(flight.metrics))
+        flight.values |= {name: float(value) for name, value in metrics.items()}
         now = time.perf_counter()
         flight.values |= self.speed.values(now - self._clock)
         self._clock = now

@@ -38,6 +38,7 @@ ROOMS = [
     "job",
     "run",
     "signals",
+    "processes",
     "plan",
     "interop",
     "cli_schedule",
