@@ -74,7 +74,7 @@ class _Step:
     values: Values = dataclasses.field(default_factory=dict)
 
 
-class Trainer:
+class Loop:
     """Runs a train step over batches, with checkpoints, evaluation and metrics around it.
 
     Args:

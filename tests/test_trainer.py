@@ -13,10 +13,12 @@ from shardtrain.checkpoint import Checkpointer
 from shardtrain.data import Loader, SyntheticTokens
 from shardtrain.errors import UserError
 from shardtrain.metrics import MetricsLog, read
+from shardtrain.model_def import ModelDef
+from shardtrain.models.mlp import MLP
 from shardtrain.optim import optimizer
 from shardtrain.state import abstract_state, init_state
 from shardtrain.step import make_train_step
-from shardtrain.trainer import Callback, Speed, Trainer
+from shardtrain.trainer import Callback, Loop, Speed
 
 
 class Watched:
@@ -76,7 +78,8 @@ class Screen:
 @cache
 def parts() -> SimpleNamespace:
     """What all tests share: above all the step, compiled once."""
-    place, model = tiny.partitioner(fsdp=2), tiny.llama(n_layers=1)
+    place = tiny.partitioner(fsdp=2)
+    model = ModelDef(lambda rngs: MLP(n_layers=1, d_model=8, d_ff=8, vocab_size=64, rngs=rngs))
     tx = optimizer("sgd", model.weights, lr=0.1)
     source = SyntheticTokens(seq_len=tiny.LENGTH, vocab_size=64, seed=0)
     state = jax.device_get(init_state(model, tx, place))
@@ -86,11 +89,11 @@ def parts() -> SimpleNamespace:
     return SimpleNamespace(place=place, source=source, state=state, shardings=shardings, step=step)
 
 
-def trainer(steps: int, **options) -> Trainer:
+def trainer(steps: int, **options) -> Loop:
     shared = parts()
     batches = Loader(shared.source, global_batch=8, seed=0, sharding=shared.place.sharding(("batch", "seq")))
     state = jax.device_put(jax.tree.map(np.copy, shared.state), shared.shardings)  # the step donates it
-    return Trainer(state, Watched(), batches, steps=steps, speed=Speed(8 * tiny.LENGTH, 1e6, 1e12), **options)
+    return Loop(state, Watched(), batches, steps=steps, speed=Speed(8 * tiny.LENGTH, 1e6, 1e12), **options)
 
 
 def test_at_most_two_steps_are_in_flight_and_metrics_come_one_step_late():

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from shardtrain.data.files import atomic, read_json, write_json
 from shardtrain.data.source import Row, check_row, window
 from shardtrain.errors import UserError
+from shardtrain.files import atomic, read_json, write_json
 
 FORMAT = "shardtrain-tokens"
 FORMAT_VERSION = 1

@@ -19,6 +19,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from shardtrain.errors import UserError
+from shardtrain.files import atomic
 
 FILE = "metrics.jsonl"
 _FLUSH_S = 1.0  # what a kill may cost TensorBoard, at the most
@@ -89,12 +90,8 @@ class MetricsLog:
         lines = [(row["step"], line) for row, line in _lines(self._path) if step is None or row["step"] <= step]
         kept = b"".join(line for _, line in lines)
         if kept != self._path.read_bytes():
-            temporary = self._path.with_name(FILE + ".tmp")
-            with temporary.open("wb") as f:
-                f.write(kept)
-                f.flush()
-                os.fsync(f.fileno())
-            temporary.replace(self._path)
+            with atomic(self._path) as file:
+                file.write(kept)
         return (lines[-1][0] if lines else -1), self._path.open("a", encoding="utf-8")
 
 
