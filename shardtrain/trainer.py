@@ -162,6 +162,8 @@ class Loop:
                 # Written down before its state is: a run that resumes from this step never writes its line again.
                 self._finish(flight, reports)
                 flight = None
+                if self.log is not None:
+                    reports.submit(self.log.flush)
                 reports.flush()
                 self.save()
                 self._clock = time.perf_counter()
