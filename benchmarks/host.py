@@ -237,7 +237,7 @@ def llama(shape: dict[str, int], rows: int, length: int, **mesh: int) -> SimpleN
 
 
 def one_core(rounds: int = 100) -> SimpleNamespace:
-    """A step of about a millisecond that keeps one processor busy, in a thread of its own; batches as small as can be."""
+    """A step of about a millisecond that keeps one processor busy, beside the loop; batches as small as can be."""
     place = Partitioner(MeshSpec().build(jax.devices()[:1]))
     source, sharding = SyntheticTokens(seq_len=8, vocab_size=16, seed=0), place.sharding(("batch", "seq"))
 

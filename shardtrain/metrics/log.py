@@ -123,7 +123,7 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
 
 
 def _number(value: Any) -> float | int | str:
-    if np.issubdtype(np.asarray(value).dtype, np.integer):
+    if not isinstance(value, float) and np.issubdtype(np.asarray(value).dtype, np.integer):
         return int(value)
     value = float(value)
     if math.isfinite(value):
