@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,15 +40,20 @@ def main() -> None:
     except (UserError, OSError) as error:
         if "--debug" in sys.argv:
             raise
-        if isinstance(error, OSError):  # a full disk, missing permissions
-            where = f" {error.filename}" if error.filename else ""
-            print(
-                f"error: {error.strerror or error}:{where}; correct that and run the same command again",
-                file=sys.stderr,
-            )
-        else:
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(report(error))
+
+
+def report(error: BaseException) -> int:
+    """Print an error as its reader needs it; the exit code for it."""
+    if "--debug" in sys.argv or not isinstance(error, UserError | OSError):
+        traceback.print_exception(error)
+        return 1
+    if isinstance(error, UserError):
+        print(f"error: {error}", file=sys.stderr)
+    else:  # a full disk, missing permissions
+        where = f" {error.filename}" if error.filename else ""
+        print(f"error: {error.strerror or error}:{where}; correct that and run the same command again", file=sys.stderr)
+    return 2
 
 
 def _version(asked: bool) -> None:
@@ -82,41 +88,26 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Train, or resume where the run directory holds checkpoints. Ctrl-C saves; the same command goes on."""
-    from shardtrain.config import load_config
-
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    config = load_config(file, overrides or ())
-    if processes > 1 or process or coordinator is not None:
-        _join(coordinator, processes, process)
-    _train(config, allow_changes, processes)
+    if processes == 1 and not process and coordinator is None:
+        _train(file, overrides, allow_changes, processes)
+    else:
+        from shardtrain.processes import join, last_act
+
+        join(coordinator, processes, process)  # before the config's own model is imported, which may use JAX
+        with last_act(report):
+            _train(file, overrides, allow_changes, processes)
 
 
-def _join(coordinator: str | None, processes: int, process: int) -> None:
-    """Start JAX's distributed runtime; it must come before anything else of JAX."""
+def _train(file: str, overrides: Sequence[str] | None, allow_changes: bool, processes: int) -> None:
     import jax
 
-    if coordinator is None or process >= processes or processes == 1:
-        raise UserError(
-            f"--processes {processes}, --process {process}, --coordinator {coordinator}: several processes need "
-            "--processes 2 or more, --process from 0 to one less, and --coordinator HOST:PORT, the same for all"
-        )
-    # Unless told, the coordinator would listen on every interface; its traffic is neither authenticated nor encrypted.
-    jax.distributed.initialize(
-        coordinator,
-        processes,
-        process,
-        cluster_detection_method="deactivate",
-        coordinator_bind_address=coordinator if process == 0 else None,
-    )
-
-
-def _train(config: Any, allow_changes: bool, processes: int) -> None:
-    import jax
-
+    from shardtrain.config import load_config
     from shardtrain.metrics import progress
     from shardtrain.run import Trainer
     from shardtrain.signals import stop_on_signals, stop_together
 
+    config = load_config(file, overrides or ())
     with (stop_together if processes > 1 else stop_on_signals)() as should_stop:
         start = time.perf_counter()
         print("preparing data and state ...", file=sys.stderr, flush=True)

@@ -58,7 +58,8 @@ def generate(
     out = np.zeros((rows, tokens), np.int32)
     key = jax.random.key(seed)
     for i in range(tokens):
-        out[:, i] = step(state.params, state.model_state, text, known - 1, jax.random.fold_in(key, i))
+        chosen = step(state.params, state.model_state, text, known - 1, jax.random.fold_in(key, i))
+        out[:, i] = jax.block_until_ready(chosen)  # on all devices; reading waits for one
         if known == window:
             text[:, :-1] = text[:, 1:].copy()
         else:

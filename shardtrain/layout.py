@@ -150,16 +150,6 @@ class Layout:
         assert len(self.slots) == self.n_layers == len(set(self.slots)), "one slot for each layer, none shared"
         assert all(0 <= slot < room for slot in self.slots), "slots lie within lead"
 
-    @classmethod
-    def identity(cls, n_layers: int) -> Layout:
-        """The live tree is the canonical one."""
-        return cls(n_layers, (n_layers,), tuple(range(n_layers)))
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether packing changes nothing."""
-        return self.slots == tuple(range(self.n_layers)) and self.lead == (self.n_layers,)
-
     def live_weight(self, weight: Weight) -> Weight:
         """A weight as it is in the live tree; weights without a `layers` dim stay as they are."""
         if not _has_layers(weight):
@@ -176,7 +166,7 @@ class Layout:
         return jax.tree.map(self.live_weight, weights)
 
     def pack(self, tree: Any, weights: Any) -> Any:
-        """Canonical to live, inside or outside of jit. Identity returns the very same arrays.
+        """Canonical to live, inside or outside of jit.
 
         Args:
           tree: params, gradients or optimizer state with `[layers, ...]` leaves.
@@ -185,8 +175,6 @@ class Layout:
         Raises:
           UserError: a leaf of a stacked weight that has no `layers` dim of this layout's size.
         """
-        if self.is_identity:
-            return tree
         source = [self.n_layers] * math.prod(self.lead)  # beyond the end: filled with zero
         for layer, slot in enumerate(self.slots):
             source[slot] = layer
@@ -199,8 +187,6 @@ class Layout:
 
     def unpack(self, tree: Any, weights: Any) -> Any:
         """Live to canonical, padding dropped: the inverse of `pack`, with the same arguments and errors."""
-        if self.is_identity:
-            return tree
 
         def unpack(x: Any) -> Any:
             rest = x.shape[len(self.lead) :]

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from shardtrain.errors import UserError
-from shardtrain.layout import Layout
+from shardtrain.layout import Layout, dotted
 from shardtrain.nn.param import describe
 from shardtrain.nn.remat import rematerialized
 from shardtrain.nn.stack import Stack
@@ -173,12 +173,7 @@ def join_layers(stacked: Tree, shared: Tree) -> Tree:
 
 def flatten(tree: Tree) -> dict[str, Any]:
     """Nested dicts as one dict from dotted path to leaf, in key order."""
-    return {dotted(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def dotted(keys: Any) -> str:
-    """Keys joined to a dotted path."""
-    return ".".join(map(str, keys))
+    return {dotted(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _split(module: nnx.Module) -> tuple[Any, nnx.State, nnx.State, nnx.State]:

@@ -6,29 +6,28 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from shardtrain import trainer
 from shardtrain.checkpoint import Checkpointer, RunLock, load_weights, read_extra
 from shardtrain.checkpoint.agree import on_process_zero
 from shardtrain.compile_cache import use_cache
 from shardtrain.config import RunConfig, check_same_run
 from shardtrain.data import Batch, Loader, Source, Tokenizer, open_source, split
 from shardtrain.errors import UserError
+from shardtrain.files import write_text
 from shardtrain.generate import generate
 from shardtrain.job import Job, build
 from shardtrain.metrics import MetricsLog, plot_loss
-from shardtrain.trainer import Callback
+from shardtrain.trainer import Callback, Loop
 
 _log = logging.getLogger(__name__)
 
 
-class Trainer(trainer.Trainer):
+class Trainer(Loop):
     """The training loop with a run directory around it; made by `from_config`.
 
     Attributes:
@@ -193,7 +192,7 @@ class Trainer(trainer.Trainer):
         sample = self.sample()
         if sample is not None and jax.process_index() == 0:
             prompt, text = sample
-            _write(self.directory / "sample.txt", f"--- prompt\n{prompt}\n--- continuation\n{text}\n")
+            write_text(self.directory / "sample.txt", f"--- prompt\n{prompt}\n--- continuation\n{text}\n")
 
 
 def _cache_folder(chosen: str | None, directory: Path) -> Path | None:
@@ -206,7 +205,7 @@ def _open_log(directory: Path, config: RunConfig, step: int) -> MetricsLog:
     """The metrics up to `step`, and the config beside them."""
     log = MetricsLog(directory, tensorboard=config.log.tensorboard)
     log.truncate(step)
-    _write(directory / "config.yaml", config.to_yaml())
+    write_text(directory / "config.yaml", config.to_yaml())
     return log
 
 
@@ -252,10 +251,3 @@ def _with_weights_of(path: str, state: Any, job: Job) -> Any:
     folder, cast = place.parent if is_step else place, job.config.checkpoint.cast
     params = load_weights(folder, job.abstract_canonical().params, step, cast=cast)
     return job.live(dataclasses.replace(job.canonical(state), params=params))
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)

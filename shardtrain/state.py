@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shardtrain.layout import shardings_like
-from shardtrain.model_def import ModelDef, Tree, dotted
+from shardtrain.layout import dotted, shardings_like
+from shardtrain.model_def import ModelDef, Tree
 from shardtrain.nn.param import Weight
 from shardtrain.optim import state_shardings
 from shardtrain.sharding import Partitioner, use
@@ -47,7 +47,7 @@ def abstract_state(model: ModelDef, tx: optax.GradientTransformation, partitione
     whole = partitioner.sharding(())
 
     def place(path: tuple[Any, ...], weight: Weight) -> jax.ShapeDtypeStruct:
-        name = "weight " + dotted(entry.key for entry in path)
+        name = "weight " + dotted(path)
         sharding = partitioner.sharding(weight.axes, weight.shape, name)
         return jax.ShapeDtypeStruct(weight.shape, weight.dtype, sharding=sharding)
 

@@ -136,7 +136,7 @@ def evaluate(eval_step: Callable[[TrainState, Batch], Sums], state: TrainState, 
     total: Sums | None = None
     for batch in batches:
         # Fetched each time: at most one evaluation step is in flight.
-        sums = jax.device_get(eval_step(state, batch))
+        sums = jax.device_get(jax.block_until_ready(eval_step(state, batch)))
         total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
     if total is None:
         raise UserError("evaluation got no batches; give the held-out split at least one global batch of rows")

@@ -12,7 +12,7 @@ import jax
 from shardtrain.checkpoint import Checkpointer
 from shardtrain.data import Loader
 from shardtrain.errors import UserError
-from shardtrain.metrics import MetricsLog, memory_bytes, mfu
+from shardtrain.metrics import Background, MetricsLog, memory_bytes, mfu
 from shardtrain.nn.model import Batch
 from shardtrain.state import TrainState
 from shardtrain.step import evaluate
@@ -33,7 +33,7 @@ class Callback:
 
 
 class Display(Protocol):
-    """Where progress is shown."""
+    """Where progress is shown: messages by the thread that trains, steps by another."""
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
         """Show the metrics of a step."""
@@ -74,7 +74,7 @@ class _Step:
     values: Values = dataclasses.field(default_factory=dict)
 
 
-class Trainer:
+class Loop:
     """Runs a train step over batches, with checkpoints, evaluation and metrics around it.
 
     Args:
@@ -134,8 +134,14 @@ class Trainer:
         Raises:
           UserError: too many non-finite steps in a row, or a save that failed.
         """
-        if self.step >= self.steps:
-            return self.state
+        if self.step < self.steps:
+            with Background("report") as reports:
+                self._train(reports)
+            if self.checkpointer is not None:
+                self.checkpointer.wait()
+        return self.state
+
+    def _train(self, reports: Background) -> None:
         batches = iter(self.batches)
         batch = next(batches)
         train_step = self._compile(batch)
@@ -147,23 +153,23 @@ class Trainer:
             # The step before is fetched only now, while this one runs: two in flight, never more.
             flight, previous = _Step(self.step, metrics), flight
             if previous is not None:
-                self._finish(previous)
+                self._finish(previous, reports)
             last = self.step >= self.steps
             self.stopped_early = not last and self.should_stop(self.step)
             if last or _due(self.step, self.eval_every):
                 flight.values |= self._evaluate(flight)
             if last or self.stopped_early or _due(self.step, self.checkpoint_every):
                 # Written down before its state is: a run that resumes from this step never writes its line again.
-                self._finish(flight)
+                self._finish(flight, reports)
                 flight = None
+                if self.log is not None:
+                    reports.submit(self.log.flush)
+                reports.flush()
                 self.save()
                 self._clock = time.perf_counter()
             if last or self.stopped_early:
                 break
             batch = next(batches)
-        if self.checkpointer is not None:
-            self.checkpointer.wait()
-        return self.state
 
     def evaluate(self) -> Values:
         """Held-out means, as `eval_loss` and so on."""
@@ -198,24 +204,22 @@ class Trainer:
         """Wait for a step's metrics and time it, once."""
         if "loss" in flight.values:
             return
-        flight.values |= {name: float(value) for name, value in jax.device_get(flight.metrics).items()}
+        # Reading waits for one device alone; the others of this process may be far behind it.
+        metrics = jax.device_get(jax.block_until_ready(flight.metrics))
+        flight.values |= {name: float(value) for name, value in metrics.items()}
         now = time.perf_counter()
         flight.values |= self.speed.values(now - self._clock)
         self._clock = now
 
-    def _finish(self, flight: _Step) -> None:
-        """Show and store a step."""
+    def _finish(self, flight: _Step, reports: Background) -> None:
+        """Show and store a step, in the background."""
         self._arrive(flight)
         values = flight.values
         if (memory := memory_bytes()) is not None:
             values["memory_bytes"] = float(memory)
         for callback in self.callbacks:
             values |= callback.on_step(flight.number, values)
-        last = flight.number == self.steps
-        if self.log is not None and (last or _due(flight.number, self.log_every) or "eval_loss" in values):
-            self.log.write(flight.number, values)
-        if self.display is not None:
-            self.display.update(flight.number, values)
+        reports.submit(self._report, flight.number, values)
         if values["skipped_in_row"] >= self.max_skipped:
             kept = "" if self._saved is None else f"; the checkpoint of step {self._saved} is intact"
             raise UserError(
@@ -223,6 +227,13 @@ class Trainer:
                 f"{flight.number} (limit run.max_skipped_steps={self.max_skipped}); the weights are those of the last "
                 f"finite step{kept}: lower optimizer.lr, add warm-up or look at the data"
             )
+
+    def _report(self, step: int, values: Values) -> None:
+        last = step == self.steps
+        if self.log is not None and (last or _due(step, self.log_every) or "eval_loss" in values):
+            self.log.write(step, values)
+        if self.display is not None:
+            self.display.update(step, values)
 
     def _message(self, text: str) -> None:
         if self.display is not None:

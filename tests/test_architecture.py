@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 #: Rooms from the ground up. A file imports only rooms before its own, or its own.
 ROOMS = [
     "errors",
+    "files",
     "xla",
     "compile_cache",
     "mesh",
@@ -42,6 +43,7 @@ ROOMS = [
     "job",
     "run",
     "signals",
+    "processes",
     "plan",
     "interop",
     "cli_schedule",

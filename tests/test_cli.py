@@ -83,7 +83,7 @@ def test_the_run_directory_holds_the_results(trained):
     sample = (directory / "sample.txt").read_text()
     assert sample.startswith("--- prompt\nTo be\n--- continuation\n")
     assert sample.rstrip() in trained.result.out
-    assert not list(directory.rglob("*.part")), "nothing half written is left"
+    assert not list(directory.rglob("*.tmp")), "nothing half written is left"
 
 
 def test_a_longer_run_writes_a_new_sample(trained, copy):

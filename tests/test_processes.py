@@ -21,6 +21,7 @@ from commands import (
     metrics,
     pair,
     saved,
+    shardtrain,
     start,
 )
 from shardtrain import load_config
@@ -159,6 +160,46 @@ def test_where_process_0_refuses_none_waits_for_it(tmp_path):
         assert [process.end(30) for process in processes] == [2, 2]
         assert f"is being written by process {os.getpid()}" in processes[0].output
         assert "process 0 refused" in processes[1].output
+
+
+FAILING = '''
+"""The MLP; once a file appears, an error that nobody expects strikes the main thread of one process."""
+
+import ctypes, os, sys, threading, time
+from shardtrain.models.mlp import MLP as Failing
+
+
+def strike(main):
+    while not os.path.exists("now"):
+        time.sleep(0.02)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(main), ctypes.py_object(ZeroDivisionError))
+
+
+if sys.argv[sys.argv.index("--process") + 1] == os.environ["WHO_FAILS"]:
+    threading.Thread(target=strike, args=(threading.main_thread().ident,), daemon=True).start()
+'''
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("who", [0, 1])
+def test_when_one_process_fails_all_end_at_once(tmp_path, monkeypatch, who):
+    """Not after the minutes in which each would wait for the other."""
+    monkeypatch.setenv("WHO_FAILS", str(who))
+    (tmp_path / "failing.py").write_text(FAILING)
+    commands = pair(tmp_path / "run", ENDLESS, "model.type=failing:Failing", "eval.every=1")
+    with start(*commands, folder=tmp_path) as processes:
+        processes[0].until(lambda: len(metrics(tmp_path / "run")) >= 5)
+        (tmp_path / "now").touch()
+        begun = time.monotonic()
+        codes = [process.end() for process in processes]
+        seconds = time.monotonic() - begun
+        outputs = [process.output for process in processes]
+    assert codes[who] == 1
+    assert all(codes)
+    assert "ZeroDivisionError" in outputs[who]
+    assert "ZeroDivisionError" not in outputs[1 - who]
+    assert seconds < 20  # 0.3 s when all goes well; a heartbeat would take 30 s, the runtime's own exit 300 s
+    assert shardtrain("checkpoint", "verify", tmp_path / "run").code == 0
 
 
 @pytest.mark.full

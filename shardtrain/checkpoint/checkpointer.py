@@ -3,7 +3,6 @@
 import json
 import logging
 import shutil
-import tempfile
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import jax
 from shardtrain.checkpoint import agree, lifecycle, manifest, names, reading, store
 from shardtrain.checkpoint.retention import expired
 from shardtrain.errors import UserError
+from shardtrain.files import require_writable
 
 _log = logging.getLogger(__name__)
 
@@ -60,13 +60,11 @@ class Checkpointer:
             if value is not None and value < 1:
                 raise UserError(f"checkpoint.{name} = {value} must be at least 1")
         self.directory = Path(directory).absolute()
-        self.last_step: int | None = None
-        """The newest step saved or restored here, so that a caller need not save it again."""
         self._keep, self._keep_every = keep, keep_every
         self._asynchronous, self._compress = asynchronous, compress
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
-        _require_writable(self.directory)
+        require_writable(self.directory, "checkpoints")
 
     def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
         """Saves a step; its buffers may be donated as soon as this returns.
@@ -89,7 +87,6 @@ class Checkpointer:
         except OSError as error:  # anything else, before a byte is written, is a bug
             raise self._failure(step, error) from error
         self._pending = self._worker.submit(self._finish, step, commit)
-        self.last_step = step
         if not self._asynchronous:
             self.wait()
 
@@ -128,7 +125,6 @@ class Checkpointer:
         if chosen is None:
             return None
         state, extra = reading.read_state(self.directory / str(chosen), abstract, cast=cast)
-        self.last_step = chosen
         return Restored(chosen, state, extra)
 
     def close(self) -> None:
@@ -196,18 +192,6 @@ class Checkpointer:
             return step
 
         return agree.by_process_zero(decide)
-
-
-def _require_writable(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"cannot write checkpoints in {directory}: {error.strerror}; "
-            "choose another with run.dir, or correct its permissions"
-        ) from error
 
 
 def _free_space(directory: Path) -> str:

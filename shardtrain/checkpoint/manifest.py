@@ -4,17 +4,18 @@
 lies outside of the step's directory, and is written atomically once every file that it names is on the disk.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from shardtrain.errors import UserError
+from shardtrain.files import TEMPORARY as _TEMPORARY
+from shardtrain.files import sha256, write_json
 
 VERSION = 1
 SUFFIX = ".manifest.json"
-TEMPORARY = f"{SUFFIX}.tmp"
+TEMPORARY = SUFFIX + _TEMPORARY
 
 
 def path_of(directory: Path, step: int) -> Path:
@@ -31,17 +32,11 @@ def write(directory: Path, step: int) -> None:
     root = directory / str(step)
     files = {}
     for name in _names(root):
-        files[name] = [(root / name).stat().st_size, _sha256(root / name)]
+        files[name] = [(root / name).stat().st_size, sha256(root / name)]
         _force_to_disk(root / name)
     for folder in (root, *(path for path in root.rglob("*") if path.is_dir())):
         _sync_directory(folder)
-    target = path_of(directory, step)
-    temporary = directory / f"{step}{TEMPORARY}"
-    with open(temporary, "w") as file:
-        json.dump({"version": VERSION, "step": step, "files": files}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, target)
+    write_json(path_of(directory, step), {"version": VERSION, "step": step, "files": files})
     _sync_directory(directory)
 
 
@@ -70,7 +65,7 @@ def problem(directory: Path, step: int, hash_up_to: int | None = None) -> str | 
             actual = (root / name).stat().st_size
             if actual != size:
                 return f"{root.name}/{name} has {actual} bytes instead of {size}"
-            if (hash_up_to is None or size <= hash_up_to) and _sha256(root / name) != digest:
+            if (hash_up_to is None or size <= hash_up_to) and sha256(root / name) != digest:
                 return f"{root.name}/{name} does not have the content that was written"
         extra = sorted(found - set(files))
         return f"{root.name}/{extra[0]} was not there when the step was written" if extra else None
@@ -93,11 +88,6 @@ def _read(path: Path, step: int) -> dict[str, tuple[int, str]] | None:
 
 def _names(root: Path) -> Iterator[str]:
     return (path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if not path.is_dir())
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _force_to_disk(path: Path) -> None:

@@ -28,12 +28,10 @@ class ModelType:
     Attributes:
       cls: the class.
       schema: a pydantic model with one field per option; a field's alias is the option's name.
-      builtin: whether the class comes from `shardtrain.models`.
     """
 
     cls: type
     schema: type[BaseModel]
-    builtin: bool
 
     @staticmethod
     @functools.cache
@@ -44,7 +42,7 @@ class ModelType:
           ConfigError: no such module or class, or a signature that a config cannot call.
         """
         cls = _import_path(name) if ":" in name else _builtin(name)
-        return ModelType(cls, _schema(cls, name), ":" not in name)
+        return ModelType(cls, _schema(cls, name))
 
     @property
     def names(self) -> list[str]:

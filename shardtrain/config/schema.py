@@ -18,13 +18,14 @@ from pydantic import (
 from shardtrain.config.frozen import FrozenDict, freeze, thaw
 from shardtrain.config.model_type import ModelType
 from shardtrain.config.strict_yaml import dump
+from shardtrain.mesh import Platform
+from shardtrain.nn.param import Role
 
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 AxisSize = Annotated[int, Field(ge=-1)]
 Dtype = Literal["float32", "bfloat16", "float64"]
-Role = Literal["matrix", "embedding", "head", "norm", "bias", "router"]
 
 _frozen = (AfterValidator(freeze), PlainSerializer(thaw))
 Options = Annotated[Mapping[str, Any], *_frozen]
@@ -67,7 +68,7 @@ class Run(Section):
 class Devices(Section):
     """Where the run computes."""
 
-    platform: Literal["auto", "cpu", "cuda"] = "auto"
+    platform: Platform = "auto"
     emulate: Annotated[Count | None, Field(examples=[8])] = None  # pretend to have so many CPU devices
 
 

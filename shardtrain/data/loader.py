@@ -6,10 +6,11 @@ them that its own devices hold.
 """
 
 import math
-import sys
 import types
+from collections import deque
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import grain
 import jax
@@ -21,13 +22,6 @@ from shardtrain.errors import UserError
 
 Batch = dict[str, jax.Array]
 State = dict[str, int | str]
-
-
-class _HostBatch(NamedTuple):
-    """This process's rows of the batch that begins at row `first` of the endless list."""
-
-    first: int
-    rows: Row
 
 
 class Loader:
@@ -42,8 +36,8 @@ class Loader:
         state: where to continue, from the `state` of an earlier loader. Another `global_batch` is allowed:
             batches then begin at the next row that was not consumed.
         shuffle: False gives the rows in the source's order, in every epoch.
-        prefetch: host batches made ahead, by as many threads; 0 makes each when it is asked for. Besides, one
-            batch is always on its way to the devices.
+        prefetch: batches made and sent to the devices ahead, while steps run, by as many threads; 0 makes each when
+            it is asked for.
 
     `state` counts the batches that were returned, not those made ahead, and is the same in every process.
     Close a loader, or use it in a `with` statement, to end its threads. One thread uses it.
@@ -66,13 +60,13 @@ class Loader:
         _check_sizes(source, global_batch, seed, prefetch)
         self._next_row = 0 if state is None else _restore(state, source)
         self._local_rows = self._rows_of_this_process()
-        dataset = grain.MapDataset.source(source)
-        self._order = (dataset.seed(seed).shuffle() if shuffle else dataset).repeat()
+        order = grain.MapDataset.range(len(source))  # of numbers alone: Grain walks and measures what passes it
+        self._order = (order.seed(seed).shuffle() if shuffle else order).repeat()
         self._check_first_row()
-        batches = grain.MapDataset.range(self._next_row, sys.maxsize, global_batch).map(self._host_batch)
-        options = grain.ReadOptions(num_threads=prefetch, prefetch_buffer_size=prefetch)
-        self._host_batches = iter(batches.to_iter_dataset(options))
-        self._on_its_way: tuple[int, Batch] | None = None
+        self._prefetch = prefetch
+        self._threads = ThreadPoolExecutor(max(1, prefetch), thread_name_prefix="loader")
+        self._ahead: deque[Future[Batch]] = deque()
+        self._closed = False
 
     @property
     def state(self) -> State:
@@ -83,17 +77,25 @@ class Loader:
             "fingerprint": self._source.fingerprint,
         }
 
+    @property
+    def ready(self) -> bool:
+        """Whether the next batch lies on the devices, so that `next` returns at once."""
+        return bool(self._ahead) and self._ahead[0].done()
+
     def __iter__(self) -> "Loader":
         return self
 
     def __next__(self) -> Batch:
+        if self._closed:
+            raise ValueError("this loader is closed")
+        self._make_ahead(1)
         try:
-            first, batch = self._on_its_way or self._transfer()
-            self._on_its_way = self._transfer()
+            batch = self._ahead.popleft().result()
         except BaseException:
             self.close()  # a loader that went on after an error would leave a batch out
             raise
-        self._next_row = first + self._global_batch
+        self._next_row += self._global_batch
+        self._make_ahead(self._prefetch)
         return batch
 
     def __enter__(self) -> "Loader":
@@ -109,12 +111,21 @@ class Loader:
 
     def close(self) -> None:
         """Ends the threads, each after the batch that it is at. `state` stays readable."""
-        self._on_its_way = None
-        self._host_batches.close()
+        self._closed = True
+        self._threads.shutdown(cancel_futures=True)
+        self._ahead.clear()
 
-    def _transfer(self) -> tuple[int, Batch]:
-        host = next(self._host_batches)
-        return host.first, {name: self._to_devices(leaf) for name, leaf in host.rows.items()}
+    def _make_ahead(self, batches: int) -> None:
+        while len(self._ahead) < batches:
+            first = self._next_row + len(self._ahead) * self._global_batch
+            self._ahead.append(self._threads.submit(self._batch, first))
+
+    def _batch(self, first: int) -> Batch:
+        """The batch that begins at row `first` of the endless list, on the devices."""
+        rows = [self._row(first + int(row)) for row in self._local_rows]
+        local = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        local["row"] = self._local_rows.astype(np.int32)
+        return {name: self._to_devices(leaf) for name, leaf in local.items()}
 
     def _to_devices(self, local: np.ndarray) -> jax.Array:
         """Makes the global array [B, ...] of which this process has `local`, its own rows in global order."""
@@ -142,14 +153,13 @@ class Loader:
             held[index] = True
         return np.flatnonzero(held)
 
-    def _host_batch(self, first: int) -> _HostBatch:
-        rows = [self._order[first + int(row)] for row in self._local_rows]
-        stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        return _HostBatch(first, {**stacked, "row": self._local_rows.astype(np.int32)})
+    def _row(self, number: int) -> Row:
+        """A row of the endless list."""
+        return self._source[int(self._order[number])]
 
     def _check_first_row(self) -> None:
         # Also makes Grain build its lazy parts here, before there are threads.
-        row = self._order[self._next_row + int(self._local_rows[0])]
+        row = self._row(self._next_row + int(self._local_rows[0]))
         if "row" in row:
             raise UserError("a source's rows must not have the name 'row': the loader adds it; rename it")
         for name, leaf in row.items():

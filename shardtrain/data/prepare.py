@@ -10,18 +10,16 @@ standard library, cannot change a run on the built-in corpus.
 """
 
 import dataclasses
-import hashlib
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from shardtrain.data.document import Document
-from shardtrain.data.files import atomic, read_json, write_json
 from shardtrain.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, encode_documents
 from shardtrain.data.tokens import TokenFile, open_tokens, write_tokens
 from shardtrain.errors import UserError
+from shardtrain.files import read_json, require_writable, sha256, write_json, write_text
 
 FORMAT_VERSION = 1
 
@@ -58,7 +56,7 @@ def prepare(
     if not write:
         _wait(record, wait_s)
     elif not record.exists():
-        _make(directory)
+        require_writable(directory, "its data")
         _tokenise(directory, documents, request)
     return _open(directory, request)
 
@@ -69,7 +67,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     if record.get("tokenizer") == "byte":
         return ByteTokenizer()
     path = directory / "tokenizer.json"
-    if not path.is_file() or _sha256(path) != record.get("tokenizer_sha256"):
+    if not path.is_file() or sha256(path) != record.get("tokenizer_sha256"):
         raise _damaged(path)
     return BPETokenizer.load(path)
 
@@ -82,9 +80,8 @@ def _tokenise(directory: Path, documents: Callable[[], Iterable[Document]], requ
         tokenizer = ByteTokenizer()
     else:
         tokenizer = BPETokenizer.train((d.text for d in documents()), request["vocab_size"])
-        with atomic(directory / "tokenizer.json") as file:
-            file.write(tokenizer.to_json().encode())
-        record["tokenizer_sha256"] = _sha256(directory / "tokenizer.json")
+        write_text(directory / "tokenizer.json", tokenizer.to_json())
+        record["tokenizer_sha256"] = sha256(directory / "tokenizer.json")
 
     def texts() -> Iterator[str]:
         for document in documents():
@@ -111,17 +108,6 @@ def _open(directory: Path, request: dict[str, Any]) -> Kept:
     return Kept(tokens, load_tokenizer(directory), record.get("documents", {}))
 
 
-def _make(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"{directory}: cannot be written to ({error.strerror}); choose another run.dir, or allow it"
-        ) from None
-
-
 def _wait(record: Path, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not record.exists():
@@ -131,10 +117,6 @@ def _wait(record: Path, seconds: float) -> None:
                 f"be on a file system that all share; see the log of process 0, or choose another run.dir"
             )
         time.sleep(0.1)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _damaged(path: Path) -> UserError:

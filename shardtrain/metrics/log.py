@@ -19,16 +19,19 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from shardtrain.errors import UserError
+from shardtrain.files import atomic
 
 FILE = "metrics.jsonl"
+_FLUSH_S = 1.0  # what a kill may cost TensorBoard, at the most
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class MetricsLog:
     """The metrics of one run directory, appended to step by step and readable after a `kill -9` at any time.
 
-    Each line goes to the operating system before `write` returns. A last line that a kill tore is dropped on
-    opening. One writer per directory: the caller's lock sees to that.
+    Each line goes to the operating system before `write` returns; TensorBoard's events follow within a second, or with
+    `flush`. A last line that a kill tore is dropped on opening. One writer per directory: the caller's lock sees to
+    that.
     """
 
     def __init__(self, directory: Path | str, *, tensorboard: bool = True):
@@ -65,6 +68,11 @@ class MetricsLog:
         if self._events:
             self._events.forget_from(step + 1)
 
+    def flush(self) -> None:
+        """Bring TensorBoard's events to the disk too."""
+        if self._events:
+            self._events.flush()
+
     def close(self) -> None:
         """Close the files; the log is of no use afterwards."""
         self._file.close()
@@ -82,12 +90,8 @@ class MetricsLog:
         lines = [(row["step"], line) for row, line in _lines(self._path) if step is None or row["step"] <= step]
         kept = b"".join(line for _, line in lines)
         if kept != self._path.read_bytes():
-            temporary = self._path.with_name(FILE + ".tmp")
-            with temporary.open("wb") as f:
-                f.write(kept)
-                f.flush()
-                os.fsync(f.fileno())
-            temporary.replace(self._path)
+            with atomic(self._path) as file:
+                file.write(kept)
         return (lines[-1][0] if lines else -1), self._path.open("a", encoding="utf-8")
 
 
@@ -119,7 +123,7 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
 
 
 def _number(value: Any) -> float | int | str:
-    if np.issubdtype(np.asarray(value).dtype, np.integer):
+    if not isinstance(value, float) and np.issubdtype(np.asarray(value).dtype, np.integer):
         return int(value)
     value = float(value)
     if math.isfinite(value):
@@ -138,6 +142,7 @@ class _Events:
         directory.mkdir(parents=True, exist_ok=True)
         # The name holds the time in whole seconds, and an existing file would be overwritten.
         self._writer = EventsWriter(str(directory / "events"), f".{os.getpid()}.{time.time_ns()}")
+        self._flushed = 0.0
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         scalars = [Summary.Value(tag=key, simple_value=value) for key, value in values.items()]
@@ -146,9 +151,14 @@ class _Events:
     def forget_from(self, step: int) -> None:
         self._add(Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START)))
 
+    def flush(self) -> None:
+        self._writer.flush()  # which also calls fsync: milliseconds, or many on a disk that is shared
+        self._flushed = time.monotonic()
+
     def close(self) -> None:
         self._writer.close()
 
     def _add(self, event: Event) -> None:
         self._writer.write_event(event)
-        self._writer.flush()
+        if time.monotonic() - self._flushed >= _FLUSH_S:
+            self.flush()

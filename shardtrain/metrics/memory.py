@@ -1,5 +1,7 @@
 """How much memory training takes."""
 
+import functools
+
 import jax
 import psutil
 
@@ -13,4 +15,9 @@ def memory_bytes() -> int | None:
     peaks = [s["peak_bytes_in_use"] for d in devices if "peak_bytes_in_use" in (s := d.memory_stats() or {})]
     if peaks:
         return max(peaks)
-    return psutil.Process().memory_info().rss if devices[0].platform == "cpu" else None
+    return _this_process().memory_info().rss if devices[0].platform == "cpu" else None
+
+
+@functools.cache
+def _this_process() -> psutil.Process:
+    return psutil.Process()  # finding itself takes longer than the question

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 from shardtrain.errors import UserError
+from shardtrain.files import atomic
 from shardtrain.metrics.log import read
 
 _RAW, _SMOOTH, _HELD_OUT = "#a9c4e4", "#1f5fa8", "#d1571f"
@@ -54,9 +55,8 @@ def plot_loss(directory: Path | str) -> Path:
     ax.legend(frameon=False)
 
     path = Path(directory) / "loss.png"
-    temporary = path.with_name("loss.png.tmp")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    with atomic(path) as file:
+        figure.savefig(file, format="png")
     return path
 
 

@@ -42,11 +42,6 @@ class Weight:
     compute: Any = None
 
     @property
-    def stack_dims(self) -> tuple[int, ...]:
-        """Indices of the dims that enumerate layers."""
-        return tuple(range(self.stack))
-
-    @property
     def input_dims(self) -> tuple[int, ...]:
         """Indices of the dims that a matmul with this weight contracts."""
         return tuple(range(self.stack, self.stack + self.inputs))

@@ -123,6 +123,28 @@ def test_the_global_batch_does_not_depend_on_the_mesh(sizes):
             np.testing.assert_array_equal(batch["row"], np.arange(8))
 
 
+@pytest.mark.parametrize("prefetch", [1, 2])
+def test_the_next_batch_goes_to_the_devices_while_the_step_runs(prefetch):
+    """Without another call, and by a thread that is not the one that trains."""
+    readers = {}
+
+    class Watched(Numbered):
+        def __getitem__(self, row):
+            readers[row] = threading.current_thread()
+            return super().__getitem__(row)
+
+    with Loader(Watched(40), global_batch=4, seed=0, sharding=sharding(), shuffle=False, prefetch=prefetch) as loader:
+        readers.clear()  # of the check of the first row
+        next(loader)
+        deadline = time.monotonic() + 30
+        while not loader.ready and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert loader.ready
+        assert set(readers) >= set(range(8))
+        assert threading.current_thread() not in readers.values()
+        assert loader.state["next_row"] == 4
+
+
 def test_close_ends_the_threads():
     before = set(threading.enumerate())
 
@@ -145,11 +167,11 @@ def test_close_ends_the_threads():
 def test_an_error_in_a_source_comes_through_and_ends_the_loader(prefetch):
     source = Numbered(20, broken=13)
     loader = Loader(source, global_batch=4, seed=0, sharding=sharding(), shuffle=False, prefetch=prefetch)
-    for _ in range(2):
+    for _ in range(3):
         next(loader)
     with pytest.raises(UserError, match="row 13 is broken"):
         next(loader)
-    assert loader.state["next_row"] == 8
+    assert loader.state["next_row"] == 12
     with pytest.raises(ValueError, match="closed"):
         next(loader)
 

@@ -131,7 +131,6 @@ def test_every_weight_gains_a_layers_dim():
         many = stacked["layer." + path]
         assert (many.stack, many.axes, many.shape) == (1, ("layers", *one.axes), (3, *one.shape))
         assert (many.role, many.inputs) == (one.role, one.inputs)
-        assert many.stack_dims == (0,)
         assert many.output_dims == tuple(d + 1 for d in one.output_dims)
 
 

@@ -1,19 +1,24 @@
 """Files that are either whole or absent."""
 
 import contextlib
+import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from shardtrain.errors import UserError
 
+TEMPORARY = ".tmp"
+"""What the name of a file that is being written ends in; after a crash it may stay, until it is written again."""
+
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
     """Opens `path` for writing under a temporary name; it appears, synced, only if the block succeeds."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(path.name + TEMPORARY)
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -24,10 +29,15 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text as UTF-8, atomically."""
+    with atomic(path) as file:
+        file.write(text.encode())
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Writes one JSON object, atomically."""
-    with atomic(path) as file:
-        file.write((json.dumps(value, indent=1) + "\n").encode())
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -43,3 +53,26 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: a JSON object was expected, not {type(value).__name__}")
     return value
+
+
+def sha256(path: Path) -> str:
+    """The digest of a file's content, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_writable(directory: Path, what: str) -> None:
+    """Makes a directory if it is missing, and tries to write there.
+
+    Raises:
+        UserError: it cannot be written; `what` (checkpoints, ...) is what should go there.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"cannot write {what} in {directory}: {error.strerror}; "
+            "choose another with run.dir, or correct its permissions"
+        ) from error
