@@ -84,7 +84,8 @@ def main() -> None:
     python {" ".join(["benchmarks/remat.py", *sys.argv[1:]])}
 
 A training step of a Llama with {shape.n_layers} layers, d {shape.d_model}, {shape.n_heads} heads, ff {shape.d_ff} and
-vocab {shape.vocab_size}, {args.rows} x {args.length} tokens, AdamW. Temporaries are a device's, by XLA's account; FLOPs are of matmuls; times are medians of {args.pairs} interleaved steps, over those of `full`, which took
+vocab {shape.vocab_size}, {args.rows} x {args.length} tokens, AdamW. Temporaries are a device's, by XLA's account; FLOPs
+are of matmuls; times are medians of {args.pairs} interleaved steps, over those of `full`, which took
 {wall["full"] * 1e3:.0f} ms. CPU seconds are those of all threads.
 
 | | model.remat | temporaries, MB | FLOPs | step time | CPU s |

@@ -114,5 +114,13 @@ class Llama(nnx.Module):
         """Next-token cross entropy, as `(loss_sum, weight_sum, metrics)`."""
         targets, mask = batch["targets"], batch["loss_mask"]
         layer = self.embedding if self.unembedding is None else self.unembedding
-        options = {"chunk": self.loss_chunk, "z_loss": self.z_loss, "precision": layer.precision}
-        return nn.linear_cross_entropy(self.norm(x_BSD), layer.weight[...], layer.axes, targets, mask, **options)
+        return nn.linear_cross_entropy(
+            self.norm(x_BSD),
+            layer.weight[...],
+            layer.axes,
+            targets,
+            mask,
+            chunk=self.loss_chunk,
+            z_loss=self.z_loss,
+            precision=layer.precision,
+        )

@@ -72,6 +72,15 @@ def test_one_step_equals_the_single_device_step(case):
     assert tiny.relative_error(got, want) < TOLERANCE[dtype]
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("remat", ["names:query,mlp_up", "offload:attn_out,mlp_gate"])
+@pytest.mark.parametrize("mesh", ["one", "data x fsdp x tensor"])
+def test_activations_kept_by_name_change_nothing(mesh, remat):
+    with jax.enable_x64(True):
+        got, want = gradients(mesh, 1, remat, True, "float64"), single_device("float64")
+    assert tiny.relative_error(got, want) < TOLERANCE["float64"]
+
+
 @pytest.mark.parametrize("scan", [True, False])
 def test_the_single_device_step_equals_a_hand_written_one(scan):
     with jax.enable_x64(True):

@@ -127,7 +127,7 @@ def _terms_fwd(logits_BSV: jax.Array, targets_BS: jax.Array) -> Any:
     return out, (logits_BSV, targets_BS, out[0])
 
 
-def _terms_bwd(saved: tuple[jax.Array, ...], dout: tuple[jax.Array, jax.Array]) -> Any:
+def _terms_bwd(saved: tuple[jax.Array, jax.Array, jax.Array], dout: tuple[jax.Array, jax.Array]) -> Any:
     return _dlogits(*saved, *dout), _no_gradient(saved[1])
 
 
