@@ -16,6 +16,7 @@ from shardtrain.compile_cache import use_cache
 def events(monkeypatch):
     """JAX's own counts of cache hits and misses; no cache before or after."""
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    use_cache(None)
     assert jax.config.jax_compilation_cache_dir is None
     count = Counter()
     jax.monitoring.register_event_listener(lambda event, **_: count.update([event.rsplit("/")[-1]]))
