@@ -5,7 +5,7 @@ import pytest
 
 from commands import compiled_once, fit, losses, pair, saved, start  # noqa: F401
 
-RUN = ("model.n_layers=4", "data.held_out=0")  # evaluation has its own tests, and takes compiling
+LAYERS = "model.n_layers=4"
 #: Of one run, one after the other: none, four ranks, two ranks with two chunks each.
 LAYOUTS = [
     (4, ["mesh={fsdp: 4, tensor: 2}"]),
@@ -16,31 +16,31 @@ LAYOUTS = [
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    return losses(fit(tmp_path_factory.mktemp("unpipelined") / "run", *RUN).directory)
+    return losses(fit(tmp_path_factory.mktemp("unpipelined") / "run", LAYERS).directory)
 
 
 def test_a_run_moves_between_pipeline_layouts(undisturbed, tmp_path):
     for steps, overrides in LAYOUTS:
-        run = fit(tmp_path / "run", *RUN, f"run.steps={steps}", *overrides)
+        run = fit(tmp_path / "run", LAYERS, f"run.steps={steps}", *overrides)
     assert run.resumed_from == 8
     np.testing.assert_allclose(losses(run.directory), undisturbed, rtol=1e-5)
 
 
 def test_weights_of_an_unpipelined_run_start_a_pipelined_one(tmp_path):
-    old = fit(tmp_path / "old", *RUN, "run.steps=4")
-    new = fit(tmp_path / "new", *RUN, "run.steps=1", f"init_from={old.directory}", *LAYOUTS[1][1])
+    old = fit(tmp_path / "old", LAYERS, "run.steps=4")
+    new = fit(tmp_path / "new", LAYERS, "run.steps=1", f"init_from={old.directory}", *LAYOUTS[1][1])
     assert losses(new.directory)[0] == pytest.approx(losses(fit_on(old.directory, tmp_path))[0], rel=1e-5)
 
 
 def fit_on(directory, tmp_path):
-    return fit(tmp_path / "plain", *RUN, "run.steps=1", f"init_from={directory}").directory
+    return fit(tmp_path / "plain", LAYERS, "run.steps=1", f"init_from={directory}").directory
 
 
 @pytest.mark.full
 def test_two_processes_with_pipe_outermost_train_as_one(undisturbed, tmp_path):
     """Each process holds two of four ranks; both load the same rows."""
     directory = tmp_path / "run"
-    with start(*pair(directory, *RUN, *LAYOUTS[1][1]), folder=tmp_path) as processes:
+    with start(*pair(directory, LAYERS, *LAYOUTS[1][1]), folder=tmp_path) as processes:
         assert [process.end() for process in processes] == [0, 0], [process.output for process in processes]
         assert "pipeline: 1f1b, 4 ranks" in processes[0].output
     np.testing.assert_allclose(losses(directory), undisturbed, rtol=1e-5)
