@@ -13,7 +13,7 @@ import floor
 import tiny
 from shardtrain.gradients import batch_gradients
 from shardtrain.sharding import use
-from shardtrain.state import init_state
+from shardtrain.state import abstract_state, init_state
 from shardtrain.step import make_train_step
 
 MESHES = {
@@ -37,12 +37,20 @@ ALL = [
 ]
 
 
+@cache
+def fresh(dtype: str):
+    """A state on the host, drawn once: `test_state.py` shows that its bits are those of any mesh."""
+    model = tiny.llama(jnp.dtype(dtype))
+    return jax.device_get(init_state(model, optax.sgd(0.1), tiny.partitioner(), seed=3))
+
+
 def gradients(mesh: str, accumulate: int, remat: str, scan: bool, dtype: str):
     """Loss, metrics and all gradients of one step with dropout."""
     place = tiny.partitioner(**MESHES[mesh])
     chunk = None if remat == "none" else 4  # of the loss, for half of the cases
     model = tiny.llama(jnp.dtype(dtype), remat=remat, scan=scan, dropout=0.1, z_loss=1e-3, loss_chunk=chunk)
-    state = init_state(model, optax.sgd(0.1), place, seed=3)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optax.sgd(0.1), place))
+    state = jax.device_put(fresh(dtype), shardings)
 
     @jax.jit
     def run(state, batch):
