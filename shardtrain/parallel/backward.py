@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from shardtrain.parallel.schedules import Program
-from shardtrain.parallel.slots import masked, read, select, write
-from shardtrain.parallel.work import Visit, Work
+from shardtrain.parallel.slots import masked, read, write
+from shardtrain.parallel.work import Totals, Visit, Work, added
 
 Tree = Any
 State = dict[str, Any]
@@ -40,27 +40,28 @@ class Backward:
     kept: Mapping[str, Tree] = dataclasses.field(default_factory=dict)
 
 
-def remat(work: Work, visit: Callable[[jax.Array], Visit]) -> Backward:
+def remat(work: Work, visit: Callable[[jax.Array], Visit], totals: Totals) -> Backward:
     """Keep stage inputs."""
 
     def backward(state: State, row: Row) -> State:
         at = visit(row["B"])
-        done, dparams = work.backward(work.params(at), read(state["x"], row["B_x"]), _gradient(state, row, "B_g"), at)
-        return _sent(state, *done) | {"dstacked": work.add(state["dstacked"], dparams, at)}
+        x, g = read(state["x"], row["B_x"]), _gradient(state, row, "B_g")
+        (dx, totals), dparams = work.backward(work.params(at), x, g, at, _totals(state))
+        return state | totals | {"dx": dx, "dstacked": work.add(state["dstacked"], dparams, at)}
 
     return Backward({"F": _forward(work, visit), "B": backward})
 
 
-def split(work: Work, visit: Callable[[jax.Array], Visit]) -> Backward:
+def split(work: Work, visit: Callable[[jax.Array], Visit], totals: Totals) -> Backward:
     """Keep stage inputs until I, and the operands of W from then on. The layers of a stage are unrolled."""
-    halves = work.split_at_dx(visit(jnp.int32(0)))
+    halves = work.split_at_dx(visit(jnp.int32(0)), totals)
     unrolled = dataclasses.replace(work, unrolled=True)
 
     def inputs(state: State, row: Row) -> State:
         at = visit(row["I"])
         x, g = read(state["x"], row["I_x"]), _gradient(state, row, "I_g")
-        done, operands = halves.first(unrolled.params(at), (x, g, at))
-        return _sent(state, *done) | {"w": write(state["w"], row["I_w"], operands)}
+        (dx, totals), operands = halves.first(unrolled.params(at), (x, g, at, _totals(state)))
+        return state | totals | {"dx": dx, "w": write(state["w"], row["I_w"], operands)}
 
     def weights(state: State, row: Row) -> State:
         at = visit(row["W"])
@@ -70,29 +71,29 @@ def split(work: Work, visit: Callable[[jax.Array], Visit]) -> Backward:
     return Backward({"F": _forward(work, visit), "I": inputs, "W": weights}, {"w": halves.kept})
 
 
-def save(work: Work, visit: Callable[[jax.Array], Visit]) -> Backward:
+def save(work: Work, visit: Callable[[jax.Array], Visit], totals: Totals) -> Backward:
     """Keep the residuals of stages. The last stage's loss is computed right after its forward pass."""
     halves = work.split_at_dy(visit(jnp.int32(0)))
 
     def forward(state: State, row: Row) -> State:
         at = visit(row["F"])
-        x = select(at.first, work.embed(at), read(state["x"], row["F_x"]) if "F_x" in row else state["y"])
+        x = work.when(at.first, lambda: work.embed(at), read(state["x"], row["F_x"]) if "F_x" in row else state["y"])
         (y, aux), residuals = halves.first(work.params(at), (x, at))
-        dy, sums, dshared = work.loss(y, at)
-        state = state | {"r": write(state["r"], row["F_r"], residuals), "g": write(state["g"], row["F_g"], dy)}
-        return _sent(state, state["dx"], sums | masked(at.on, aux), dshared) | {"y": y}
+        dy, totals = work.loss(y, y, at, _totals(state))
+        kept = {"r": write(state["r"], row["F_r"], residuals), "g": write(state["g"], row["F_g"], dy)}
+        return state | kept | added(totals, masked(at.on, aux)) | {"y": y}
 
     def backward(state: State, row: Row) -> State:
         at = visit(row["B"])
         dparams, dx = halves.second(work.params(at), read(state["g"], row["B_g"]), read(state["r"], row["B_r"]))
         dx = work.cut.pin(dx)
-        state = _sent(state, dx, {}, work.embed_gradient(dx, at))
-        return state | {"dstacked": work.add(state["dstacked"], dparams, at)}
+        totals = work.embed_gradient(dx, at, _totals(state))
+        return state | totals | {"dx": dx, "dstacked": work.add(state["dstacked"], dparams, at)}
 
     return Backward({"F": forward, "B": backward}, {"r": halves.kept})
 
 
-def backward_mode(program: Program) -> Callable[[Work, Callable[[jax.Array], Visit]], Backward]:
+def backward_mode(program: Program) -> Callable[[Work, Callable[[jax.Array], Visit], Totals], Backward]:
     """The mode that a program was allocated for."""
     if "W" in program.schedule.phases:
         assert "W_w" in program.columns, "a split backward starts W from operands"
@@ -103,8 +104,9 @@ def backward_mode(program: Program) -> Callable[[Work, Callable[[jax.Array], Vis
 def _forward(work: Work, visit: Callable[[jax.Array], Visit]) -> Phase:
     def forward(state: State, row: Row) -> State:
         at = visit(row["F"])
-        x = select(at.first, work.embed(at), read(state["x"], row["F_x"]))
-        y, _ = work.stage(work.params(at), x, at)
+        x = work.when(at.first, lambda: work.embed(at), read(state["x"], row["F_x"]))
+        # Nobody waits for what the last stage would return: B computes it again.
+        y = work.maybe(~at.last, lambda: work.stage(work.params(at), x, at)[0], x)
         return state | {"x": write(state["x"], row["F_x"], x), "y": y}
 
     return forward
@@ -115,14 +117,5 @@ def _gradient(state: State, row: Row, column: str) -> Tree:
     return read(state["g"], row[column]) if column in row else state["dx"]
 
 
-def _sent(state: State, dx: Tree, sums: Tree, dshared: Tree) -> State:
-    """With a gradient to send, and sums and gradients added up."""
-
-    def add(total: jax.Array, d: jax.Array) -> jax.Array:
-        return total + d.astype(total.dtype)
-
-    return state | {
-        "dx": dx,
-        "sums": state["sums"] | {name: jax.tree.map(jnp.add, state["sums"][name], s) for name, s in sums.items()},
-        "dshared": jax.tree.map(add, state["dshared"], dshared),
-    }
+def _totals(state: State) -> Totals:
+    return {name: state[name] for name in ("sums", "dshared")}

@@ -29,6 +29,11 @@ def write(slots: Tree, slot: jax.Array, value: Tree) -> Tree:
     return jax.tree.map(put, slots, value)
 
 
+def microbatch(batch_M: Tree, m: jax.Array | int) -> Tree:
+    """One microbatch of leaves `[B / M, M, ...]`, in which the rows still lie as they did in `[B, ...]`."""
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, m, 1, keepdims=False), batch_M)
+
+
 def read_at(a: jax.Array, *index: jax.Array | int) -> jax.Array:
     """What lies at the place `index` of the first dims."""
     shape = a.shape[len(index) :]
