@@ -118,9 +118,7 @@ def _accumulated(
 
     def body(carry: Any, index: jax.Array) -> tuple[Any, None]:
         # Contract models draw their bits from row numbers; only a module's own streams need another key.
-        grads, (sums, _) = gradient(
-            microbatch(micro, index), key if loss is None else jax.random.fold_in(key, index)
-        )
+        grads, (sums, _) = gradient(microbatch(micro, index), key if loss is None else jax.random.fold_in(key, index))
         return jax.tree.map(jnp.add, carry, (grads, sums)), None
 
     shapes = jax.eval_shape(lambda: gradient(microbatch(micro, 0), key))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,12 @@ from shardtrain.errors import UserError
 from shardtrain.gradients import LossFunction, Sums, batch_gradients, batch_sums
 from shardtrain.model_def import ModelDef
 from shardtrain.nn.model import Batch
+from shardtrain.parallel.schedules import bubble_warning
+from shardtrain.parallel.skipping import CheckedStep
 from shardtrain.sharding import Partitioner, use
 from shardtrain.state import TrainState, abstract_state
+
+_log = logging.getLogger(__name__)
 
 Metrics = dict[str, jax.Array]
 
@@ -32,6 +37,8 @@ def make_train_step(
 ) -> Any:
     """The jitted `(state, batch) -> (state, metrics)`; the state is donated.
 
+    Warns where a pipeline has so few microbatches that its ranks idle for more than a quarter of the time.
+
     A step whose loss or gradient is not finite leaves parameters and optimizer as they were and counts in
     `metrics["skipped"]` (total) and `metrics["skipped_in_row"]`.
 
@@ -42,12 +49,14 @@ def make_train_step(
       lr: the schedule, to report.
 
     Returns:
-      A `jax.jit` function. Metrics are float32 scalars: `loss`, `grad_norm`, `weight` (the loss's normaliser), `lr`,
-      and every metric and auxiliary term of the model, each divided by its own weight.
+      A `jax.jit` function; for a pipeline whose idle ranks skip, a `CheckedStep` around one. Metrics are float32
+      scalars: `loss`, `grad_norm`, `weight` (the loss's normaliser), `lr`, and every metric and auxiliary term of the
+      model, each divided by its own weight.
 
     Raises:
       UserError: `accumulate` > 1 for a pipeline, or for a module whose forward pass changes state; a `loss` for a
-        pipeline; while tracing, rows that do not divide into the microbatches.
+        pipeline; while tracing, rows that do not divide into the microbatches; when compiled, idle ranks that cannot
+        skip.
     """
     _check_loss(model, loss)
     if accumulate < 1:
@@ -62,6 +71,8 @@ def make_train_step(
             f"optimizer.accumulate is {accumulate}, but the model changes {', '.join(model.mutable[:3])} in its "
             "forward pass, which would then depend on the microbatch; use accumulate 1"
         )
+    if model.program is not None and (warning := bubble_warning(model.program.schedule)) and jax.process_index() == 0:
+        _log.warning(warning)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, tx, partitioner))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -84,7 +95,8 @@ def make_train_step(
             metrics |= {"skipped": skipped, "skipped_in_row": in_row}
             return TrainState(state.step + 1, params, model_state, opt_state, skipped, in_row), metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, partitioner.sharding(())))
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, partitioner.sharding(())))
+    return CheckedStep(jitted, partitioner.mesh) if model.idle == "skip" else jitted
 
 
 def make_eval_step(model: ModelDef, partitioner: Partitioner, *, loss: LossFunction | None = None) -> Any:

@@ -24,6 +24,7 @@ from shardtrain.parallel.halve import Halves, halve
 from shardtrain.parallel.slots import add_at, masked, read_at, select
 
 Tree = Any
+#: What all stages add up: `sums`, and `dshared`, the gradient of the parameters that no stage owns.
 Totals = dict[str, Any]
 
 
@@ -146,7 +147,7 @@ class Work:
         return {"loss": (loss, weight), **metrics}
 
     def loss(self, y: Tree, g: Tree, visit: Visit, totals: Totals) -> tuple[Tree, Totals]:
-        """On the last stage the loss's gradient by `y`, elsewhere `g`; and `sums` and `dshared` with the loss's added."""
+        """On the last stage the loss's gradient by `y`, elsewhere `g`; and the totals with the loss's added."""
 
         def loss(shared: Tree, y: Tree) -> tuple[jax.Array, dict[str, Any]]:
             sums = self.head(shared, y, visit)
@@ -172,7 +173,9 @@ class Work:
 
         return self.when(visit.first, compute, totals)
 
-    def backward(self, params: Tree, x: Tree, g: Tree, visit: Visit, totals: Totals) -> tuple[tuple[Tree, Totals], Tree]:
+    def backward(
+        self, params: Tree, x: Tree, g: Tree, visit: Visit, totals: Totals
+    ) -> tuple[tuple[Tree, Totals], Tree]:
         """A stage computed again from its input, and back: `((dx, totals), gradient of params)`.
 
         `g` is the gradient of the stage's output, anything on the last stage.
@@ -188,7 +191,9 @@ class Work:
         """`backward` cut in two: `(params, (x, g, visit, totals))` to what it returns first; then the rest."""
         x = jax.eval_shape(self.embed, some)
         work = dataclasses.replace(self, unrolled=True)
-        return halve(lambda params, early, _: work.backward(params, *early), work.params(some), (x, x, some, totals), ())
+        return halve(
+            lambda params, early, _: work.backward(params, *early), work.params(some), (x, x, some, totals), ()
+        )
 
     def split_at_dy(self, some: Visit) -> Halves:
         """A stage and back, cut in two: `(params, (x, visit))` to `(y, aux)`; then, given dy, `(dparams, dx)`."""

@@ -100,7 +100,7 @@ def wanted(kind, n_layers, remat):
 
 
 def case(schedule, backward, mesh, kind, n_layers, remat="full"):
-    """Meshes in words, such as `pipe2 data4`; schedules as `name microbatches chunks`."""
+    """Meshes in words, such as `pipe2 data4`; schedules as `name microbatches chunks`; backward mode, and `skip`."""
     return pytest.param(
         schedule, backward, mesh, kind, n_layers, remat, id=f"{schedule}, {backward}, {mesh}, {kind} {n_layers} {remat}"
     )
@@ -114,6 +114,9 @@ QUICK = [
     case("1f1b 4 1", "save", "pipe8", "tied", 8, "none"),
     case("interleaved 4 2", "save", "pipe2 fsdp2 tensor2", "llama", 5, "dots"),
     case("v 4 2", "remat", "pipe4", "tied", 8),
+    case("zb_h1 2 1", "split skip", "pipe4 fsdp2", "tied", 9),
+    case("1f1b 4 1", "remat skip", "pipe2 data2 fsdp2", "llama", 5),
+    case("interleaved 4 2", "save skip", "pipe2 fsdp2 tensor2", "llama", 5, "dots"),
 ]
 
 
@@ -126,7 +129,10 @@ def everything():
     turns = itertools.cycle(itertools.product((2, 4, 8), ("tied", "llama"), ("full", "none", "dots")))
     for ((name, mode), mesh), (microbatches, kind, remat) in zip(itertools.product(modes, meshes), turns, strict=False):
         chunks = {"gpipe": 1, "1f1b": 1, "zb_v": 2, "v": 2}.get(name, microbatches.bit_length() - 1)
-        yield case(f"{name} {microbatches} {chunks}", mode, mesh, kind, int(mesh[4]) * chunks + 1, remat)
+        options = mesh, kind, int(mesh[4]) * chunks + 1, remat
+        yield case(f"{name} {microbatches} {chunks}", mode, *options)
+        if mesh in ("pipe4", *three):
+            yield case(f"{name} {microbatches} {chunks}", f"{mode} skip", *options)
 
 
 @pytest.mark.parametrize(
@@ -139,8 +145,10 @@ def test_loss_and_gradients_equal_the_single_device_ones(schedule, backward, mes
     ranks, microbatches, chunks = sizes["pipe"], int(microbatches), int(chunks)
     table = v_shaped(ranks, microbatches) if name == "v" else schedules.make(name, ranks, microbatches, chunks)
     with jax.enable_x64(True):
-        mode = {} if backward == "split" else {"backward": backward}
-        model = ModelDef(make(kind, n_layers, remat), schedule=table, **mode)
+        mode, *skip = backward.split()
+        options = {"backward": mode} if mode != "split" else {}
+        options |= {"idle": "skip"} if skip else {}
+        model = ModelDef(make(kind, n_layers, remat), schedule=table, **options)
         assert tiny.relative_error(gradients(sizes, model), wanted(kind, n_layers, remat)) < 1e-12
 
 
@@ -160,7 +168,7 @@ LAYERS = 3
 
 
 @cache
-def work(remat: str):
+def work(remat: str, skip: bool = False):
     """The work of a stage of three Llama layers: as one piece, cut at dx, and cut at dy; bfloat16 compute."""
     precision = nn.Precision(jnp.float32, jnp.bfloat16, jnp.float32)
     options = {**tiny.SIZES, "d_ff": 96, "n_layers": LAYERS, "remat": remat, "dropout": 0.1}
@@ -177,11 +185,14 @@ def work(remat: str):
             shared,
             nn.Context(batch, key=key, train=True),
             {},
+            skip=skip,
         )
         x = jax.eval_shape(one.embed, at)
-        found["whole"] = jax.make_jaxpr(lambda p, *rest: one.backward(p, *rest, at))(one.params(at), x, x).jaxpr
+        totals = {"sums": jax.eval_shape(lambda: one.head(shared, jnp.zeros(x.shape, x.dtype), at)), "dshared": shared}
+        whole = lambda p, x, g, totals: one.backward(p, x, g, at, totals)  # noqa: E731
+        found["whole"] = jax.make_jaxpr(whole)(one.params(at), x, x, totals).jaxpr
         found["forward"] = jax.make_jaxpr(lambda p, x: one.stage(p, x, at))(one.params(at), x).jaxpr
-        for name, cut in (("dx", one.split_at_dx(at)), ("dy", one.split_at_dy(at))):
+        for name, cut in (("dx", one.split_at_dx(at, totals)), ("dy", one.split_at_dy(at))):
             found[name] = cut.jaxprs, cut.kept
 
     jax.eval_shape(parts, stacked, shared, jax.random.key(0))
@@ -189,9 +200,9 @@ def work(remat: str):
     return found, sum(2 * batch["tokens"].size * a.size for a in matrices), {a.shape[1:] for a in matrices}
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_weight_gradients_are_all_that_is_left_for_the_second_half(remat):
-    found, weights, shapes = work(remat)
+@pytest.mark.parametrize(("remat", "skip"), [("none", False), ("full", False), ("none", True)])
+def test_weight_gradients_are_all_that_is_left_for_the_second_half(remat, skip):
+    found, weights, shapes = work(remat, skip)
     (first, second), kept = found["dx"]
     assert flops(second) == weights  # a matmul per weight, and nothing computed again
     assert flops(first) + flops(second) == flops(work("none")[0]["whole"])

@@ -11,7 +11,7 @@ from shardtrain.parallel.schedules.check_program import check_program
 from shardtrain.parallel.schedules.csv_file import from_csv, to_csv
 from shardtrain.parallel.schedules.registry import Entry, get, make, register, registered, textbook
 from shardtrain.parallel.schedules.schedule import Action, Schedule, Textbook
-from shardtrain.parallel.schedules.simulate import Costs, Result, simulate
+from shardtrain.parallel.schedules.simulate import Costs, Result, bubble_warning, simulate
 
 __all__ = [
     "Action",
@@ -23,6 +23,7 @@ __all__ = [
     "Segment",
     "Textbook",
     "allocate",
+    "bubble_warning",
     "check",
     "check_program",
     "from_csv",

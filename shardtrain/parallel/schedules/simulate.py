@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Literal
 
@@ -121,6 +122,22 @@ def simulate(
         spans=tuple(spans),
         peak_activations=tuple(_peak(table, rank, costs.waiting) for rank in range(table.ranks)),
         saved_inputs=allocate(table).slots_by_rank["x"],
+    )
+
+
+def bubble_warning(schedule: Schedule) -> str | None:
+    """What to say where microbatches are so few that ranks idle for more than a quarter of the time; `None` elsewhere.
+
+    The idle time of a schedule does not depend on the number of microbatches, so a quarter takes three times as many
+    as would fit into it.
+    """
+    bubble, count = simulate(schedule).bubble_fraction, schedule.microbatches
+    if bubble <= 0.25:
+        return None
+    enough = math.ceil(3 * count * bubble / (1 - bubble) - 1e-9)
+    return (
+        f"pipeline: with {count} microbatches on {schedule.ranks} ranks, {schedule.name} leaves ranks idle for "
+        f"{bubble:.0%} of the time; with {enough} (pipeline.microbatches) at most a quarter"
     )
 
 
