@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from shardtrain.parallel.schedules import Program
 from shardtrain.parallel.slots import masked, read, write
+from shardtrain.parallel.split import split_stage
 from shardtrain.parallel.work import Totals, Visit, Work, added
 
 Tree = Any
@@ -40,7 +41,7 @@ class Backward:
     kept: Mapping[str, Tree] = dataclasses.field(default_factory=dict)
 
 
-def remat(work: Work, visit: Callable[[jax.Array], Visit], totals: Totals) -> Backward:
+def remat(work: Work, visit: Callable[[jax.Array], Visit]) -> Backward:
     """Keep stage inputs."""
 
     def backward(state: State, row: Row) -> State:
@@ -52,26 +53,25 @@ def remat(work: Work, visit: Callable[[jax.Array], Visit], totals: Totals) -> Ba
     return Backward({"F": _forward(work, visit), "B": backward})
 
 
-def split(work: Work, visit: Callable[[jax.Array], Visit], totals: Totals) -> Backward:
-    """Keep stage inputs until I, and the operands of W from then on. The layers of a stage are unrolled."""
-    halves = work.split_at_dx(visit(jnp.int32(0)), totals)
-    unrolled = dataclasses.replace(work, unrolled=True)
+def split(work: Work, visit: Callable[[jax.Array], Visit]) -> Backward:
+    """Keep stage inputs until I, and the operands of W from then on."""
+    stage = split_stage(work, visit(jnp.int32(0)))
 
     def inputs(state: State, row: Row) -> State:
         at = visit(row["I"])
         x, g = read(state["x"], row["I_x"]), _gradient(state, row, "I_g")
-        (dx, totals), operands = halves.first(unrolled.params(at), (x, g, at, _totals(state)))
+        (dx, totals), operands = stage.inputs(work.params(at), x, g, at, _totals(state))
         return state | totals | {"dx": dx, "w": write(state["w"], row["I_w"], operands)}
 
     def weights(state: State, row: Row) -> State:
         at = visit(row["W"])
-        dparams = halves.second(unrolled.params(at), (), read(state["w"], row["W_w"]))
-        return state | {"dstacked": unrolled.add(state["dstacked"], dparams, at)}
+        dparams = stage.weights(work.params(at), read(state["w"], row["W_w"]))
+        return state | {"dstacked": work.add(state["dstacked"], dparams, at)}
 
-    return Backward({"F": _forward(work, visit), "I": inputs, "W": weights}, {"w": halves.kept})
+    return Backward({"F": _forward(work, visit), "I": inputs, "W": weights}, {"w": stage.kept})
 
 
-def save(work: Work, visit: Callable[[jax.Array], Visit], totals: Totals) -> Backward:
+def save(work: Work, visit: Callable[[jax.Array], Visit]) -> Backward:
     """Keep the residuals of stages. The last stage's loss is computed right after its forward pass."""
     halves = work.split_at_dy(visit(jnp.int32(0)))
 
@@ -93,7 +93,7 @@ def save(work: Work, visit: Callable[[jax.Array], Visit], totals: Totals) -> Bac
     return Backward({"F": forward, "B": backward}, {"r": halves.kept})
 
 
-def backward_mode(program: Program) -> Callable[[Work, Callable[[jax.Array], Visit], Totals], Backward]:
+def backward_mode(program: Program) -> Callable[[Work, Callable[[jax.Array], Visit]], Backward]:
     """The mode that a program was allocated for."""
     if "W" in program.schedule.phases:
         assert "W_w" in program.columns, "a split backward starts W from operands"

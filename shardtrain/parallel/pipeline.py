@@ -74,7 +74,7 @@ def pipeline_gradients(
     x = jax.eval_shape(work.embed, some)
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), x)
     totals = {"sums": _zero_sums(work, zeros, some), "dshared": jax.tree.map(_wide_zeros, shared)}
-    mode = backward_mode(program)(work, visit, totals)
+    mode = backward_mode(program)(work, visit)
 
     def pinned(state: State) -> State:
         dstacked, dshared = keep(state["dstacked"], state["dshared"])

@@ -79,8 +79,6 @@ class Work:
       shared: all other parameters.
       ctx: with key and train.
       aux_scales: what one unit of each auxiliary sum counts beside one of the loss sum.
-      unrolled: whether the layers of a stage are unrolled, rather than one scan. Then nothing is rematerialised within
-        a stage, and the parameters of a stage are a list of k trees.
       skip: whether what is not wanted is not computed.
     """
 
@@ -89,7 +87,6 @@ class Work:
     shared: Tree
     ctx: Context
     aux_scales: Mapping[str, jax.Array]
-    unrolled: bool = False
     skip: bool = False
 
     def when(self, on: jax.Array, compute: Callable[[], Tree], otherwise: Tree) -> Tree:
@@ -102,44 +99,30 @@ class Work:
 
     def params(self, visit: Visit) -> Tree:
         """The parameters of the stage."""
-        if not self.unrolled:
-            return jax.tree.map(lambda a: read_at(a, visit.chunk), self.stacked)
-        # Zero, as only the running program knows. A fixed slot would let the compiler gather the weights of all layers
-        # once, before the loop over ticks, and keep them.
-        zero = jnp.minimum(visit.chunk, 0)
-        return [
-            jax.tree.map(lambda a, i=i: read_at(a, visit.chunk, zero + i), self.stacked) for i in self._slots(visit)
-        ]
+        return jax.tree.map(lambda a: read_at(a, visit.chunk), self.stacked)
 
     def add(self, total: Tree, dparams: Tree, visit: Visit) -> Tree:
         """A gradient like `stacked`, with that of the stage added."""
         dparams = dparams if self.skip else masked(visit.on, dparams)
-        if not self.unrolled:
-            return jax.tree.map(lambda t, d: add_at(t, d, visit.chunk), total, dparams)
-        for i in self._slots(visit):
-            total = jax.tree.map(lambda t, d, i=i: add_at(t, d, visit.chunk, i), total, dparams[i])
-        return total
+        return jax.tree.map(lambda t, d: add_at(t, d, visit.chunk), total, dparams)
 
     def embed(self, visit: Visit, shared: Tree | None = None) -> Tree:
         """The input of the first stage."""
         return self.cut.pin(self.cut.embed(shared or self.shared, visit.inputs, self._at(visit)))
 
+    def layer(self, params: Tree, x: Tree, index: jax.Array, visit: Visit) -> tuple[Tree, Aux]:
+        """One layer, and its auxiliary terms; with index -1 nothing."""
+        y, aux = self.cut.block(params, x, self._at(visit).at_layer(index))
+        return select(index >= 0, (y, aux), (x, jax.tree.map(jnp.zeros_like, aux)))
+
     def stage(self, params: Tree, x: Tree, visit: Visit) -> tuple[Tree, Aux]:
         """The layers of a stage, one after the other, and their summed auxiliary terms."""
 
         def layer(x: Tree, one: tuple[Tree, jax.Array]) -> tuple[Tree, Aux]:
-            params, index = one
-            y, aux = self.cut.block(params, x, self._at(visit).at_layer(index))
-            return select(index >= 0, (y, aux), (x, jax.tree.map(jnp.zeros_like, aux)))
+            return self.layer(one[0], x, one[1], visit)
 
-        if not self.unrolled:
-            x, aux = jax.lax.scan(self.cut.remat(layer), x, (params, visit.layers_k))
-            return self.cut.pin(x), jax.tree.map(lambda a: a.sum(0), aux)
-        terms = []
-        for i in self._slots(visit):
-            x, aux = layer(x, (params[i], visit.layers_k[i]))
-            terms.append(aux)
-        return self.cut.pin(x), jax.tree.map(lambda *a: sum(a[1:], a[0]), *terms)
+        x, aux = jax.lax.scan(self.cut.remat(layer), x, (params, visit.layers_k))
+        return self.cut.pin(x), jax.tree.map(lambda a: a.sum(0), aux)
 
     def head(self, shared: Tree, y: Tree, visit: Visit) -> dict[str, tuple[jax.Array, jax.Array]]:
         """The loss and the metrics of the last stage."""
@@ -187,14 +170,6 @@ class Work:
         totals = self.embed_gradient(dx, visit, added(totals, masked(visit.on, aux)))
         return (dx, totals), dparams
 
-    def split_at_dx(self, some: Visit, totals: Totals) -> Halves:
-        """`backward` cut in two: `(params, (x, g, visit, totals))` to what it returns first; then the rest."""
-        x = jax.eval_shape(self.embed, some)
-        work = dataclasses.replace(self, unrolled=True)
-        return halve(
-            lambda params, early, _: work.backward(params, *early), work.params(some), (x, x, some, totals), ()
-        )
-
     def split_at_dy(self, some: Visit) -> Halves:
         """A stage and back, cut in two: `(params, (x, visit))` to `(y, aux)`; then, given dy, `(dparams, dx)`."""
 
@@ -208,9 +183,6 @@ class Work:
 
     def _at(self, visit: Visit) -> Context:
         return dataclasses.replace(self.ctx, inputs=visit.inputs)
-
-    def _slots(self, visit: Visit) -> range:
-        return range(visit.layers_k.shape[0])
 
 
 def added(totals: Totals, sums: Tree, dshared: Tree | None = None) -> Totals:
