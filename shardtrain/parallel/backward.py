@@ -5,7 +5,8 @@
 - `split`: I computes the stage again and the gradient of its input; W, later, the gradients of its parameters, from the
   operands that I kept. Needs a schedule with these phases.
 
-Each phase is a function `(state, row) -> state` of the scan's state and this rank's row of the program's columns.
+Each phase is a function `(state, row, visit) -> state` of the scan's state, this rank's row of the program's columns,
+and what that means. A mode is made with some visit, for its shapes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from shardtrain.parallel.schedules import Program
 from shardtrain.parallel.slots import masked, read, write
@@ -25,7 +25,7 @@ from shardtrain.parallel.work import Totals, Visit, Work, added
 Tree = Any
 State = dict[str, Any]
 Row = Mapping[str, jax.Array]
-Phase = Callable[[State, Row], State]
+Phase = Callable[[State, Row, Visit], State]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,50 +41,45 @@ class Backward:
     kept: Mapping[str, Tree] = dataclasses.field(default_factory=dict)
 
 
-def remat(work: Work, visit: Callable[[jax.Array], Visit]) -> Backward:
+def remat(work: Work, _: Visit) -> Backward:
     """Keep stage inputs."""
 
-    def backward(state: State, row: Row) -> State:
-        at = visit(row["B"])
+    def backward(state: State, row: Row, at: Visit) -> State:
         x, g = read(state["x"], row["B_x"]), _gradient(state, row, "B_g")
         (dx, totals), dparams = work.backward(work.params(at), x, g, at, _totals(state))
         return state | totals | {"dx": dx, "dstacked": work.add(state["dstacked"], dparams, at)}
 
-    return Backward({"F": _forward(work, visit), "B": backward})
+    return Backward({"F": _forward(work), "B": backward})
 
 
-def split(work: Work, visit: Callable[[jax.Array], Visit]) -> Backward:
+def split(work: Work, some: Visit) -> Backward:
     """Keep stage inputs until I, and the operands of W from then on."""
-    stage = split_stage(work, visit(jnp.int32(0)))
+    stage = split_stage(work, some)
 
-    def inputs(state: State, row: Row) -> State:
-        at = visit(row["I"])
+    def inputs(state: State, row: Row, at: Visit) -> State:
         x, g = read(state["x"], row["I_x"]), _gradient(state, row, "I_g")
         (dx, totals), operands = stage.inputs(work.params(at), x, g, at, _totals(state))
         return state | totals | {"dx": dx, "w": write(state["w"], row["I_w"], operands)}
 
-    def weights(state: State, row: Row) -> State:
-        at = visit(row["W"])
+    def weights(state: State, row: Row, at: Visit) -> State:
         dparams = stage.weights(work.params(at), read(state["w"], row["W_w"]))
         return state | {"dstacked": work.add(state["dstacked"], dparams, at)}
 
-    return Backward({"F": _forward(work, visit), "I": inputs, "W": weights}, {"w": stage.kept})
+    return Backward({"F": _forward(work), "I": inputs, "W": weights}, {"w": stage.kept})
 
 
-def save(work: Work, visit: Callable[[jax.Array], Visit]) -> Backward:
+def save(work: Work, some: Visit) -> Backward:
     """Keep the residuals of stages. The last stage's loss is computed right after its forward pass."""
-    halves = work.split_at_dy(visit(jnp.int32(0)))
+    halves = work.split_at_dy(some)
 
-    def forward(state: State, row: Row) -> State:
-        at = visit(row["F"])
+    def forward(state: State, row: Row, at: Visit) -> State:
         x = work.when(at.first, lambda: work.embed(at), read(state["x"], row["F_x"]) if "F_x" in row else state["y"])
         (y, aux), residuals = halves.first(work.params(at), (x, at))
         dy, totals = work.loss(y, y, at, _totals(state))
         kept = {"r": write(state["r"], row["F_r"], residuals), "g": write(state["g"], row["F_g"], dy)}
         return state | kept | added(totals, masked(at.on, aux)) | {"y": y}
 
-    def backward(state: State, row: Row) -> State:
-        at = visit(row["B"])
+    def backward(state: State, row: Row, at: Visit) -> State:
         dparams, dx = halves.second(work.params(at), read(state["g"], row["B_g"]), read(state["r"], row["B_r"]))
         dx = work.cut.pin(dx)
         totals = work.embed_gradient(dx, at, _totals(state))
@@ -93,7 +88,7 @@ def save(work: Work, visit: Callable[[jax.Array], Visit]) -> Backward:
     return Backward({"F": forward, "B": backward}, {"r": halves.kept})
 
 
-def backward_mode(program: Program) -> Callable[[Work, Callable[[jax.Array], Visit]], Backward]:
+def backward_mode(program: Program) -> Callable[[Work, Visit], Backward]:
     """The mode that a program was allocated for."""
     if "W" in program.schedule.phases:
         assert "W_w" in program.columns, "a split backward starts W from operands"
@@ -101,9 +96,8 @@ def backward_mode(program: Program) -> Callable[[Work, Callable[[jax.Array], Vis
     return save if "F_r" in program.columns else remat
 
 
-def _forward(work: Work, visit: Callable[[jax.Array], Visit]) -> Phase:
-    def forward(state: State, row: Row) -> State:
-        at = visit(row["F"])
+def _forward(work: Work) -> Phase:
+    def forward(state: State, row: Row, at: Visit) -> State:
         x = work.when(at.first, lambda: work.embed(at), read(state["x"], row["F_x"]))
         # Nobody waits for what the last stage would return: B computes it again.
         y = work.maybe(~at.last, lambda: work.stage(work.params(at), x, at)[0], x)

@@ -15,6 +15,7 @@ Shapes: M microbatches, C chunks of a rank, R ranks, k layers of a chunk.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -74,7 +75,7 @@ def pipeline_gradients(
     x = jax.eval_shape(work.embed, some)
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), x)
     totals = {"sums": _zero_sums(work, zeros, some), "dshared": jax.tree.map(_wide_zeros, shared)}
-    mode = backward_mode(program)(work, visit)
+    mode = backward_mode(program)(work, some)
 
     def pinned(state: State) -> State:
         dstacked, dshared = keep(state["dstacked"], state["dshared"])
@@ -86,8 +87,14 @@ def pipeline_gradients(
             row = {name: column[rank] for name, column in columns.items()}
             state = _delivered(state, row, {move: program.edges[move] for move in segment.moves}, rank)
             for name in segment.phases:
-                phase = partial(mode.phases[name], state, row)
-                state = work.maybe(row[name] >= 0, lambda phase=phase: pinned(phase()), state)
+                at = visit(row[name])
+                at = dataclasses.replace(
+                    at,
+                    first=at.first if name in segment.first else np.False_,
+                    last=at.last if name in segment.last else np.False_,
+                )
+                phase = partial(mode.phases[name], state, row, at)
+                state = work.maybe(at.on, lambda phase=phase: pinned(phase()), state)
             return pinned(state), None
 
         return run
@@ -102,8 +109,7 @@ def pipeline_gradients(
     }
     state = pinned(state)
     # Where idle ranks skip, no tick costs more for having all phases.
-    whole = Segment(0, program.schedule.ticks, program.schedule.phases, tuple(program.edges))
-    for segment in [whole] if skip else program.segments():
+    for segment in [program.segment(0, program.schedule.ticks)] if skip else program.segments():
         columns: dict[str, Any] = {
             name: column[segment.start : segment.stop] for name, column in program.columns.items()
         }

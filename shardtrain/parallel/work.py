@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from shardtrain.nn.context import Context
 from shardtrain.nn.losses import Loss
@@ -54,8 +55,8 @@ class Visit:
 
     Attributes:
       on: whether it is real.
-      first: whether it is real and the stage is the first; such a stage embeds.
-      last: whether it is real and the stage is the last; such a stage computes the loss.
+      first: whether it is real and the stage is the first; such a stage embeds. `np.False_` where that is known.
+      last: whether it is real and the stage is the last; such a stage computes the loss. The same.
       chunk: the rank's chunk.
       layers_k: index of each layer of the stage in the model, -1 in a slot of no layer.
       inputs: the microbatch.
@@ -91,6 +92,8 @@ class Work:
 
     def when(self, on: jax.Array, compute: Callable[[], Tree], otherwise: Tree) -> Tree:
         """What `compute` returns if `on` holds, else `otherwise`."""
+        if isinstance(on, np.bool_) and not on:  # known while tracing
+            return otherwise
         return jax.lax.cond(on, compute, lambda: otherwise) if self.skip else select(on, compute(), otherwise)
 
     def maybe(self, on: jax.Array, compute: Callable[[], Tree], otherwise: Tree) -> Tree:
