@@ -26,7 +26,7 @@ import numpy as np
 
 from shardtrain.nn.context import Context
 from shardtrain.nn.model import Batch
-from shardtrain.parallel.backward import Row, State, backward_mode
+from shardtrain.parallel.backward import Phase, Row, State, backward_mode
 from shardtrain.parallel.schedules import Program, Segment
 from shardtrain.parallel.slots import buffer, microbatch, select, write
 from shardtrain.parallel.work import Cut, Visit, Work
@@ -82,6 +82,9 @@ def pipeline_gradients(
         x, g = (jax.vmap(cut.pin)(state[kind]) for kind in "xg")
         return state | {"x": x, "g": g, "dstacked": dstacked, "dshared": dshared}
 
+    def phase(run: Phase, state: State, row: Row, at: Visit) -> State:
+        return pinned(run(state, row, at))
+
     def tick(segment: Segment) -> Callable[[State, Row], tuple[State, None]]:
         def run(state: State, columns: Row) -> tuple[State, None]:
             row = {name: column[rank] for name, column in columns.items()}
@@ -93,8 +96,7 @@ def pipeline_gradients(
                     first=at.first if name in segment.first else np.False_,
                     last=at.last if name in segment.last else np.False_,
                 )
-                phase = partial(mode.phases[name], state, row, at)
-                state = work.maybe(at.on, lambda phase=phase: pinned(phase()), state)
+                state = work.maybe(at.on, partial(phase, mode.phases[name], state, row, at), state)
             return pinned(state), None
 
         return run

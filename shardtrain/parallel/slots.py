@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Tree = Any
 
@@ -50,7 +51,7 @@ def _start(a: jax.Array, index: tuple[jax.Array | int, ...]) -> list[jax.Array]:
     return [jnp.asarray(i, jnp.int32) for i in (*index, *[0] * (a.ndim - len(index)))]
 
 
-def select(which: jax.Array, a: Tree, b: Tree) -> Tree:
+def select(which: jax.Array | np.bool_, a: Tree, b: Tree) -> Tree:
     """Leaf by leaf, `a` if `which` holds, else `b`."""
     return jax.tree.map(lambda x, y: jnp.where(which, x, y), a, b)
 

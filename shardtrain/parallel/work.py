@@ -63,8 +63,8 @@ class Visit:
     """
 
     on: jax.Array
-    first: jax.Array
-    last: jax.Array
+    first: jax.Array | np.bool_
+    last: jax.Array | np.bool_
     chunk: jax.Array
     layers_k: jax.Array
     inputs: Batch
@@ -90,13 +90,13 @@ class Work:
     aux_scales: Mapping[str, jax.Array]
     skip: bool = False
 
-    def when(self, on: jax.Array, compute: Callable[[], Tree], otherwise: Tree) -> Tree:
+    def when(self, on: jax.Array | np.bool_, compute: Callable[[], Tree], otherwise: Tree) -> Tree:
         """What `compute` returns if `on` holds, else `otherwise`."""
         if isinstance(on, np.bool_) and not on:  # known while tracing
             return otherwise
         return jax.lax.cond(on, compute, lambda: otherwise) if self.skip else select(on, compute(), otherwise)
 
-    def maybe(self, on: jax.Array, compute: Callable[[], Tree], otherwise: Tree) -> Tree:
+    def maybe(self, on: jax.Array | np.bool_, compute: Callable[[], Tree], otherwise: Tree) -> Tree:
         """What `compute` returns if `on` holds, else whatever is cheapest."""
         return jax.lax.cond(on, compute, lambda: otherwise) if self.skip else compute()
 

@@ -88,8 +88,9 @@ class Program:
         schedule, ticks = self.schedule, range(start, stop)
         phases = tuple(phase for phase in schedule.phases if (self.columns[phase][start:stop] >= 0).any())
         moves = tuple(name for name in self.edges if (self.columns[name][start:stop] >= 0).any())
-        when = {phase: np.isin(schedule.when(phase), ticks).any(axis=1) for phase in phases}
-        first, last = (tuple(phase for phase in phases if when[phase][stage]) for stage in (0, -1))
+        first, last = (
+            tuple(phase for phase in phases if np.isin(schedule.when(phase)[stage], ticks).any()) for stage in (0, -1)
+        )
         return Segment(start, stop, phases, moves, first, last)
 
 
