@@ -97,14 +97,14 @@ class Result:
 
 
 def simulate(
-    pipeline: Schedule | Textbook, costs: Costs | None = None, idle: Literal["uniform", "skip"] = "uniform"
+    pipeline: Schedule | Textbook, costs: Costs | None = None, idle: Literal["compute", "skip"] = "compute"
 ) -> Result:
     """Time and memory of a schedule.
 
     Args:
       pipeline: a table, which runs in lockstep, or a published order, in which every rank goes on as soon as it can.
       costs: all phases equal by default, no time for messages.
-      idle: of tables. `uniform`: a phase takes its time if any rank has it (the others compute for nothing, or wait).
+      idle: of tables. `compute`: a phase takes its time if any rank has it (the others compute for nothing, or wait).
         `skip`: a rank takes only the time of its own actions, and a tick starts when the slowest rank is there.
 
     Raises:
@@ -149,7 +149,7 @@ def _lockstep(schedule: Schedule, costs: Costs, idle: str) -> list[Span]:
     """Ticks one after the other; a tick in which a message arrives starts with it."""
     time_K = np.array(list(_time(schedule, costs).values()))
     work_TRK = (schedule.table >= 0) * time_K
-    if idle == "uniform":
+    if idle == "compute":
         work_TRK = np.broadcast_to(work_TRK.max(axis=1, keepdims=True), work_TRK.shape)
     arrives_T = np.zeros(schedule.ticks + 1, bool)
     if message_edges(schedule):
