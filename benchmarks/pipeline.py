@@ -4,12 +4,14 @@
     python benchmarks/pipeline.py --tiny             # under a minute, to see that it runs
     python benchmarks/pipeline.py --only schedules --microbatches 8 --microbatches 32
 
-Emulated CPU devices share the cores, so a rank that computes for nothing (the uniform mode) takes CPU time from the
-others, which on accelerators it would not. Hence three questions, each answered by ratios of one run:
+Emulated CPU devices share the cores, so a rank that computes for nothing (`idle: compute`) takes CPU time from the
+others, which on accelerators it would not; with `idle: skip` it does not here either. Hence three questions, each
+answered by ratios of one run:
 
 - schedules: the critical path, of stages that sleep rather than compute, over what `simulate` says;
-- yardstick: matmul FLOPs and temporary memory (the compiler's, exact), and CPU seconds (all threads) of a step and of
-  tracing and compiling it, over those of a vmap and roll pipeline (`roll.py`) of the same model, weights and data;
+- yardstick: matmul FLOPs (of `idle: skip` the program does not tell them) and temporary memory (the compiler's,
+  exact), and CPU seconds (all threads) of a step and of tracing and compiling it, over those of a vmap and roll
+  pipeline (`roll.py`) of the same model, weights and data;
 - floor: matmul FLOPs, step time and CPU seconds on pipe 4 x fsdp 2, over those of the hand-written step (`floor.py`) on
   fsdp 8; and that one against itself (A/A).
 
@@ -46,6 +48,7 @@ from overhead import copied, random_batch
 from shardtrain import MeshSpec, ModelDef, Partitioner, init_state, make_train_step, optimizer
 from shardtrain.hlo import collectives
 from shardtrain.hlo.text import leaves, parse
+from shardtrain.model_def import Idle
 from shardtrain.models.llama import Llama
 from shardtrain.parallel import schedules
 from shardtrain.parallel.gather import whole_bytes
@@ -69,6 +72,7 @@ FLOOR_MESHES: tuple[dict[str, int], ...] = ({"fsdp": 8}, {"pipe": RANKS, "fsdp":
 #: (schedule, microbatches, backward mode) of 16 rows
 FLOOR_CASES = (("1f1b", 8, "remat"), ("1f1b", 8, "save"), ("zb_h1", 8, "remat"))
 GATHER_CASES = [case for case in CASES if case[0] in ("1f1b", "zb_h1")]
+IDLE: tuple[Idle, ...] = ("compute", "skip")
 
 
 def main() -> None:
@@ -76,23 +80,25 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=PARTS, help="default: all")
     parser.add_argument("--microbatches", action="append", type=int, help="of the schedules; default: 8, 16, 32")
     parser.add_argument("--seconds", type=float, default=0.02, help="that a stage sleeps in F, and in I, and in W")
+    parser.add_argument("--idle", choices=IDLE, help="what idle ranks do in yardstick and floor; default: both in turn")
     parser.add_argument("--pairs", type=int, default=5, help="interleaved steps of each program")
     parser.add_argument("--tiny", action="store_true", help="tiny models, to see that the benchmark runs")
     args = parser.parse_args()
+    idles = (args.idle,) if args.idle else IDLE
     parts = args.only or PARTS
     print(f"jax {jax.__version__}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, pipe {RANKS}")
     if "schedules" in parts:
         critical_paths(args.microbatches or ([8] if args.tiny else [8, 16, 32]), args.seconds)
     if "yardstick" in parts:
         if args.tiny:
-            against_roll(floor.Shape(4, 32, 4, 4, 64, 64), 8, 16, CASES[1:2], compilations=1, pairs=1)
+            against_roll(floor.Shape(4, 32, 4, 4, 64, 64), 8, 16, CASES[1:2], idles, compilations=1, pairs=1)
         else:
-            against_roll(floor.Shape(8, 128, 4, 4, 512, 512), 32, 64, CASES, compilations=3, pairs=args.pairs)
+            against_roll(floor.Shape(8, 128, 4, 4, 512, 512), 32, 64, CASES, idles, compilations=3, pairs=args.pairs)
     if "floor" in parts:
         if args.tiny:
-            against_floor(floor.Shape(4, 32, 8, 8, 64, 64), 32, FLOOR_CASES[:1], pairs=1)
+            against_floor(floor.Shape(4, 32, 8, 8, 64, 64), 32, FLOOR_CASES[:1], idles, pairs=1)
         else:
-            against_floor(floor.Shape(), 256, FLOOR_CASES, pairs=args.pairs)
+            against_floor(floor.Shape(), 256, FLOOR_CASES, idles, pairs=args.pairs)
     if "gather" in parts:
         if args.tiny:
             tick_and_step(floor.Shape(4, 32, 8, 8, 64, 64), 32, CASES[1:2], [8])
@@ -121,18 +127,19 @@ def critical_paths(microbatches: list[int], seconds: float) -> None:
 
 
 def against_roll(
-    shape: floor.Shape, microbatches: int, length: int, cases: Any, *, compilations: int, pairs: int
+    shape: floor.Shape, microbatches: int, length: int, cases: Any, idles: Any, *, compilations: int, pairs: int
 ) -> None:
     """One line of ratios for each schedule: the same model and data, two rows in a microbatch."""
     print(f"\nyardstick: {shape}, {microbatches} microbatches of 2 x {length} tokens; library / vmap and roll")
-    print("schedule             flops    temp B   CPU s  compile   |dloss|")
+    print("schedule                  flops    temp B   CPU s  compile   |dloss|")
     place = Partitioner(MeshSpec(pipe=RANKS).build(jax.devices()[:RANKS]))
     batch = random_batch(place, 2 * microbatches, length, shape.vocab_size)
     steps: dict[str, Callable[[], float]] = {}
     counts: dict[str, tuple[float, float, float]] = {}
-    for name, chunks, backward in (("roll", 1, "remat"), *cases):
+    runs = [(*case, idle) for idle in idles for case in cases]
+    for name, chunks, backward, idle in (("roll", 1, "remat", "compute"), *runs):
         table = schedules.make("1f1b" if name == "roll" else name, RANKS, microbatches, chunks)
-        model = llama(shape, table, backward, remat="none")
+        model = llama(shape, table, backward, idle)
         tx = optimizer("sgd", model.weights, lr=1e-3)
         make = roll.make_step if name == "roll" else make_train_step
         state = init_state(model, tx, place)
@@ -142,21 +149,21 @@ def against_roll(
             program = make(model, tx, place).lower(state, batch).compile()
             seconds.append(time.process_time() - start)
         memory = program.memory_analysis().temp_size_in_bytes
-        counts[label(name, chunks, backward)] = (flops(program.as_text()), memory, min(seconds))
-        steps[label(name, chunks, backward)] = stepper(program, state, batch)
+        key = label(name, chunks, backward, idle)
+        counts[key], steps[key] = (flops(program.as_text()), memory, min(seconds)), stepper(program, state, batch)
     _, cpu, losses = interleaved(steps, pairs)
     for name in list(steps)[1:]:
         work, memory, compiling = (a / b for a, b in zip(counts[name], counts["roll"], strict=True))
         line = f"{work:7.3f} {memory:9.3f} {cpu[name] / cpu['roll']:7.3f} {compiling:8.2f}"
-        print(f"{name:18} {line} {abs(losses[name] - losses['roll']):9.1e}")
+        print(f"{name:23} {line} {abs(losses[name] - losses['roll']):9.1e}")
     _, memory, compiling = counts["roll"]
     print(f"vmap and roll: {memory / 1e6:.1f} MB, {cpu['roll']:.2f} CPU s, {compiling:.1f} CPU s to compile")
 
 
-def against_floor(shape: floor.Shape, length: int, cases: Any, *, pairs: int) -> None:
+def against_floor(shape: floor.Shape, length: int, cases: Any, idles: Any, *, pairs: int) -> None:
     """Step time on pipe 4 x fsdp 2, over that of the hand-written step on fsdp 8; 16 rows."""
     print(f"\nfloor: {shape}, 16 x {length} tokens; library on pipe 4 x fsdp 2 / hand-written on fsdp 8")
-    print("                       flops    step   CPU s   |dloss|")
+    print("                            flops    step   CPU s   |dloss|")
     flat, piped = (Partitioner(MeshSpec(**sizes).build(jax.devices())) for sizes in FLOOR_MESHES)
     plain = ModelDef(lambda rngs: Llama(**shape.__dict__, attention="einsum", rngs=rngs))
     decays = jax.tree.map(lambda w: w.role not in ("norm", "bias"), floor.from_library(plain.weights))
@@ -181,18 +188,18 @@ def against_floor(shape: floor.Shape, length: int, cases: Any, *, pairs: int) ->
 
     steps = {"hand-written": by_hand(state), "hand-written again": by_hand(copied(state))}
     work = dict.fromkeys(steps, flops(theirs.as_text()))
-    for name, microbatches, backward in cases:
-        model = llama(shape, schedules.make(name, RANKS, microbatches), backward, remat="none")
+    for name, microbatches, backward, idle in ((*case, idle) for idle in idles for case in cases):
+        model = llama(shape, schedules.make(name, RANKS, microbatches), backward, idle)
         ours = optimizer("adamw", model.weights, lr=1e-3, weight_decay=0.1)
         start, rows = init_state(model, ours, piped), random_batch(piped, 16, length, shape.vocab_size)
         program = make_train_step(model, ours, piped).lower(start, rows).compile()
-        key = f"{label(name, 1, backward)}, M {microbatches}"
+        key = f"{label(name, 1, backward, idle)}, M {microbatches}"
         work[key], steps[key] = flops(program.as_text()), stepper(program, start, rows)
     measured = (work, *interleaved(steps, pairs))
     for name in list(steps)[1:]:
         *ratios, loss = ((of[name], of["hand-written"]) for of in measured)
         line = " ".join(f"{ours / theirs:7.3f}" for ours, theirs in ratios)
-        print(f"{name:20} {line} {abs(loss[0] - loss[1]):9.1e}")
+        print(f"{name:25} {line} {abs(loss[0] - loss[1]):9.1e}")
     _, wall, cpu, _ = (of["hand-written"] for of in measured)
     print(f"hand-written: {wall * 1e3:.0f} ms, {cpu:.2f} CPU s; load now {os.getloadavg()[0]:.1f}")
 
@@ -203,7 +210,7 @@ def tick_and_step(shape: floor.Shape, length: int, cases: Any, microbatches: lis
     print("schedule              M     tick: over fsdp, temporaries     step: over fsdp, temporaries")
     place = Partitioner(MeshSpec(**FLOOR_MESHES[1]).build(jax.devices()))
     for (name, chunks, backward), count in itertools.product(cases, microbatches):
-        model = llama(shape, schedules.make(name, RANKS, count, chunks), backward, remat="none")
+        model = llama(shape, schedules.make(name, RANKS, count, chunks), backward, "compute")
         tx = optimizer("sgd", model.weights, lr=1e-3)
         state, batch = abstract_state(model, tx, place), random_batch(place, 2 * count, length, shape.vocab_size)
         line = f"{label(name, chunks, backward):18} {count:4}"
@@ -216,9 +223,10 @@ def tick_and_step(shape: floor.Shape, length: int, cases: Any, microbatches: lis
     print(f"step holds {held.weights / 1e6:.1f} MB of gathered weights and {held.gradients / 1e6:.1f} MB of gradients")
 
 
-def llama(shape: floor.Shape, schedule: Any, backward: Any, remat: str) -> ModelDef:
-    options = {**shape.__dict__, "attention": "einsum", "remat": remat}
-    return ModelDef(lambda rngs: Llama(**options, rngs=rngs), schedule=schedule, backward=backward)
+def llama(shape: floor.Shape, schedule: Any, backward: Any, idle: Idle) -> ModelDef:
+    """Rematerialised by the pipeline, if at all, and not within stages as well."""
+    options = {**shape.__dict__, "attention": "einsum", "remat": "none"}
+    return ModelDef(lambda rngs: Llama(**options, rngs=rngs), schedule=schedule, backward=backward, idle=idle)
 
 
 def stepper(program: Any, state: Any, batch: Any) -> Callable[[], float]:
@@ -249,7 +257,10 @@ def interleaved(steps: dict[str, Callable[[], float]], pairs: int) -> tuple[dict
 
 
 def flops(text: str) -> float:
-    """Of all matmuls that one device does in one run of a compiled program, loops as often as they run."""
+    """Of all matmuls that one device does in one run of a compiled program, loops as often as they run.
+
+    Not a number where a branch holds some.
+    """
     module = parse(text)
 
     def walk(name: str) -> float:
@@ -260,6 +271,8 @@ def flops(text: str) -> float:
                 trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', op.line)
                 assert trips, f"a loop that runs nobody knows how often: {op.line}"
                 inside *= int(trips[1])
+            if op.opcode == "conditional" and inside:
+                inside = math.nan
             if op.opcode == "dot":
                 (left,) = leaves(module.computations[name][op.operands()[0]].type)
                 dims = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.rest)
@@ -272,8 +285,9 @@ def flops(text: str) -> float:
     return walk(module.entry)
 
 
-def label(name: str, chunks: int, backward: str) -> str:
-    return name + (f" x{chunks}" if chunks > 1 else "") + (" save" if backward == "save" else "")
+def label(name: str, chunks: int, backward: str, idle: str = "compute") -> str:
+    words = (name, f"x{chunks}" if chunks > 1 else "", backward if backward == "save" else "", idle)
+    return " ".join(word for word in words if word not in ("", "compute"))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,10 @@ def mean_loss(model: ModelDef, params: Tree, batch: Tree, key: jax.Array, place:
     stacked, shared = split_layers(params)
     stages_R = jax.tree.map(lambda a: a[0], stacked)  # [1, R, k, ...]
     layers_Rk = jnp.asarray(model.layers_CRk[0])
-    batch_M = jax.tree.map(lambda a: place.constrain(a, None, "batch", *[None] * (a.ndim - 2)), microbatches(batch, M))
+    batch_M = jax.tree.map(
+        lambda a: place.constrain(jnp.swapaxes(a, 0, 1), None, "batch", *[None] * (a.ndim - 2)),
+        microbatches(batch, M),
+    )
 
     def context(m: jax.Array) -> Context:
         return Context(jax.tree.map(lambda a: a[jnp.clip(m, 0, M - 1)], batch_M), key=key, train=True)

@@ -39,7 +39,7 @@ def step(schedule: Schedule, backward: str, seconds: float, devices: list[jax.De
         remat=lambda body: body,
     )
     weights = jnp.ones((schedule.chunks, schedule.ranks, 1))
-    batch_M = {"x": jnp.ones((schedule.microbatches, 1))}
+    batch_M = {"x": jnp.ones((1, schedule.microbatches))}
 
     def gradients(weights: jax.Array, batch_M: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         layers = layer_table(schedule, schedule.stages)

@@ -169,17 +169,17 @@ def summary(run: Any) -> list[str]:
 
 
 def pipeline_summary(model: Any) -> str:
-    """Schedule, layers of each stage and bubble, with advice where the bubble is large."""
+    """Schedule, layers of each stage and bubble. (`make_train_step` warns where that is large.)"""
     from shardtrain.parallel.schedules import simulate
 
     schedule = model.program.schedule
     counts = [(model.layers_CRk[chunk, rank] >= 0).sum() for rank, chunk in schedule.placement]
     bubble = simulate(schedule).bubble_fraction
-    text = (
+    idle = ", skipped" if model.idle == "skip" else ""
+    return (
         f"pipeline: {schedule.name}, {schedule.ranks} ranks x {schedule.chunks} chunks, {schedule.microbatches} "
-        f"microbatches, bubble {bubble:.0%}; layers of the stages: {' '.join(map(str, counts))}"
+        f"microbatches, bubble {bubble:.0%}{idle}; layers of the stages: {' '.join(map(str, counts))}"
     )
-    return text if bubble <= 0.25 else f"{text}; more pipeline.microbatches would shrink the bubble"
 
 
 def resume_command() -> str:

@@ -20,6 +20,7 @@ from shardtrain.nn.model import Batch, Model, forward
 from shardtrain.nn.param import Weight
 from shardtrain.parallel.gather import NONE, Gather, entry_spec, gathered, on_parts, split_dims, summed
 from shardtrain.parallel.pipeline import pipeline_gradients
+from shardtrain.parallel.slots import microbatch
 from shardtrain.parallel.stages import pin
 from shardtrain.sharding import Partitioner
 from shardtrain.state import TrainState
@@ -126,16 +127,15 @@ def _accumulated(
         return grads, sums, new_state
     micro = microbatches(batch, accumulate)
 
-    def body(carry: Any, one: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-        mb, index = one
+    def body(carry: Any, index: jax.Array) -> tuple[Any, None]:
         # Contract models draw their bits from row numbers; only a module's own streams need another key.
-        grads, (sums, _) = gradient(mb, key if loss is None else jax.random.fold_in(key, index))
+        grads, (sums, _) = gradient(microbatch(micro, index), key if loss is None else jax.random.fold_in(key, index))
         return jax.tree.map(jnp.add, carry, (grads, sums)), None
 
-    shapes = jax.eval_shape(lambda: gradient(jax.tree.map(lambda a: a[0], micro), key))
+    shapes = jax.eval_shape(lambda: gradient(microbatch(micro, 0), key))
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (shapes[0], shapes[1][0]))
     zeros = (_kept(zeros[0], model.weights, partitioner), zeros[1])
-    (grads, sums), _ = jax.lax.scan(body, zeros, (micro, jnp.arange(accumulate)))
+    (grads, sums), _ = jax.lax.scan(body, zeros, jnp.arange(accumulate))
     return grads, sums, model_state
 
 
@@ -170,6 +170,7 @@ def _pipelined(
         ctx,
         _aux_scales(weights, total),
         keep,
+        skip=model.idle == "skip",
     )
     return join_layers(jax.tree.map(lambda g: g[:, None], dstacked), dshared), sums
 
@@ -190,12 +191,12 @@ def batch_sums(model: ModelDef, loss: LossFunction | None, state: TrainState, ba
 
 
 def microbatches(batch: Batch, count: int) -> Batch:
-    """`[B, ...]` leaves as `[count, B / count, ...]`: microbatch m is the rows `m::count`, so no row moves."""
+    """`[B, ...]` leaves as `[B / count, count, ...]`: microbatch m is the rows `m::count`, so no row moves."""
 
     def split(a: jax.Array) -> jax.Array:
         if a.shape[0] % count:
             raise UserError(f"{a.shape[0]} rows do not divide into {count} microbatches; use a divisor of the rows")
-        return jnp.swapaxes(a.reshape(a.shape[0] // count, count, *a.shape[1:]), 0, 1)
+        return a.reshape(a.shape[0] // count, count, *a.shape[1:])
 
     return jax.tree.map(split, batch)
 

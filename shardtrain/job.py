@@ -142,6 +142,7 @@ def build(config: RunConfig, *, processes: int = 1) -> Job:
         if ranks == 1
         else schedules.make(pipeline.schedule, ranks, pipeline.microbatches, pipeline.chunks),
         backward=pipeline.backward,
+        idle=pipeline.idle,
     )
     report = sharding_report(model.weights, partitioner)
     report.check(max_replicated)

@@ -21,6 +21,7 @@ from shardtrain.parallel.schedules import Program, Schedule, allocate, check_tra
 from shardtrain.parallel.stages import layer_table
 
 Backward = Literal["remat", "save"]
+Idle = Literal["compute", "skip"]
 Tree = dict[str, Any]  # nested dicts with str keys
 
 #: Where `nn.Model` keeps the parameters of its layers.
@@ -35,6 +36,8 @@ class ModelDef:
       schedule: of a pipeline over the mesh axis `pipe`; the weights of `blocks` then live as `[chunks, pipe, k, ...]`.
       backward: of a schedule without W, whether the backward pass of a stage recomputes it (`remat`) or keeps all that
         it needs (`save`), as far as the layers' own remat policy lets it.
+      idle: of a schedule, whether idle ranks compute on values that nobody reads, or `skip` their work, as well as
+        embedding and head on all but the end stages. See `shardtrain.parallel.skipping` for when that is refused.
       replicate_unannotated: accept weights without logical axes, whole on every device. By default a module opts in
         with an attribute of that name.
 
@@ -52,11 +55,12 @@ class ModelDef:
         *,
         schedule: Schedule | None = None,
         backward: Backward = "remat",
+        idle: Idle = "compute",
         replicate_unannotated: bool | None = None,
     ):
         with nnx.use_eager_sharding(False):
             module = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
-        self.make = make
+        self.make, self.idle = make, idle
         self.graph, self._params, self._rngs, self._other = _split(module)
         self.canonical_weights: Tree = _nested(self._params, describe)
         self.weights = self.canonical_weights

@@ -71,6 +71,7 @@ def _through(
     assert layers_CRk is not None
     for name, a in batch.items():
         partitioner.sharding(("batch", *[None] * (a.ndim - 1)), a.shape, f"batch[{name!r}]")  # checks the rows
+    skip = whole and model.idle == "skip"  # generation does not check its program, so its idle ranks compute
     by_hand = tuple(axis for axis in ("island", "data") if partitioner.mesh.shape[axis] > 1)  # as in training
 
     def local(params: Tree, batch: Batch) -> tuple[Any, Any]:
@@ -86,6 +87,7 @@ def _through(
             microbatches(batch, count),
             Context(inputs=batch),
             result,
+            skip=skip,
         )
         return jax.lax.psum(found, by_hand) if by_hand and whole else found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,9 +15,13 @@ from shardtrain.gradients import LossFunction, Sums, batch_gradients, batch_sums
 from shardtrain.model_def import ModelDef
 from shardtrain.nn.model import Batch
 from shardtrain.parallel.gather import Gather, split_dims
+from shardtrain.parallel.schedules import bubble_warning
+from shardtrain.parallel.skipping import CheckedStep
 from shardtrain.pipelined import pipelined_sums
 from shardtrain.sharding import Partitioner, use
 from shardtrain.state import TrainState, abstract_state
+
+_log = logging.getLogger(__name__)
 
 Metrics = dict[str, jax.Array]
 
@@ -36,6 +41,8 @@ def make_train_step(
 ) -> Any:
     """The jitted `(state, batch) -> (state, metrics)`; the state is donated.
 
+    Warns where a pipeline has so few microbatches that its ranks idle for more than a quarter of the time.
+
     A step whose loss or gradient is not finite leaves parameters and optimizer as they were and counts in
     `metrics["skipped"]` (total) and `metrics["skipped_in_row"]`.
 
@@ -48,12 +55,14 @@ def make_train_step(
       compiler_options: for XLA; `shardtrain.xla.compiler_options` checks and completes them.
 
     Returns:
-      A `jax.jit` function. Metrics are float32 scalars: `loss`, `grad_norm`, `weight` (the loss's normaliser), `lr`,
-      and every metric and auxiliary term of the model, each divided by its own weight.
+      A `jax.jit` function; for a pipeline whose idle ranks skip, a `CheckedStep` around one. Metrics are float32
+      scalars: `loss`, `grad_norm`, `weight` (the loss's normaliser), `lr`, and every metric and auxiliary term of the
+      model, each divided by its own weight.
 
     Raises:
       UserError: `accumulate` > 1 for a pipeline, or for a module whose forward pass changes state; a `loss` for a
-        pipeline; a `gather` step that cannot be; while tracing, rows that do not divide into the microbatches.
+        pipeline; a `gather` step that cannot be; while tracing, rows that do not divide into the microbatches; when
+        compiled, idle ranks that cannot skip.
     """
     _check_loss(model, loss)
     if accumulate < 1:
@@ -72,6 +81,8 @@ def make_train_step(
         if model.program is None:
             raise UserError("gather step is for a pipeline, and the model has no schedule; drop it, or give a schedule")
         split_dims(model.weights, partitioner)
+    if model.program is not None and (warning := bubble_warning(model.program.schedule)) and jax.process_index() == 0:
+        _log.warning(warning)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, tx, partitioner))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -95,7 +106,8 @@ def make_train_step(
             return TrainState(state.step + 1, params, model_state, opt_state, skipped, in_row), metrics
 
     out = (shardings, partitioner.sharding(()))
-    return jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=dict(compiler_options or {}))
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=dict(compiler_options or {}))
+    return CheckedStep(jitted, partitioner.mesh) if model.idle == "skip" else jitted
 
 
 def make_eval_step(
@@ -111,7 +123,7 @@ def make_eval_step(
     fewer.
 
     Raises:
-      UserError: a `loss` for a pipeline.
+      UserError: a `loss` for a pipeline; when compiled, idle ranks that cannot skip.
     """
     _check_loss(model, loss)
 
@@ -121,7 +133,8 @@ def make_eval_step(
                 return pipelined_sums(model, state.params, batch, partitioner)
             return batch_sums(model, loss, state, batch)
 
-    return jax.jit(step, out_shardings=partitioner.sharding(()), compiler_options=dict(compiler_options or {}))
+    jitted = jax.jit(step, out_shardings=partitioner.sharding(()), compiler_options=dict(compiler_options or {}))
+    return CheckedStep(jitted, partitioner.mesh) if model.idle == "skip" else jitted
 
 
 def _check_loss(model: ModelDef, loss: LossFunction | None) -> None:

@@ -45,10 +45,11 @@ def fit_on(directory, tmp_path):
 
 
 @pytest.mark.full
-def test_two_processes_with_pipe_outermost_train_as_one(undisturbed, tmp_path):
+@pytest.mark.parametrize("idle", ["compute", "skip"])
+def test_two_processes_with_pipe_outermost_train_as_one(idle, undisturbed, tmp_path):
     """Each process holds two of four ranks; both load the same rows."""
     directory = tmp_path / "run"
-    with start(*pair(directory, LAYERS, *LAYOUTS[1][1]), folder=tmp_path) as processes:
+    with start(*pair(directory, LAYERS, *LAYOUTS[1][1], f"pipeline.idle={idle}"), folder=tmp_path) as processes:
         assert [process.end() for process in processes] == [0, 0], [process.output for process in processes]
         assert "pipeline: 1f1b, 4 ranks" in processes[0].output
     np.testing.assert_allclose(losses(directory), undisturbed, rtol=1e-5)

@@ -195,6 +195,7 @@ class Pipeline(Section):
     microbatches: Count = 8
     chunks: Count = 1  # stages on each rank
     backward: Literal["remat", "save"] = "remat"  # compute each stage again in its backward pass, or keep its residuals
+    idle: Literal["compute", "skip"] = "compute"  # ranks without work in a tick: compute for nothing, or skip it
     gather: Literal["tick", "step"] = "tick"  # the weights that fsdp splits: in each tick, or once, for more memory
 
 

@@ -5,7 +5,8 @@
 - `split`: I computes the stage again and the gradient of its input; W, later, the gradients of its parameters, from the
   operands that I kept. Needs a schedule with these phases.
 
-Each phase is a function `(state, row) -> state` of the scan's state and this rank's row of the program's columns.
+Each phase is a function `(state, row, visit) -> state` of the scan's state, this rank's row of the program's columns,
+and what that means. A mode is made with some visit, for its shapes.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from shardtrain.parallel.schedules import Program
-from shardtrain.parallel.slots import masked, read, select, write
-from shardtrain.parallel.work import Visit, Work
+from shardtrain.parallel.slots import masked, read, write
+from shardtrain.parallel.split import split_stage
+from shardtrain.parallel.work import Totals, Visit, Work, added
 
 Tree = Any
 State = dict[str, Any]
 Row = Mapping[str, jax.Array]
-Phase = Callable[[State, Row], State]
+Phase = Callable[[State, Row, Visit], State]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,59 +41,54 @@ class Backward:
     kept: Mapping[str, Tree] = dataclasses.field(default_factory=dict)
 
 
-def remat(work: Work, visit: Callable[[jax.Array], Visit]) -> Backward:
+def remat(work: Work, _: Visit) -> Backward:
     """Keep stage inputs."""
 
-    def backward(state: State, row: Row) -> State:
-        at = visit(row["B"])
-        done, dparams = work.backward(work.params(at), read(state["x"], row["B_x"]), _gradient(state, row, "B_g"), at)
-        return _sent(state, *done) | {"dstacked": work.add(state["dstacked"], dparams, at)}
+    def backward(state: State, row: Row, at: Visit) -> State:
+        x, g = read(state["x"], row["B_x"]), _gradient(state, row, "B_g")
+        (dx, totals), dparams = work.backward(work.params(at), x, g, at, _totals(state))
+        return state | totals | {"dx": dx, "dstacked": work.add(state["dstacked"], dparams, at)}
 
-    return Backward({"F": _forward(work, visit), "B": backward})
+    return Backward({"F": _forward(work), "B": backward})
 
 
-def split(work: Work, visit: Callable[[jax.Array], Visit]) -> Backward:
-    """Keep stage inputs until I, and the operands of W from then on. The layers of a stage are unrolled."""
-    halves = work.split_at_dx(visit(jnp.int32(0)))
-    unrolled = dataclasses.replace(work, unrolled=True)
+def split(work: Work, some: Visit) -> Backward:
+    """Keep stage inputs until I, and the operands of W from then on."""
+    stage = split_stage(work, some)
 
-    def inputs(state: State, row: Row) -> State:
-        at = visit(row["I"])
+    def inputs(state: State, row: Row, at: Visit) -> State:
         x, g = read(state["x"], row["I_x"]), _gradient(state, row, "I_g")
-        done, operands = halves.first(unrolled.params(at), (x, g, at))
-        return _sent(state, *done) | {"w": write(state["w"], row["I_w"], operands)}
+        (dx, totals), operands = stage.inputs(work.params(at), x, g, at, _totals(state))
+        return state | totals | {"dx": dx, "w": write(state["w"], row["I_w"], operands)}
 
-    def weights(state: State, row: Row) -> State:
-        at = visit(row["W"])
-        dparams = halves.second(unrolled.params(at), (), read(state["w"], row["W_w"]))
-        return state | {"dstacked": unrolled.add(state["dstacked"], dparams, at)}
+    def weights(state: State, row: Row, at: Visit) -> State:
+        dparams = stage.weights(work.params(at), read(state["w"], row["W_w"]))
+        return state | {"dstacked": work.add(state["dstacked"], dparams, at)}
 
-    return Backward({"F": _forward(work, visit), "I": inputs, "W": weights}, {"w": halves.kept})
+    return Backward({"F": _forward(work), "I": inputs, "W": weights}, {"w": stage.kept})
 
 
-def save(work: Work, visit: Callable[[jax.Array], Visit]) -> Backward:
+def save(work: Work, some: Visit) -> Backward:
     """Keep the residuals of stages. The last stage's loss is computed right after its forward pass."""
-    halves = work.split_at_dy(visit(jnp.int32(0)))
+    halves = work.split_at_dy(some)
 
-    def forward(state: State, row: Row) -> State:
-        at = visit(row["F"])
-        x = select(at.first, work.embed(at), read(state["x"], row["F_x"]) if "F_x" in row else state["y"])
+    def forward(state: State, row: Row, at: Visit) -> State:
+        x = work.when(at.first, lambda: work.embed(at), read(state["x"], row["F_x"]) if "F_x" in row else state["y"])
         (y, aux), residuals = halves.first(work.params(at), (x, at))
-        dy, sums, dshared = work.loss(y, at)
-        state = state | {"r": write(state["r"], row["F_r"], residuals), "g": write(state["g"], row["F_g"], dy)}
-        return _sent(state, state["dx"], sums | masked(at.on, aux), dshared) | {"y": y}
+        dy, totals = work.loss(y, y, at, _totals(state))
+        kept = {"r": write(state["r"], row["F_r"], residuals), "g": write(state["g"], row["F_g"], dy)}
+        return state | kept | added(totals, masked(at.on, aux)) | {"y": y}
 
-    def backward(state: State, row: Row) -> State:
-        at = visit(row["B"])
+    def backward(state: State, row: Row, at: Visit) -> State:
         dparams, dx = halves.second(work.params(at), read(state["g"], row["B_g"]), read(state["r"], row["B_r"]))
         dx = work.cut.pin(dx)
-        state = _sent(state, dx, {}, work.embed_gradient(dx, at))
-        return state | {"dstacked": work.add(state["dstacked"], dparams, at)}
+        totals = work.embed_gradient(dx, at, _totals(state))
+        return state | totals | {"dx": dx, "dstacked": work.add(state["dstacked"], dparams, at)}
 
     return Backward({"F": forward, "B": backward}, {"r": halves.kept})
 
 
-def backward_mode(program: Program) -> Callable[[Work, Callable[[jax.Array], Visit]], Backward]:
+def backward_mode(program: Program) -> Callable[[Work, Visit], Backward]:
     """The mode that a program was allocated for."""
     if "W" in program.schedule.phases:
         assert "W_w" in program.columns, "a split backward starts W from operands"
@@ -100,11 +96,11 @@ def backward_mode(program: Program) -> Callable[[Work, Callable[[jax.Array], Vis
     return save if "F_r" in program.columns else remat
 
 
-def _forward(work: Work, visit: Callable[[jax.Array], Visit]) -> Phase:
-    def forward(state: State, row: Row) -> State:
-        at = visit(row["F"])
-        x = select(at.first, work.embed(at), read(state["x"], row["F_x"]))
-        y, _ = work.stage(work.params(at), x, at)
+def _forward(work: Work) -> Phase:
+    def forward(state: State, row: Row, at: Visit) -> State:
+        x = work.when(at.first, lambda: work.embed(at), read(state["x"], row["F_x"]))
+        # Nobody waits for what the last stage would return: B computes it again.
+        y = work.maybe(~at.last, lambda: work.stage(work.params(at), x, at)[0], x)
         return state | {"x": write(state["x"], row["F_x"], x), "y": y}
 
     return forward
@@ -115,14 +111,5 @@ def _gradient(state: State, row: Row, column: str) -> Tree:
     return read(state["g"], row[column]) if column in row else state["dx"]
 
 
-def _sent(state: State, dx: Tree, sums: Tree, dshared: Tree) -> State:
-    """With a gradient to send, and sums and gradients added up."""
-
-    def add(total: jax.Array, d: jax.Array) -> jax.Array:
-        return total + d.astype(total.dtype)
-
-    return state | {
-        "dx": dx,
-        "sums": state["sums"] | {name: jax.tree.map(jnp.add, state["sums"][name], s) for name, s in sums.items()},
-        "dshared": jax.tree.map(add, state["dshared"], dshared),
-    }
+def _totals(state: State) -> Totals:
+    return {name: state[name] for name in ("sums", "dshared")}

@@ -13,7 +13,7 @@ from shardtrain.nn.context import Context
 from shardtrain.nn.model import Batch
 from shardtrain.nn.stack import Aux
 from shardtrain.parallel.backward import Phase, Row, State
-from shardtrain.parallel.slots import masked, read, select
+from shardtrain.parallel.slots import masked, read, zeros_like
 from shardtrain.parallel.work import Visit, Work
 
 Tree = Any
@@ -21,12 +21,11 @@ Tree = Any
 Result = Callable[[Tree, Tree, Batch, Context], Tree]
 
 
-def forward_only(work: Work, visit: Callable[[jax.Array], Visit], result: Result) -> Phase:
+def forward_only(work: Work, result: Result) -> Phase:
     """F of a schedule without a backward pass; adds up results and auxiliary terms in `sums`."""
 
-    def forward(state: State, row: Row) -> State:
-        at = visit(row["F"])
-        x = select(at.first, work.embed(at), read(state["x"], row["F_x"]) if "F_x" in row else state["y"])
+    def forward(state: State, row: Row, at: Visit) -> State:
+        x = work.when(at.first, lambda: work.embed(at), read(state["x"], row["F_x"]) if "F_x" in row else state["y"])
         y, sums = finished(work, result, x, at)
         return state | {"y": y, "sums": jax.tree.map(jnp.add, state["sums"], sums)}
 
@@ -36,5 +35,8 @@ def forward_only(work: Work, visit: Callable[[jax.Array], Visit], result: Result
 def finished(work: Work, result: Result, x: Tree, visit: Visit) -> tuple[Tree, tuple[Tree, Aux]]:
     """A stage's output, and of a real visit the result (on the last stage) and auxiliary terms, else zeros."""
     y, aux = work.stage(work.params(visit), x, visit)
-    found = result(work.shared, y, visit.inputs, dataclasses.replace(work.ctx, inputs=visit.inputs))
-    return y, (masked(visit.last, found), masked(visit.on, aux))
+
+    def found() -> Tree:
+        return result(work.shared, y, visit.inputs, dataclasses.replace(work.ctx, inputs=visit.inputs))
+
+    return y, (work.when(visit.last, found, zeros_like(jax.eval_shape(found))), masked(visit.on, aux))

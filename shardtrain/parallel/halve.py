@@ -6,7 +6,7 @@ Qi et al. 2023, arXiv:2401.10241). Either way the second half starts from values
 none of its work.
 
 The function is traced, and the equations of its jaxpr are dealt to the halves. A loop is one equation: it can not be
-cut, so a loop over layers belongs unrolled where its parts should go to different halves.
+cut, so of a loop over layers it is the body that is (see `split.py`).
 """
 
 from __future__ import annotations
@@ -34,12 +34,14 @@ class Halves:
       first: `(known, early) -> (now, kept)`.
       second: `(known, late, kept) -> later`.
       kept: shapes and dtypes of what the first half keeps for the second.
+      early: for each of these, which leaf of `early` it is, if it is one.
       jaxprs: both, for those who count.
     """
 
     first: Callable[[Tree, Tree], tuple[Tree, list[jax.Array]]]
     second: Callable[[Tree, Tree, list[jax.Array]], Tree]
     kept: list[jax.ShapeDtypeStruct]
+    early: list[int | None]
     jaxprs: tuple[core.Jaxpr, core.Jaxpr]
 
 
@@ -84,7 +86,9 @@ def halve(function: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]], known: Tree
         out = jax.core.eval_jaxpr(two, consts, *jax.tree.leaves((known, late)), *kept)
         return jax.tree.unflatten(jax.tree.structure(outputs[1]), out)
 
-    return Halves(first, second, [jax.ShapeDtypeStruct(_aval(v).shape, _aval(v).dtype) for v in kept], (one, two))
+    shapes = [jax.ShapeDtypeStruct(_aval(v).shape, _aval(v).dtype) for v in kept]
+    index = {v: i for i, v in enumerate(early_in)}
+    return Halves(first, second, shapes, [index.get(v) for v in kept], (one, two))
 
 
 def _inline(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:

@@ -1,9 +1,12 @@
 """The executor: runs any pipeline schedule inside one SPMD program, on stock JAX.
 
-It is called within a `jax.shard_map` that is manual over `pipe`. Every rank does the same work in every tick, an idle
-one on values that nobody reads, so the program has no conditional and any collective is legal inside of a stage; an
-idle rank would have waited anyway. Consecutive ticks with the same phases are one `lax.scan`, so the program does not
-grow with the number of microbatches. Messages move only at the start of a tick.
+It is called within a `jax.shard_map` that is manual over `pipe`. By default every rank does the same work in every
+tick, an idle one on values that nobody reads, so the program has no conditional and any collective is legal inside of a
+stage; an idle rank would have waited anyway. Consecutive ticks with the same phases are one `lax.scan`, so the program
+does not grow with the number of microbatches. Messages move only at the start of a tick.
+
+With `skip` an idle rank takes another branch, and all ticks are one loop. Collectives inside of branches then have to
+stay within a rank: see `skipping.py`.
 
 What a stage computes is in `work.py`, what its phases keep for each other in `backward.py`, and the only phase of a
 pipeline without a backward pass in `forward.py`.
@@ -13,6 +16,7 @@ Shapes: M microbatches, C chunks of a rank, R ranks, k layers of a chunk.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -27,13 +31,14 @@ from shardtrain.nn.stack import Aux
 from shardtrain.parallel.backward import Phase, Row, State, backward_mode
 from shardtrain.parallel.forward import Result, finished, forward_only
 from shardtrain.parallel.schedules import Program, Segment
-from shardtrain.parallel.slots import buffer, write, zeros_like
+from shardtrain.parallel.slots import buffer, microbatch, select, write, zeros_like
 from shardtrain.parallel.work import Cut, Visit, Work
 
 __all__ = ["Cut", "pipeline_forward", "pipeline_gradients"]
 
 _AXIS = "pipe"
 Tree = Any
+Edges = tuple[tuple[int, int], ...]
 
 
 def pipeline_gradients(
@@ -46,6 +51,8 @@ def pipeline_gradients(
     ctx: Context,
     aux_scales: Mapping[str, jax.Array],
     keep: Callable[[Tree, Tree], tuple[Tree, Tree]],
+    *,
+    skip: bool = False,
 ) -> tuple[Tree, Tree, dict[str, tuple[jax.Array, jax.Array]]]:
     """Gradients of the summed loss over all microbatches, and the sums behind it; within a region manual over `pipe`.
 
@@ -55,37 +62,37 @@ def pipeline_gradients(
       layers_CRk: from `layer_table`.
       stacked: this rank's layers, `[C, k, ...]` each.
       shared: all other parameters, the same on all ranks.
-      batch_M: microbatches, `[M, B / M, ...]` each.
+      batch_M: microbatches, `[B / M, M, ...]` each.
       ctx: with key and train; layer and inputs are set here.
       aux_scales: what one unit of each auxiliary sum counts beside one of the loss sum.
       keep: pins the layout and dtype of gradients of (stacked, shared).
+      skip: whether idle ranks skip their work.
 
     Returns:
       This rank's gradients of `stacked` and of `shared`, and `{name: (sum, weight)}` (all ranks').
     """
-    rank = jax.lax.axis_index(_AXIS)
-    visit = _visits(program, layers_CRk, batch_M, rank)
-    work = Work(cut, stacked, shared, ctx, aux_scales)
-    mode = backward_mode(program)(work, visit)
+    visit = _visits(program, layers_CRk, batch_M)
+    work = Work(cut, stacked, shared, ctx, aux_scales, skip=skip)
+    some = visit(jnp.int32(0))
+    x = jax.eval_shape(work.embed, some)
+    zeros = zeros_like(x)
+    totals = {"sums": _zero_sums(work, zeros, some), "dshared": jax.tree.map(_wide_zeros, shared)}
+    mode = backward_mode(program)(work, some)
 
     def pinned(state: State) -> State:
         dstacked, dshared = keep(state["dstacked"], state["dshared"])
         x, g = (jax.vmap(cut.pin)(state[kind]) for kind in "xg")
         return state | {"x": x, "g": g, "dstacked": dstacked, "dshared": dshared}
 
-    some = visit(jnp.int32(0))
-    x = jax.eval_shape(work.embed, some)
-    zeros = zeros_like(x)
     like = {"x": x, "g": x, **mode.kept}
     state = {
         **{kind: buffer(tree, program.slots[kind]) for kind, tree in like.items()},
         "y": zeros,
         "dx": zeros,
         "dstacked": jax.tree.map(_wide_zeros, stacked),
-        "dshared": jax.tree.map(_wide_zeros, shared),
-        "sums": _zero_sums(work, zeros, some),
+        **totals,
     }
-    state = _run(program, rank, mode.phases, pinned, state)
+    state = _run(program, work, visit, mode.phases, pinned, state)
     return state["dstacked"], state["dshared"], jax.lax.psum(state["sums"], _AXIS)
 
 
@@ -98,6 +105,8 @@ def pipeline_forward(
     batch_M: Batch,
     ctx: Context,
     result: Result,
+    *,
+    skip: bool = False,
 ) -> tuple[Tree, Aux]:
     """Forward passes alone: what `result` makes of the last block's outputs, and the auxiliary terms.
 
@@ -107,9 +116,8 @@ def pipeline_forward(
       program: of `schedules.forward`.
       result: `(shared, y, batch, ctx) -> pytree of arrays`, of one microbatch.
     """
-    rank = jax.lax.axis_index(_AXIS)
-    visit = _visits(program, layers_CRk, batch_M, rank)
-    work = Work(cut, stacked, shared, ctx, {})
+    visit = _visits(program, layers_CRk, batch_M)
+    work = Work(cut, stacked, shared, ctx, {}, skip=skip)
 
     def pinned(state: State) -> State:
         return state | {"x": jax.vmap(cut.pin)(state["x"])}
@@ -118,27 +126,43 @@ def pipeline_forward(
     x = jax.eval_shape(work.embed, some)
     _, sums = jax.eval_shape(partial(finished, work, result), x, some)
     state = {"x": buffer(x, program.slots["x"]), "y": zeros_like(x), "sums": zeros_like(sums)}
-    state = _run(program, rank, {"F": forward_only(work, visit, result)}, pinned, state)
+    state = _run(program, work, visit, {"F": forward_only(work, result)}, pinned, state)
     return jax.lax.psum(state["sums"], _AXIS)
 
 
 def _run(
-    program: Program, rank: jax.Array, phases: Mapping[str, Phase], pinned: Callable[[State], State], state: State
+    program: Program,
+    work: Work,
+    visit: Callable[[jax.Array], Visit],
+    phases: Mapping[str, Phase],
+    pinned: Callable[[State], State],
+    state: State,
 ) -> State:
     """All ticks, one after the other."""
+    rank = jax.lax.axis_index(_AXIS)
+
+    def phase(run: Phase, state: State, row: Row, at: Visit) -> State:
+        return pinned(run(state, row, at))
 
     def tick(segment: Segment) -> Callable[[State, Row], tuple[State, None]]:
         def run(state: State, columns: Row) -> tuple[State, None]:
             row = {name: column[rank] for name, column in columns.items()}
-            state = _delivered(state, row, {move: program.edges[move] for move in segment.moves})
-            for phase in segment.phases:
-                state = phases[phase](state, row)
+            state = _delivered(state, row, {move: program.edges[move] for move in segment.moves}, rank)
+            for name in segment.phases:
+                at = visit(row[name])
+                at = dataclasses.replace(
+                    at,
+                    first=at.first if name in segment.first else np.False_,
+                    last=at.last if name in segment.last else np.False_,
+                )
+                state = work.maybe(at.on, partial(phase, phases[name], state, row, at), state)
             return pinned(state), None
 
         return run
 
     state = pinned(state)
-    for segment in program.segments():
+    # Where idle ranks skip, no tick costs more for having all phases.
+    for segment in [program.segment(0, program.schedule.ticks)] if work.skip else program.segments():
         columns: dict[str, Any] = {
             name: column[segment.start : segment.stop] for name, column in program.columns.items()
         }
@@ -146,9 +170,9 @@ def _run(
     return state
 
 
-def _visits(program: Program, layers_CRk: np.ndarray, batch_M: Batch, rank: jax.Array) -> Callable[[jax.Array], Visit]:
+def _visits(program: Program, layers_CRk: np.ndarray, batch_M: Batch) -> Callable[[jax.Array], Visit]:
     """From an entry of the table to what it means on this rank; from an idle one, to some visit that is not `on`."""
-    schedule = program.schedule
+    schedule, rank = program.schedule, jax.lax.axis_index(_AXIS)
 
     def visit(item: jax.Array) -> Visit:
         on = item >= 0
@@ -160,13 +184,13 @@ def _visits(program: Program, layers_CRk: np.ndarray, batch_M: Batch, rank: jax.
             last=on & (stage == schedule.stages - 1),
             chunk=chunk,
             layers_k=jnp.asarray(layers_CRk)[chunk, rank],
-            inputs=jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, m, 0, keepdims=False), batch_M),
+            inputs=microbatch(batch_M, m),
         )
 
     return visit
 
 
-def _delivered(state: State, row: Row, moves: Mapping[str, tuple[tuple[int, int], ...]]) -> State:
+def _delivered(state: State, row: Row, moves: Mapping[str, Edges], rank: jax.Array) -> State:
     """The messages of the last tick in their slots.
 
     A rank sends the one output (or gradient) that it has every way that anything goes; whom it is not meant for writes
@@ -175,16 +199,27 @@ def _delivered(state: State, row: Row, moves: Mapping[str, tuple[tuple[int, int]
     arrived: dict[str, Any] = {}
     for move, edges in moves.items():
         kind, sent = move[0], state["y" if move[0] == "x" else "dx"]
-        # Without edges, what a rank sends stays there.
-        message = jax.tree.map(lambda a, e=edges: jax.lax.ppermute(a, _AXIS, e), sent) if edges else sent
-        arrived[kind] = write(arrived.get(kind, state[kind]), row[move], message)
+        arrived[kind] = write(arrived.get(kind, state[kind]), row[move], _moved(sent, edges, rank))
     return state | arrived
+
+
+def _moved(sent: Tree, edges: Edges, rank: jax.Array) -> Tree:
+    """What arrives along the edges; without any, what a rank sends stays there.
+
+    Ring placements close a ring, which goes as two permutes, each an open chain: XLA has miscompiled permutes with
+    cycles on GPUs (openxla/xla#45222).
+    """
+    down, up = (tuple(e for e in edges if (e[0] < e[1]) == way) for way in (True, False))
+    permuted = [jax.tree.map(lambda a, e=e: jax.lax.ppermute(a, _AXIS, e), sent) for e in (down, up) if e]
+    if len(permuted) < 2:
+        return permuted[0] if permuted else sent
+    return select((rank == np.array([to for _, to in down])).any(), *permuted)
 
 
 def _zero_sums(work: Work, x: Tree, visit: Visit) -> dict[str, tuple[jax.Array, jax.Array]]:
     def sums() -> dict[str, Any]:
         y, aux = work.stage(work.params(visit), x, visit)
-        return work.loss(y, visit)[1] | aux
+        return work.head(work.shared, y, visit) | aux
 
     return zeros_like(jax.eval_shape(sums))
 

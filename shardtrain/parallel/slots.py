@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Tree = Any
 
@@ -34,6 +35,11 @@ def write(slots: Tree, slot: jax.Array, value: Tree) -> Tree:
     return jax.tree.map(put, slots, value)
 
 
+def microbatch(batch_M: Tree, m: jax.Array | int) -> Tree:
+    """One microbatch of leaves `[B / M, M, ...]`, in which the rows still lie as they did in `[B, ...]`."""
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, m, 1, keepdims=False), batch_M)
+
+
 def read_at(a: jax.Array, *index: jax.Array | int) -> jax.Array:
     """What lies at the place `index` of the first dims."""
     shape = a.shape[len(index) :]
@@ -50,7 +56,7 @@ def _start(a: jax.Array, index: tuple[jax.Array | int, ...]) -> list[jax.Array]:
     return [jnp.asarray(i, jnp.int32) for i in (*index, *[0] * (a.ndim - len(index)))]
 
 
-def select(which: jax.Array, a: Tree, b: Tree) -> Tree:
+def select(which: jax.Array | np.bool_, a: Tree, b: Tree) -> Tree:
     """Leaf by leaf, `a` if `which` holds, else `b`."""
     return jax.tree.map(lambda x, y: jnp.where(which, x, y), a, b)
 

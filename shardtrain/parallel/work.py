@@ -1,7 +1,8 @@
 """What the stages of a pipeline compute, as pure functions: no tables, no messages, no buffers.
 
-Every rank computes everything in every phase: also the embedding and the loss, which only the end stages need, and also
-when it idles. What is not wanted is masked out of sums and gradients.
+By default every rank computes everything in every phase: also the embedding and the loss, which only the end stages
+need, and also when it idles. What is not wanted is masked out of sums and gradients. A program that skips has branches
+instead.
 
 Shapes: C chunks of a rank, k layers of a chunk.
 """
@@ -14,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from shardtrain.nn.context import Context
 from shardtrain.nn.losses import Loss
@@ -23,6 +25,8 @@ from shardtrain.parallel.halve import Halves, halve
 from shardtrain.parallel.slots import add_at, masked, read_at, select
 
 Tree = Any
+#: What all stages add up: `sums`, and `dshared`, the gradient of the parameters that no stage owns.
+Totals = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,16 +55,16 @@ class Visit:
 
     Attributes:
       on: whether it is real.
-      first: whether it is real and the stage is the first; such a stage embeds.
-      last: whether it is real and the stage is the last; such a stage computes the loss.
+      first: whether it is real and the stage is the first; such a stage embeds. `np.False_` where that is known.
+      last: whether it is real and the stage is the last; such a stage computes the loss. The same.
       chunk: the rank's chunk.
       layers_k: index of each layer of the stage in the model, -1 in a slot of no layer.
       inputs: the microbatch.
     """
 
     on: jax.Array
-    first: jax.Array
-    last: jax.Array
+    first: jax.Array | np.bool_
+    last: jax.Array | np.bool_
     chunk: jax.Array
     layers_k: jax.Array
     inputs: Batch
@@ -76,8 +80,7 @@ class Work:
       shared: all other parameters.
       ctx: with key and train.
       aux_scales: what one unit of each auxiliary sum counts beside one of the loss sum.
-      unrolled: whether the layers of a stage are unrolled, rather than one scan. Then nothing is rematerialised within
-        a stage, and the parameters of a stage are a list of k trees.
+      skip: whether what is not wanted is not computed.
     """
 
     cut: Cut
@@ -85,86 +88,90 @@ class Work:
     shared: Tree
     ctx: Context
     aux_scales: Mapping[str, jax.Array]
-    unrolled: bool = False
+    skip: bool = False
+
+    def when(self, on: jax.Array | np.bool_, compute: Callable[[], Tree], otherwise: Tree) -> Tree:
+        """What `compute` returns if `on` holds, else `otherwise`."""
+        if isinstance(on, np.bool_) and not on:  # known while tracing
+            return otherwise
+        return jax.lax.cond(on, compute, lambda: otherwise) if self.skip else select(on, compute(), otherwise)
+
+    def maybe(self, on: jax.Array | np.bool_, compute: Callable[[], Tree], otherwise: Tree) -> Tree:
+        """What `compute` returns if `on` holds, else whatever is cheapest."""
+        return jax.lax.cond(on, compute, lambda: otherwise) if self.skip else compute()
 
     def params(self, visit: Visit) -> Tree:
         """The parameters of the stage."""
-        if not self.unrolled:
-            return jax.tree.map(lambda a: read_at(a, visit.chunk), self.stacked)
-        # Zero, as only the running program knows. A fixed slot would let the compiler gather the weights of all layers
-        # once, before the loop over ticks, and keep them.
-        zero = jnp.minimum(visit.chunk, 0)
-        return [
-            jax.tree.map(lambda a, i=i: read_at(a, visit.chunk, zero + i), self.stacked) for i in self._slots(visit)
-        ]
+        return jax.tree.map(lambda a: read_at(a, visit.chunk), self.stacked)
 
     def add(self, total: Tree, dparams: Tree, visit: Visit) -> Tree:
         """A gradient like `stacked`, with that of the stage added."""
-        dparams = masked(visit.on, dparams)
-        if not self.unrolled:
-            return jax.tree.map(lambda t, d: add_at(t, d, visit.chunk), total, dparams)
-        for i in self._slots(visit):
-            total = jax.tree.map(lambda t, d, i=i: add_at(t, d, visit.chunk, i), total, dparams[i])
-        return total
+        dparams = dparams if self.skip else masked(visit.on, dparams)
+        return jax.tree.map(lambda t, d: add_at(t, d, visit.chunk), total, dparams)
 
     def embed(self, visit: Visit, shared: Tree | None = None) -> Tree:
         """The input of the first stage."""
         return self.cut.pin(self.cut.embed(shared or self.shared, visit.inputs, self._at(visit)))
 
+    def layer(self, params: Tree, x: Tree, index: jax.Array, visit: Visit) -> tuple[Tree, Aux]:
+        """One layer, and its auxiliary terms; with index -1 nothing."""
+        y, aux = self.cut.block(params, x, self._at(visit).at_layer(index))
+        return select(index >= 0, (y, aux), (x, jax.tree.map(jnp.zeros_like, aux)))
+
     def stage(self, params: Tree, x: Tree, visit: Visit) -> tuple[Tree, Aux]:
         """The layers of a stage, one after the other, and their summed auxiliary terms."""
 
         def layer(x: Tree, one: tuple[Tree, jax.Array]) -> tuple[Tree, Aux]:
-            params, index = one
-            y, aux = self.cut.block(params, x, self._at(visit).at_layer(index))
-            return select(index >= 0, (y, aux), (x, jax.tree.map(jnp.zeros_like, aux)))
+            return self.layer(one[0], x, one[1], visit)
 
-        if not self.unrolled:
-            x, aux = jax.lax.scan(self.cut.remat(layer), x, (params, visit.layers_k))
-            return self.cut.pin(x), jax.tree.map(lambda a: a.sum(0), aux)
-        terms = []
-        for i in self._slots(visit):
-            x, aux = layer(x, (params[i], visit.layers_k[i]))
-            terms.append(aux)
-        return self.cut.pin(x), jax.tree.map(lambda *a: sum(a[1:], a[0]), *terms)
+        x, aux = jax.lax.scan(self.cut.remat(layer), x, (params, visit.layers_k))
+        return self.cut.pin(x), jax.tree.map(lambda a: a.sum(0), aux)
 
-    def loss(self, y: Tree, visit: Visit) -> tuple[Tree, dict[str, tuple[jax.Array, jax.Array]], Tree]:
-        """Of the last stage: the loss's gradient by `y`; all sums, and its gradient by `shared`, these two masked."""
+    def head(self, shared: Tree, y: Tree, visit: Visit) -> dict[str, tuple[jax.Array, jax.Array]]:
+        """The loss and the metrics of the last stage."""
+        loss, weight, metrics = self.cut.head(shared, y, visit.inputs, self._at(visit))
+        return {"loss": (loss, weight), **metrics}
 
-        def head(shared: Tree, y: Tree) -> tuple[jax.Array, dict[str, Any]]:
-            loss, weight, metrics = self.cut.head(shared, y, visit.inputs, self._at(visit))
-            return loss, {"loss": (loss, weight), **metrics}
+    def loss(self, y: Tree, g: Tree, visit: Visit, totals: Totals) -> tuple[Tree, Totals]:
+        """On the last stage the loss's gradient by `y`, elsewhere `g`; and the totals with the loss's added."""
 
-        _, back, sums = jax.vjp(head, self.shared, y, has_aux=True)
-        dshared, dy = back(jnp.ones_like(sums["loss"][0]))
-        return dy, masked(visit.last, sums), masked(visit.last, dshared)
+        def loss(shared: Tree, y: Tree) -> tuple[jax.Array, dict[str, Any]]:
+            sums = self.head(shared, y, visit)
+            return sums["loss"][0], sums
+
+        def compute() -> tuple[Tree, Totals]:
+            _, back, sums = jax.vjp(loss, self.shared, y, has_aux=True)
+            dshared, dy = back(jnp.ones_like(sums["loss"][0]))
+            return self.cut.pin(dy), added(totals, sums, dshared)
+
+        return self.when(visit.last, compute, (g, totals))
 
     def aux_gradient(self, aux: Aux) -> Aux:
         """The gradient of the loss sum by a stage's auxiliary terms."""
         return {name: (self.aux_scales[name].astype(s.dtype), jnp.zeros_like(w)) for name, (s, w) in aux.items()}
 
-    def embed_gradient(self, dx: Tree, visit: Visit) -> Tree:
-        """Of the first stage: the gradient of `shared`, masked."""
-        _, back = jax.vjp(lambda shared: self.embed(visit, shared), self.shared)
-        return masked(visit.first, back(dx)[0])
+    def embed_gradient(self, dx: Tree, visit: Visit, totals: Totals) -> Totals:
+        """`totals` with, on the first stage, the gradient of `shared` added."""
 
-    def backward(self, params: Tree, x: Tree, g: Tree, visit: Visit) -> tuple[tuple[Tree, Tree, Tree], Tree]:
-        """A stage computed again from its input, and back: `((dx, sums, gradient of shared), gradient of params)`.
+        def compute() -> Totals:
+            _, back = jax.vjp(lambda shared: self.embed(visit, shared), self.shared)
+            return added(totals, {}, back(dx)[0])
+
+        return self.when(visit.first, compute, totals)
+
+    def backward(
+        self, params: Tree, x: Tree, g: Tree, visit: Visit, totals: Totals
+    ) -> tuple[tuple[Tree, Totals], Tree]:
+        """A stage computed again from its input, and back: `((dx, totals), gradient of params)`.
 
         `g` is the gradient of the stage's output, anything on the last stage.
         """
         (y, aux), back = jax.vjp(lambda p, x: self.stage(p, x, visit), params, x)
-        dy, sums, dshared = self.loss(y, visit)
-        dparams, dx = back((select(visit.last, dy, g), self.aux_gradient(aux)))
+        dy, totals = self.loss(y, g, visit, totals)
+        dparams, dx = back((dy, self.aux_gradient(aux)))
         dx = self.cut.pin(dx)
-        dshared = jax.tree.map(_wide_sum, dshared, self.embed_gradient(dx, visit))
-        return (dx, sums | masked(visit.on, aux), dshared), dparams
-
-    def split_at_dx(self, some: Visit) -> Halves:
-        """`backward` cut in two: `(params, (x, g, visit))` to what it returns first; then the gradient of params."""
-        x = jax.eval_shape(self.embed, some)
-        work = dataclasses.replace(self, unrolled=True)
-        return halve(lambda params, early, _: work.backward(params, *early), work.params(some), (x, x, some), ())
+        totals = self.embed_gradient(dx, visit, added(totals, masked(visit.on, aux)))
+        return (dx, totals), dparams
 
     def split_at_dy(self, some: Visit) -> Halves:
         """A stage and back, cut in two: `(params, (x, visit))` to `(y, aux)`; then, given dy, `(dparams, dx)`."""
@@ -180,10 +187,11 @@ class Work:
     def _at(self, visit: Visit) -> Context:
         return dataclasses.replace(self.ctx, inputs=visit.inputs)
 
-    def _slots(self, visit: Visit) -> range:
-        return range(visit.layers_k.shape[0])
 
-
-def _wide_sum(a: jax.Array, b: jax.Array) -> jax.Array:
-    wide = jnp.promote_types(a.dtype, jnp.float32)
-    return a.astype(wide) + b.astype(wide)
+def added(totals: Totals, sums: Tree, dshared: Tree | None = None) -> Totals:
+    """`totals` with more sums, and a gradient of the shared parameters, added."""
+    more = {name: jax.tree.map(jnp.add, totals["sums"][name], s) for name, s in sums.items()}
+    wide = totals["dshared"]
+    if dshared is not None:
+        wide = jax.tree.map(lambda t, d: t + d.astype(t.dtype), wide, dshared)
+    return {"sums": totals["sums"] | more, "dshared": wide}

@@ -18,6 +18,7 @@ from shardtrain.model_def import ModelDef, split_layers
 from shardtrain.models.llama import Llama
 from shardtrain.parallel import schedules
 from shardtrain.parallel.halve import halve
+from shardtrain.parallel.split import split_stage
 from shardtrain.parallel.work import Visit, Work
 from shardtrain.sharding import use
 from shardtrain.state import init_state
@@ -100,7 +101,7 @@ def wanted(kind, n_layers, remat):
 
 
 def case(schedule, backward, mesh, kind, n_layers, remat="full"):
-    """Meshes in words, such as `pipe2 data4`; schedules as `name microbatches chunks`."""
+    """Meshes in words, such as `pipe2 data4`; schedules as `name microbatches chunks`; backward mode, and `skip`."""
     return pytest.param(
         schedule, backward, mesh, kind, n_layers, remat, id=f"{schedule}, {backward}, {mesh}, {kind} {n_layers} {remat}"
     )
@@ -114,6 +115,9 @@ QUICK = [
     case("1f1b 4 1", "save", "pipe8", "tied", 8, "none"),
     case("interleaved 4 2", "save", "pipe2 fsdp2 tensor2", "llama", 5, "dots"),
     case("v 4 2", "remat", "pipe4", "tied", 8),
+    case("zb_h1 2 1", "split skip", "pipe4 fsdp2", "tied", 9),
+    case("1f1b 4 1", "remat skip", "pipe2 data2 fsdp2", "llama", 5),
+    case("interleaved 4 2", "save skip", "pipe2 fsdp2 tensor2", "llama", 5, "dots"),
 ]
 
 
@@ -126,7 +130,10 @@ def everything():
     turns = itertools.cycle(itertools.product((2, 4, 8), ("tied", "llama"), ("full", "none", "dots")))
     for ((name, mode), mesh), (microbatches, kind, remat) in zip(itertools.product(modes, meshes), turns, strict=False):
         chunks = {"gpipe": 1, "1f1b": 1, "zb_v": 2, "v": 2}.get(name, microbatches.bit_length() - 1)
-        yield case(f"{name} {microbatches} {chunks}", mode, mesh, kind, int(mesh[4]) * chunks + 1, remat)
+        options = mesh, kind, int(mesh[4]) * chunks + 1, remat
+        yield case(f"{name} {microbatches} {chunks}", mode, *options)
+        if mesh in ("pipe4", *three):
+            yield case(f"{name} {microbatches} {chunks}", f"{mode} skip", *options)
 
 
 @pytest.mark.parametrize(
@@ -139,8 +146,10 @@ def test_loss_and_gradients_equal_the_single_device_ones(schedule, backward, mes
     ranks, microbatches, chunks = sizes["pipe"], int(microbatches), int(chunks)
     table = v_shaped(ranks, microbatches) if name == "v" else schedules.make(name, ranks, microbatches, chunks)
     with jax.enable_x64(True):
-        mode = {} if backward == "split" else {"backward": backward}
-        model = ModelDef(make(kind, n_layers, remat), schedule=table, **mode)
+        mode, *skip = backward.split()
+        options = {"backward": mode} if mode != "split" else {}
+        options |= {"idle": "skip"} if skip else {}
+        model = ModelDef(make(kind, n_layers, remat), schedule=table, **options)
         assert tiny.relative_error(gradients(sizes, model), wanted(kind, n_layers, remat)) < 1e-12
 
 
@@ -160,7 +169,7 @@ LAYERS = 3
 
 
 @cache
-def work(remat: str):
+def work(remat: str, skip: bool = False):
     """The work of a stage of three Llama layers: as one piece, cut at dx, and cut at dy; bfloat16 compute."""
     precision = nn.Precision(jnp.float32, jnp.bfloat16, jnp.float32)
     options = {**tiny.SIZES, "d_ff": 96, "n_layers": LAYERS, "remat": remat, "dropout": 0.1}
@@ -177,28 +186,34 @@ def work(remat: str):
             shared,
             nn.Context(batch, key=key, train=True),
             {},
+            skip=skip,
         )
         x = jax.eval_shape(one.embed, at)
-        found["whole"] = jax.make_jaxpr(lambda p, *rest: one.backward(p, *rest, at))(one.params(at), x, x).jaxpr
+        totals = {"sums": jax.eval_shape(lambda: one.head(shared, jnp.zeros(x.shape, x.dtype), at)), "dshared": shared}
+        whole = lambda p, x, g, totals: one.backward(p, x, g, at, totals)  # noqa: E731
+        found["whole"] = jax.make_jaxpr(whole)(one.params(at), x, x, totals).jaxpr
         found["forward"] = jax.make_jaxpr(lambda p, x: one.stage(p, x, at))(one.params(at), x).jaxpr
-        for name, cut in (("dx", one.split_at_dx(at)), ("dy", one.split_at_dy(at))):
-            found[name] = cut.jaxprs, cut.kept
+        cut = one.split_at_dy(at)
+        found["dy"] = cut.jaxprs, cut.kept
+        stage = split_stage(one, at)
+        first = jax.make_jaxpr(lambda p, x, g, totals: stage.inputs(p, x, g, at, totals))(one.params(at), x, x, totals)
+        found["dx"] = (first.jaxpr, jax.make_jaxpr(stage.weights)(one.params(at), stage.kept).jaxpr), stage.kept
 
     jax.eval_shape(parts, stacked, shared, jax.random.key(0))
     matrices = [a for a in jax.tree.leaves(stacked) if a.ndim > 2]
     return found, sum(2 * batch["tokens"].size * a.size for a in matrices), {a.shape[1:] for a in matrices}
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_weight_gradients_are_all_that_is_left_for_the_second_half(remat):
-    found, weights, shapes = work(remat)
+@pytest.mark.parametrize(("remat", "skip"), [("none", False), ("full", False), ("none", True)])
+def test_weight_gradients_are_all_that_is_left_for_the_second_half(remat, skip):
+    found, weights, shapes = work(remat, skip)
     (first, second), kept = found["dx"]
     assert flops(second) == weights  # a matmul per weight, and nothing computed again
     assert flops(first) + flops(second) == flops(work("none")[0]["whole"])
     assert flops(first) + flops(second) <= flops(found["whole"])
     # Kept: of each matmul, in the compute dtype, its input and the gradient of its output; and gradients of norms.
-    assert shapes.isdisjoint(a.shape for a in kept)
-    assert all(a.dtype == jnp.bfloat16 for a in kept if a.ndim > 1)
+    assert shapes.isdisjoint(a.shape[1:] for a in kept)
+    assert all(a.dtype == jnp.bfloat16 for a in kept if a.ndim > 2)
     tokens, d, heads, kv, ff = 16 * 16, 32, 32, 16, 96
     inputs, outputs = (d + heads + d + ff), (heads + 2 * kv + d + 2 * ff + d)
     assert sum(a.size for a in kept) == LAYERS * (tokens * (inputs + outputs) + 2 * d)

@@ -25,11 +25,11 @@ from shardtrain.step import make_eval_step, make_train_step
 OPTIONS = {"n_layers": 6, "dropout": 0.1, "z_loss": 1e-3}
 
 
-def llama(mesh, schedule=None, dtype=jnp.float32, **options) -> ModelDef:
+def llama(mesh, schedule=None, dtype=jnp.float32, idle="compute", **options) -> ModelDef:
     table = schedule and schedules.make(schedule[0], mesh["pipe"], *schedule[1:])
     precision = Precision(dtype, dtype, dtype)
     options = {**tiny.SIZES, **OPTIONS, **options}
-    return ModelDef(lambda rngs: Llama(**options, precision=precision, rngs=rngs), schedule=table)
+    return ModelDef(lambda rngs: Llama(**options, precision=precision, rngs=rngs), schedule=table, idle=idle)
 
 
 def gradients(mesh, schedule=None, **options):
@@ -193,3 +193,17 @@ def test_a_model_that_cannot_be_cut_is_refused_by_name():
         make_train_step(model, optax.sgd(0.1), tiny.partitioner(pipe=2), loss=lambda *_: None)
     with pytest.raises(UserError, match="pipeline has microbatches of its own"):
         make_train_step(model, optax.sgd(0.1), tiny.partitioner(pipe=2), accumulate=2)
+
+
+@pytest.mark.parametrize(("microbatches", "chunks", "idle", "enough"), [(4, 1, "43%", 9), (2, 2, "56%", 8)])
+def test_few_microbatches_are_warned_of_with_the_bubble(microbatches, chunks, idle, enough, caplog):
+    def warnings(microbatches: int) -> list[str]:
+        caplog.clear()
+        model = llama({"pipe": 4}, ("interleaved", microbatches, chunks), n_layers=8)
+        make_train_step(model, optax.sgd(0.1), tiny.partitioner(pipe=4))
+        return caplog.messages
+
+    (warning,) = warnings(microbatches)
+    assert f"{microbatches} microbatches on 4 ranks" in warning
+    assert f"idle for {idle} of the time; with {enough} (pipeline.microbatches)" in warning
+    assert warnings(enough) == []

@@ -12,7 +12,7 @@ from shardtrain.parallel.schedules.csv_file import from_csv, to_csv
 from shardtrain.parallel.schedules.forward import forward
 from shardtrain.parallel.schedules.registry import Entry, get, make, register, registered, textbook
 from shardtrain.parallel.schedules.schedule import Action, Schedule, Textbook
-from shardtrain.parallel.schedules.simulate import Costs, Result, simulate
+from shardtrain.parallel.schedules.simulate import Costs, Result, bubble_warning, simulate
 
 __all__ = [
     "Action",
@@ -24,6 +24,7 @@ __all__ = [
     "Segment",
     "Textbook",
     "allocate",
+    "bubble_warning",
     "check",
     "check_program",
     "check_trains",

@@ -31,13 +31,16 @@ _ARRIVE, _F, _B, _W, _MOMENTS = 0, 1, 2, 3, 4
 class Segment:
     """Ticks `start` to `stop` (exclusive), in all of which some rank runs each of `phases` and none runs another.
 
-    `moves` are the message columns (`x_down`, `g_up`, ...) in which anything arrives there.
+    `moves` are the message columns (`x_down`, `g_up`, ...) in which anything arrives there; `first` and `last` the
+    phases that some rank runs on the first, or last, stage.
     """
 
     start: int
     stop: int
     phases: tuple[str, ...]
     moves: tuple[str, ...]
+    first: tuple[str, ...]
+    last: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,18 +79,19 @@ class Program:
 
     def segments(self) -> list[Segment]:
         """Runs of ticks with the same phases active on some rank, in order; together they are all ticks."""
-        phases = self.schedule.phases
         active_TK = np.any(self.schedule.table >= 0, axis=1)
         cuts = [0, *(1 + np.flatnonzero((active_TK[1:] != active_TK[:-1]).any(axis=1))).tolist(), len(active_TK)]
-        return [
-            Segment(
-                start,
-                stop,
-                tuple(phase for phase, on in zip(phases, active_TK[start], strict=True) if on),
-                tuple(name for name in self.edges if (self.columns[name][start:stop] >= 0).any()),
-            )
-            for start, stop in itertools.pairwise(cuts)
-        ]
+        return [self.segment(start, stop) for start, stop in itertools.pairwise(cuts)]
+
+    def segment(self, start: int, stop: int) -> Segment:
+        """What goes on from tick `start` to `stop` (exclusive), taken together."""
+        schedule, ticks = self.schedule, range(start, stop)
+        phases = tuple(phase for phase in schedule.phases if (self.columns[phase][start:stop] >= 0).any())
+        moves = tuple(name for name in self.edges if (self.columns[name][start:stop] >= 0).any())
+        first, last = (
+            tuple(phase for phase in phases if np.isin(schedule.when(phase)[stage], ticks).any()) for stage in (0, -1)
+        )
+        return Segment(start, stop, phases, moves, first, last)
 
 
 @dataclasses.dataclass(frozen=True)

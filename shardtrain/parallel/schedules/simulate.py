@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Literal
 
@@ -96,14 +97,14 @@ class Result:
 
 
 def simulate(
-    pipeline: Schedule | Textbook, costs: Costs | None = None, idle: Literal["uniform", "skip"] = "uniform"
+    pipeline: Schedule | Textbook, costs: Costs | None = None, idle: Literal["compute", "skip"] = "compute"
 ) -> Result:
     """Time and memory of a schedule.
 
     Args:
       pipeline: a table, which runs in lockstep, or a published order, in which every rank goes on as soon as it can.
       costs: all phases equal by default, no time for messages.
-      idle: of tables. `uniform`: a phase takes its time if any rank has it (the others compute for nothing, or wait).
+      idle: of tables. `compute`: a phase takes its time if any rank has it (the others compute for nothing, or wait).
         `skip`: a rank takes only the time of its own actions, and a tick starts when the slowest rank is there.
 
     Raises:
@@ -124,6 +125,22 @@ def simulate(
     )
 
 
+def bubble_warning(schedule: Schedule) -> str | None:
+    """What to say where microbatches are so few that ranks idle for more than a quarter of the time; `None` elsewhere.
+
+    The idle time of a schedule does not depend on the number of microbatches, so a quarter takes three times as many
+    as would fit into it.
+    """
+    bubble, count = simulate(schedule).bubble_fraction, schedule.microbatches
+    if bubble <= 0.25:
+        return None
+    enough = math.ceil(3 * count * bubble / (1 - bubble) - 1e-9)
+    return (
+        f"pipeline: with {count} microbatches on {schedule.ranks} ranks, {schedule.name} leaves ranks idle for "
+        f"{bubble:.0%} of the time; with {enough} (pipeline.microbatches) at most a quarter"
+    )
+
+
 def _time(pipeline: Pipeline, costs: Costs) -> dict[str, float]:
     return {phase: costs.of(phase) / pipeline.chunks for phase in pipeline.phases}
 
@@ -132,7 +149,7 @@ def _lockstep(schedule: Schedule, costs: Costs, idle: str) -> list[Span]:
     """Ticks one after the other; a tick in which a message arrives starts with it."""
     time_K = np.array(list(_time(schedule, costs).values()))
     work_TRK = (schedule.table >= 0) * time_K
-    if idle == "uniform":
+    if idle == "compute":
         work_TRK = np.broadcast_to(work_TRK.max(axis=1, keepdims=True), work_TRK.shape)
     arrives_T = np.zeros(schedule.ticks + 1, bool)
     if message_edges(schedule):
