@@ -15,6 +15,7 @@ from shardtrain.errors import UserError
 from shardtrain.gradients import batch_gradients, microbatches
 from shardtrain.model_def import ModelDef
 from shardtrain.optim import optimizer
+from shardtrain.parallel.slots import microbatch
 from shardtrain.sharding import use
 from shardtrain.state import init_state
 from shardtrain.step import evaluate, make_eval_step, make_train_step
@@ -22,8 +23,9 @@ from shardtrain.step import evaluate, make_eval_step, make_train_step
 
 def test_microbatch_m_is_the_rows_m_mod_count():
     split = microbatches({"row": jnp.arange(12), "x": jnp.arange(24).reshape(12, 2)}, 3)
-    np.testing.assert_array_equal(split["row"], [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]])
-    np.testing.assert_array_equal(split["x"][2, 1], [10, 11])
+    rows = [microbatch(split, m)["row"] for m in range(3)]
+    np.testing.assert_array_equal(rows, [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]])
+    np.testing.assert_array_equal(microbatch(split, 2)["x"][1], [10, 11])
 
 
 class WithAux(nnx.Module):
