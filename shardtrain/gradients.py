@@ -43,14 +43,17 @@ def batch_gradients(
     """Gradients of the mean loss over the global batch, the sums behind it, and the model's new state.
 
     The loss is `loss_sum / weight_sum` plus each auxiliary `sum / weight`, every quotient over the *global* batch.
-    A model that follows `nn.Model` runs in a region that is manual over `data` and `island` (and `pipe`, for a
-    pipeline): there each device group sums its own rows' gradients over the microbatches, and one reduction at the end
-    adds them up. A module with its own `loss` runs outside of any manual region, so that what it does over the batch
-    (BatchNorm) sees all of it.
+    Microbatches of a model that follows `nn.Model` run in a region that is manual over `data` and `island` (and `pipe`,
+    for a pipeline): there each device group sums its own rows' gradients over the microbatches, and one reduction at
+    the end adds them up. A batch in one piece is left to XLA, which reduces each gradient where it is made, beside the
+    rest of the backward pass. So is a module with its own `loss`: what it does over the batch (BatchNorm) sees all of
+    it.
     """
-    reduced = [axis for axis in _REDUCED if partitioner.mesh.shape[axis] > 1] if loss is None else []
-    total = partial(jax.lax.psum, axis_name=reduced) if reduced else lambda x: x
     pipe = [] if model.program is None else ["pipe"]
+    whole = accumulate == 1 and not pipe
+    by_hand = loss is None and not whole
+    reduced = [axis for axis in _REDUCED if partitioner.mesh.shape[axis] > 1] if by_hand else []
+    total = partial(jax.lax.psum, axis_name=reduced) if reduced else lambda x: x
 
     def local(params: Tree, model_state: Tree, batch: Batch) -> tuple[Tree, Sums, Tree]:
         if pipe:
@@ -77,9 +80,10 @@ def batch_gradients(
             check_vma=False,  # other axes stay Auto (research/pipeline.md, sharp edge 3)
         )
     grads, sums, new_state = run(state.params, state.model_state, batch)
-    weight = sums["loss"][1]
-    grads = jax.tree.map(lambda g, w: (g / weight.astype(g.dtype)).astype(w.dtype), grads, model.weights)
-    return grads, sums, new_state
+    if not whole:
+        weight = sums["loss"][1]
+        grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+    return jax.tree.map(lambda g, w: g.astype(w.dtype), grads, model.weights), sums, new_state
 
 
 def _stages(weight: Weight) -> tuple[bool, ...]:
@@ -98,13 +102,15 @@ def _accumulated(
     accumulate: int,
     total: Callable[..., Any],
 ) -> tuple[Tree, Sums, Tree]:
-    """Gradients of the summed loss over this region's rows, microbatch by microbatch."""
+    """Gradients of the summed loss over this region's rows, microbatch by microbatch; of the mean, if there is one."""
     scales = _aux_scales(partial(_unpipelined_weights, model, loss, params, batch), total)
 
     def gradient(batch: Batch, key: jax.Array) -> tuple[Tree, tuple[Sums, Tree]]:
         def objective(params: Tree) -> tuple[jax.Array, tuple[Sums, Tree]]:
             sums, aux, new_state = _sums(model, loss, params, model_state, batch, key, train=True)
             value = sums["loss"][0] + sum(s * scales[name] for name, (s, _) in aux.items())
+            if accumulate == 1:
+                value = value / jax.lax.stop_gradient(sums["loss"][1])
             return value, (sums | aux, new_state)
 
         grads, rest = jax.grad(objective, has_aux=True)(params)

@@ -7,7 +7,7 @@ from flax import nnx
 
 from shardtrain.nn.context import Context
 from shardtrain.nn.dropout import Dropout
-from shardtrain.nn.linear import Linear
+from shardtrain.nn.linear import Linear, together
 from shardtrain.nn.precision import Precision
 from shardtrain.sharding import constrain
 
@@ -26,5 +26,6 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x_BSD: jax.Array, ctx: Context) -> jax.Array:
         """`[B, S, dim]` to `[B, S, dim]` in the compute dtype."""
-        hidden_BSF = constrain(jax.nn.silu(self.gate(x_BSD)) * self.up(x_BSD), "batch", "seq", "mlp")
+        gate_BSF, up_BSF = together(x_BSD, self.gate, self.up)
+        hidden_BSF = constrain(jax.nn.silu(gate_BSF) * up_BSF, "batch", "seq", "mlp")
         return self.dropout(constrain(self.down(hidden_BSF), "batch", "seq", None), ctx)
