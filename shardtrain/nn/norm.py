@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,8 @@ from flax import nnx
 from shardtrain.nn.param import param
 from shardtrain.nn.precision import Precision
 
+#: For the backward pass a norm keeps its input as it came, and nothing in float32.
+_recomputed = partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.nothing_saveable)
 _ONES, _ZEROS = jax.nn.initializers.ones, jax.nn.initializers.zeros
 
 
@@ -23,35 +25,13 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalise `x` `[..., dim]`; the result has the compute dtype."""
-        return rms_norm(x, self.scale[...], self.eps, self.precision)
 
+        def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+            x = x.astype(self.precision.softmax)
+            x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+            return (x * scale.astype(x.dtype)).astype(self.precision.compute)
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float, precision: Precision) -> jax.Array:
-    """The function behind `RMSNorm`; its backward pass keeps `x` as it came, nothing in float32."""
-    wide = x.astype(precision.softmax)
-    return (wide * _inverse_rms(wide, eps) * scale.astype(wide.dtype)).astype(precision.compute)
-
-
-def _inverse_rms(x: jax.Array, eps: float) -> jax.Array:
-    return jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-
-
-def _rms_norm_bwd(
-    eps: float, precision: Precision, saved: tuple[jax.Array, jax.Array], dy: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    x, scale = saved
-    wide, dy = x.astype(precision.softmax), dy.astype(precision.softmax)
-    inverse = _inverse_rms(wide, eps)
-    unit, slope = wide * inverse, dy * scale.astype(dy.dtype)
-    dx = inverse * (slope - unit * jnp.mean(slope * unit, axis=-1, keepdims=True))
-    dscale = jnp.sum(dy * unit, axis=tuple(range(dy.ndim - 1)))
-    return dx.astype(x.dtype), dscale.astype(scale.dtype)
-
-
-rms_norm.defvjp(
-    lambda x, scale, eps, precision: (rms_norm(x, scale, eps, precision), (x, scale)), _rms_norm_bwd
-)
+        return _recomputed(norm)(x, self.scale[...])
 
 
 class LayerNorm(nnx.Module):
@@ -64,8 +44,11 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalise `x` `[..., dim]`; the result has the compute dtype."""
-        x = x.astype(self.precision.softmax)
-        x = x - jnp.mean(x, axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        x = x * self.scale[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
-        return x.astype(self.precision.compute)
+
+        def norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+            x = x.astype(self.precision.softmax)
+            x = x - jnp.mean(x, axis=-1, keepdims=True)
+            x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+            return (x * scale.astype(x.dtype) + bias.astype(x.dtype)).astype(self.precision.compute)
+
+        return _recomputed(norm)(x, self.scale[...], self.bias[...])
