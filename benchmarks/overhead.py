@@ -67,7 +67,7 @@ def compare(shape: floor.Shape, mesh: str, rows: int, length: int, pairs: int) -
 def interleaved(
     ours: Step, theirs: Step, batch: dict[str, jax.Array], pairs: int
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Seconds per step of the library, the floor and the floor again, in turns of alternating order; the last losses."""
+    """Seconds per step of the library, the floor and the floor again, in turns; and their last losses."""
 
     def step_ours(state: Any) -> tuple[Any, float]:
         state, metrics = ours.program(state, batch)

@@ -8,16 +8,20 @@ import re
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import programs
 import tiny
+from shardtrain.errors import UserError
+from shardtrain.gradients import batch_gradients
 from shardtrain.hlo.text import parse
 from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
 from shardtrain.nn import Precision
 from shardtrain.optim import optimizer
-from shardtrain.state import abstract_state
+from shardtrain.sharding import Partitioner, make_rules, use
+from shardtrain.state import abstract_state, init_state
 from shardtrain.step import make_train_step
 
 QUICK = ("fsdp=4,tensor=2",)
@@ -81,3 +85,29 @@ def test_rotary_tables_are_made_once_per_step(remat):
     walk(module.entry, 0)
     assert total
     assert not looped
+
+
+def gradients(rules: dict[str, list[str]], **mesh: int):
+    place = Partitioner(tiny.partitioner(**mesh).mesh, make_rules(rules))
+    model = tiny.llama(n_kv_heads=4)
+    state = init_state(model, optax.sgd(0.1), place)
+
+    @jax.jit
+    def run(state, batch):
+        with use(place):
+            return batch_gradients(model, None, state, batch, jax.random.key(0), place, 1, jnp.float32)[0]
+
+    program = run.lower(state, tiny.batch(place)).compile()
+    return jax.device_get(program(state, tiny.batch(place))), program.memory_analysis().temp_size_in_bytes
+
+
+def test_residuals_split_over_tensor_are_smaller_and_change_nothing():
+    want, whole = gradients({}, tensor=4, fsdp=2)
+    got, split = gradients({"seq_residual": ["context", "tensor"]}, tensor=4, fsdp=2)
+    assert tiny.relative_error(got, want) < 1e-5
+    assert split < 0.9 * whole
+
+
+def test_residuals_that_do_not_divide_are_refused():
+    with pytest.raises(UserError, match=r"'seq_residual'\) has size 16, which mesh axis tensor 3 does not divide"):
+        gradients({"seq_residual": "tensor", "heads": None, "kv_heads": None, "mlp": None, "vocab": None}, tensor=3)

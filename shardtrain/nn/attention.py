@@ -83,6 +83,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BSD: jax.Array, ctx: Context) -> jax.Array:
         """`[B, S, D]` to `[B, S, D]` in the compute dtype; reads `positions` and, when there, `segment_ids`."""
+        x_BSD = constrain(x_BSD, "batch", "seq", None)
         q_BSHK, k_BSGK, v_BSGK = together(x_BSD, self.query, self.key, self.value)
         q_BSHK = constrain(self._position(q_BSHK, self.query_norm, ctx), "batch", "seq", "heads", None)
         k_BSGK = constrain(self._position(k_BSGK, self.key_norm, ctx), "batch", "seq", "kv_heads", None)
@@ -97,7 +98,7 @@ class Attention(nnx.Module):
             implementation=self.implementation,
         )
         y_BSD = self.out(constrain(y_BSHK, "batch", "seq", "heads", None))
-        return self.dropout(constrain(y_BSD, "batch", "seq", None), ctx)
+        return self.dropout(constrain(y_BSD, "batch", "seq_residual", None), ctx)
 
     def _position(self, x_BSHK: jax.Array, norm: RMSNorm | None, ctx: Context) -> jax.Array:
         x_BSHK = x_BSHK if norm is None else norm(x_BSHK)

@@ -140,10 +140,9 @@ def _input_gradient(
         spec = partitioner.spec(*axes, drop=_batch_axes(axes))
         split = [i for i, over in enumerate(spec) if over and w_labels[i] not in x_labels]
         if len(split) == 1:
-            label, over = w_labels[split[0]], spec[split[0]]
+            label, name, over = w_labels[split[0]], axes[split[0]], spec[split[0]]
             part = next(letter for letter in string.ascii_letters if letter not in w_labels + out)
-            pinned = partitioner.sharding((axes[split[0]],))
-            count = partitioner.pieces(str(axes[split[0]]))
+            count, inside = partitioner.pieces(str(name)), partitioner.sharding((name,)).mesh
 
             def cut(a: jax.Array, labels: str) -> tuple[jax.Array, str]:
                 at = labels.index(label)
@@ -153,9 +152,7 @@ def _input_gradient(
             (dy, out), (w, w_labels) = cut(dy, out), cut(w, w_labels)
             dx = jnp.einsum(f"{out},{w_labels}->{part}{x_labels}", dy, w)
             free = [PartitionSpec.UNCONSTRAINED] * len(x_labels)
-            return over, jax.lax.with_sharding_constraint(
-                dx, NamedSharding(pinned.mesh, PartitionSpec(over, *free))
-            )
+            return over, jax.lax.with_sharding_constraint(dx, NamedSharding(inside, PartitionSpec(over, *free)))
     return None, jnp.einsum(f"{out},{w_labels}->{x_labels}", dy, w)
 
 

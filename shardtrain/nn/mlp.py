@@ -26,6 +26,7 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x_BSD: jax.Array, ctx: Context) -> jax.Array:
         """`[B, S, dim]` to `[B, S, dim]` in the compute dtype."""
+        x_BSD = constrain(x_BSD, "batch", "seq", None)
         gate_BSF, up_BSF = together(x_BSD, self.gate, self.up)
         hidden_BSF = constrain(jax.nn.silu(gate_BSF) * up_BSF, "batch", "seq", "mlp")
-        return self.dropout(constrain(self.down(hidden_BSF), "batch", "seq", None), ctx)
+        return self.dropout(constrain(self.down(hidden_BSF), "batch", "seq_residual", None), ctx)
