@@ -58,6 +58,10 @@ SPECS = {
 }
 
 
+def constrain(x: jax.Array, spec: P = BATCH, *, mesh: Mesh | None) -> jax.Array:
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * scale
 
@@ -70,27 +74,43 @@ def rope(x_BSHK: jax.Array, theta: float) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def project(pin: Any, x_BSD: jax.Array, *weights: jax.Array) -> tuple[jax.Array, ...]:
+    """Matmuls of one input. Backward, a device adds up its shares of the input's gradient and sends one sum."""
+    return tuple(jnp.tensordot(x_BSD, pin(w, P(None, "tensor")), 1) for w in weights)
+
+
+def project_bwd(pin: Any, saved: Any, dys: Any) -> Any:
+    x_BSD, weights = saved
+    parts, dx_TBSD = pin.keywords["mesh"].shape["tensor"] if pin.keywords["mesh"] else 1, 0.0
+    for w, dy in zip(weights, dys, strict=True):
+        w_DTF = pin(w, P(None, "tensor")).reshape(w.shape[0], parts, -1)
+        dx_TBSD += jnp.einsum("BSTF,DTF->TBSD", dy.reshape(*dy.shape[:2], parts, -1), w_DTF)
+    dx_BSD = pin(dx_TBSD, P("tensor", *BATCH)).sum(0)
+    return dx_BSD, *(jnp.tensordot(x_BSD, dy, ((0, 1), (0, 1))) for dy in dys)
+
+
+project.defvjp(lambda pin, x, *weights: (project(pin, x, *weights), (x, weights)), project_bwd)
+
+
 def block(x_BSD: jax.Array, w: Any, shape: Shape, pin: Any) -> jax.Array:
     B, S, _ = x_BSD.shape
     G, R, K = shape.n_kv_heads, shape.n_heads // shape.n_kv_heads, shape.head_dim
     h_BSD = rms_norm(x_BSD, w["attention_norm"], shape.norm_eps)
-    q = rope(jnp.einsum("BSD,DHK->BSHK", h_BSD, w["query"]), shape.rope_theta)
-    k = rope(jnp.einsum("BSD,DGK->BSGK", h_BSD, w["key"]), shape.rope_theta)
-    v = jnp.einsum("BSD,DGK->BSGK", h_BSD, w["value"])
+    q, k, v = project(pin, h_BSD, w["query"], w["key"], w["value"])
+    q, k = rope(q, shape.rope_theta), rope(k, shape.rope_theta)
     scores = jnp.einsum("BSGRK,BTGK->BGRST", (q * K**-0.5).reshape(B, S, G, R, K), k)
     scores = jnp.where(jnp.tril(jnp.ones((S, S), bool)), scores, -1e30)
     y = jnp.einsum("BGRST,BTGK->BSGRK", jax.nn.softmax(scores, -1), v).reshape(B, S, G * R, K)
     x_BSD = pin(x_BSD + jnp.einsum("BSHK,HKD->BSD", y, w["out"]))
     h_BSD = rms_norm(x_BSD, w["mlp_norm"], shape.norm_eps)
-    return pin(x_BSD + (jax.nn.silu(h_BSD @ w["gate"]) * (h_BSD @ w["up"])) @ w["down"])
+    gate, up = project(pin, h_BSD, w["gate"], w["up"])
+    return pin(x_BSD + (jax.nn.silu(gate) * up) @ w["down"])
 
 
 def loss_fn(params: Any, batch: Any, shape: Shape, mesh: Mesh | None = None, *, remat: bool = True) -> jax.Array:
     """Mean next-token cross entropy over the tokens that `loss_mask` weighs."""
-
-    def pin(x: jax.Array, spec: P = BATCH) -> jax.Array:
-        return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-
+    pin = partial(constrain, mesh=mesh)
     x_BSD = pin(pin(params["embedding"], P("tensor", None))[batch["tokens"]])
     body = partial(block, shape=shape, pin=pin)
     body = jax.checkpoint(body, prevent_cse=False) if remat else body

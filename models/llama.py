@@ -32,7 +32,7 @@ class Block(nnx.Module):
         """One transformer block; no auxiliary terms."""
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), ctx)
         x_BSD = x_BSD + self.mlp(self.mlp_norm(x_BSD), ctx)
-        return constrain(x_BSD, "batch", "seq", None), {}
+        return constrain(x_BSD, "batch", "seq_residual", None), {}
 
 
 class Llama(nnx.Module):
@@ -103,11 +103,11 @@ class Llama(nnx.Module):
 
     def embedder(self, batch: Batch, ctx: nn.Context) -> jax.Array:
         """Token vectors `[B, S, D]`."""
-        return self.embedding(batch["tokens"])
+        return constrain(self.embedding(batch["tokens"]), "batch", "seq_residual", None)
 
     def logits(self, x_BSD: jax.Array) -> jax.Array:
         """`[B, S, V]` of the last block's output."""
-        x_BSD = self.norm(x_BSD)
+        x_BSD = constrain(self.norm(x_BSD), "batch", "seq", None)
         return self.embedding.attend(x_BSD) if self.unembedding is None else self.unembedding(x_BSD)
 
     def head(self, x_BSD: jax.Array, batch: Batch, ctx: nn.Context) -> Loss:

@@ -22,7 +22,7 @@ class Block(nnx.Module):
 
     def __call__(self, x_BSD: jax.Array, ctx: nn.Context) -> tuple[jax.Array, dict[str, Any]]:
         """One residual block; no auxiliary terms."""
-        return constrain(x_BSD + self.mlp(self.norm(x_BSD), ctx), "batch", "seq", None), {}
+        return constrain(x_BSD + self.mlp(self.norm(x_BSD), ctx), "batch", "seq_residual", None), {}
 
 
 class MLP(nnx.Module):
@@ -46,11 +46,11 @@ class MLP(nnx.Module):
 
     def embedder(self, batch: Batch, ctx: nn.Context) -> jax.Array:
         """Token vectors `[B, S, D]`."""
-        return self.embedding(batch["tokens"])
+        return constrain(self.embedding(batch["tokens"]), "batch", "seq_residual", None)
 
     def logits(self, x_BSD: jax.Array) -> jax.Array:
         """`[B, S, V]` of the last block's output."""
-        return self.embedding.attend(self.norm(x_BSD))
+        return self.embedding.attend(constrain(self.norm(x_BSD), "batch", "seq", None))
 
     def head(self, x_BSD: jax.Array, batch: Batch, ctx: nn.Context) -> Loss:
         """Next-token cross entropy, as `(loss_sum, weight_sum, metrics)`."""

@@ -47,13 +47,16 @@ def batch_gradients(
     """Gradients of the mean loss over the global batch, the sums behind it, and the model's new state.
 
     The loss is `loss_sum / weight_sum` plus each auxiliary `sum / weight`, every quotient over the *global* batch.
-    A model that follows `nn.Model` runs in a region that is manual over `data` and `island` (and `pipe`, for a
-    pipeline): there each device group sums its own rows' gradients over the microbatches, and one reduction at the end
-    adds them up. A pipeline that gathers weights once per step makes it manual over `fsdp` too. A module with its own
-    `loss` runs outside of any manual region, so that what it does over the batch (BatchNorm) sees all of it.
+    Microbatches of a model that follows `nn.Model` run in a region that is manual over `data` and `island` (and `pipe`,
+    for a pipeline): there each device group sums its own rows' gradients over the microbatches, and one reduction at
+    the end adds them up. A pipeline that gathers weights once per step makes it manual over `fsdp` too. A batch in one
+    piece is left to XLA, which reduces each gradient where it is made, beside the rest of the backward pass. So is a
+    module with its own `loss`: what it does over the batch (BatchNorm) sees all of it.
     """
-    reduced = [axis for axis in _REDUCED if partitioner.mesh.shape[axis] > 1] if loss is None else []
     pipe = [] if model.program is None else ["pipe"]
+    whole = accumulate == 1 and not pipe
+    by_hand = loss is None and not whole
+    reduced = [axis for axis in _REDUCED if partitioner.mesh.shape[axis] > 1] if by_hand else []
     dims = jax.tree.map(lambda _: NONE, model.weights)  # that fsdp splits, as far as that is done by hand
     if gather == "step":
         dims, reduced = split_dims(model.weights, partitioner), [*reduced, "fsdp"]
@@ -92,9 +95,10 @@ def batch_gradients(
             check_vma=False,  # other axes stay Auto (research/pipeline.md, sharp edge 3)
         )
     grads, sums, new_state = run(state.params, state.model_state, batch)
-    weight = sums["loss"][1]
-    grads = jax.tree.map(lambda g, w: (g / weight.astype(g.dtype)).astype(w.dtype), grads, model.weights)
-    return grads, sums, new_state
+    if not whole:
+        weight = sums["loss"][1]
+        grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+    return jax.tree.map(lambda g, w: g.astype(w.dtype), grads, model.weights), sums, new_state
 
 
 def _accumulated(
@@ -108,7 +112,7 @@ def _accumulated(
     accumulate: int,
     total: Callable[..., Any],
 ) -> tuple[Tree, Sums, Tree]:
-    """Gradients of the summed loss over this region's rows, microbatch by microbatch."""
+    """Gradients of the summed loss over this region's rows, microbatch by microbatch; of the mean, if there is one."""
     weights = partial(_unpipelined_weights, model, loss, params, batch)
     scales = _aux_scales(weights, total) if accumulate > 1 else None  # a single batch's own forward pass tells them
 
@@ -117,6 +121,8 @@ def _accumulated(
             sums, aux, new_state = _sums(model, loss, params, model_state, batch, key, train=True)
             ratios = _ratios(sums["loss"][1], {n: w for n, (_, w) in aux.items()}, total) if scales is None else scales
             value = sums["loss"][0] + sum(s * ratios[name] for name, (s, _) in aux.items())
+            if accumulate == 1:
+                value = value / jax.lax.stop_gradient(sums["loss"][1])
             return value, (sums | aux, new_state)
 
         grads, rest = jax.grad(objective, has_aux=True)(params)

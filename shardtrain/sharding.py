@@ -33,6 +33,9 @@ DEFAULT_RULES: Rules = MappingProxyType(
         "layers": (),
         "stages": ("pipe",),
         "norm": (),
+        # The sequence between blocks; follows an override of `seq`. With `tensor` added, norms and residuals are held
+        # in parts, and a sum over `tensor` becomes a reduce-scatter and a gather (Korthikanti et al. 2022).
+        "seq_residual": ("context",),
     }
 )
 
@@ -44,6 +47,8 @@ def make_rules(overrides: Mapping[str, str | Sequence[str] | None] = MappingProx
       UserError: a mesh axis that does not exist, with the nearest that does.
     """
     table = dict(DEFAULT_RULES)
+    if "seq" in overrides:
+        overrides = {"seq_residual": overrides["seq"], **overrides}
     for name, value in overrides.items():
         table[name] = () if value is None else (value,) if isinstance(value, str) else tuple(value)
         for axis in table[name]:

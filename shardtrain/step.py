@@ -94,10 +94,14 @@ def make_train_step(
             metrics = means(sums)
             metrics["grad_norm"] = optax.tree.norm(grads)
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-            updates, opt_state = tx.update(grads, state.opt_state, state.params)
-            new = (optax.apply_updates(state.params, updates), opt_state, model_state)
+
+            def update(params: Any, opt_state: Any, _: Any) -> tuple[Any, Any, Any]:
+                updates, opt_state = tx.update(grads, opt_state, params)
+                return optax.apply_updates(params, updates), opt_state, model_state
+
+            # A branch, not a choice per element: that would keep the old moments beside the new ones until the end.
             old = (state.params, state.opt_state, state.model_state)
-            params, opt_state, model_state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+            params, opt_state, model_state = jax.lax.cond(finite, update, lambda *old: old, *old)
             skipped = state.skipped + ~finite
             in_row = jnp.where(finite, 0, state.skipped_in_row + 1)
             if lr is not None:

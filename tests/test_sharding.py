@@ -99,8 +99,10 @@ def test_rules_are_overridden_row_by_row(cube):
     other = Partitioner(cube.mesh, rules)
     assert other.spec("embed", "mlp", "seq") == P(("data", "fsdp"), None, "tensor")
     assert rules["time"] == ("context",)
-    assert {k: v for k, v in rules.items() if k not in ("mlp", "embed", "time", "seq")} == {
-        k: v for k, v in DEFAULT_RULES.items() if k not in ("mlp", "embed", "seq")
+    assert rules["seq_residual"] == ("tensor",)  # as seq, unless it is given itself
+    assert make_rules({"seq": None, "seq_residual": "tensor"})["seq_residual"] == ("tensor",)
+    assert {k: v for k, v in rules.items() if k not in ("mlp", "embed", "time", "seq", "seq_residual")} == {
+        k: v for k, v in DEFAULT_RULES.items() if k not in ("mlp", "embed", "seq", "seq_residual")
     }
     with pytest.raises(TypeError):
         rules["mlp"] = ("tensor",)  # immutable: nothing can change a run's layout from outside

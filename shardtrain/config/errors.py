@@ -49,6 +49,6 @@ class ConfigError(UserError):
         return type(self), (self.problems, self.source)
 
 
-def _short(value: Any, limit: int = 80) -> str:
+def _short(value: Any, limit: int = 200) -> str:
     text = value if isinstance(value, str) and value.isprintable() and value else repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -110,7 +110,8 @@ def check_accumulate(data: Data, mesh: MeshSizes, rules: RuleTable, optimizer: O
 
 def check_sequence(data: Data, mesh: MeshSizes, rules: RuleTable) -> Iterator[Problem]:
     """Positions of a sequence against the devices that share it."""
-    yield from _divides("data.seq_len", data.seq_len, "seq", mesh, rules)
+    found = [*_divides("data.seq_len", data.seq_len, "seq", mesh, rules)]
+    yield from found or _divides("data.seq_len", data.seq_len, "seq_residual", mesh, rules)
 
 
 def check_schedule(mesh: MeshSizes, pipeline: Pipeline) -> Iterator[Problem]:

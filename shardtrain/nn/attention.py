@@ -16,7 +16,7 @@ from shardtrain.errors import UserError
 from shardtrain.nn.attention_kernels import Implementation, attend
 from shardtrain.nn.context import Context
 from shardtrain.nn.dropout import Dropout
-from shardtrain.nn.linear import Linear
+from shardtrain.nn.linear import Linear, together
 from shardtrain.nn.norm import RMSNorm
 from shardtrain.nn.precision import Precision
 from shardtrain.nn.rope import rope_frequencies, rotate
@@ -84,9 +84,11 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BSD: jax.Array, ctx: Context) -> jax.Array:
         """`[B, S, D]` to `[B, S, D]` in the compute dtype; reads `positions` and, when there, `segment_ids`."""
-        q_BSHK = constrain(self._position(self.query(x_BSD), self.query_norm, ctx), "batch", "seq", "heads", None)
-        k_BSGK = constrain(self._position(self.key(x_BSD), self.key_norm, ctx), "batch", "seq", "kv_heads", None)
-        v_BSGK = constrain(self.value(x_BSD), "batch", "seq", "kv_heads", None)
+        x_BSD = constrain(x_BSD, "batch", "seq", None)
+        q_BSHK, k_BSGK, v_BSGK = together(x_BSD, self.query, self.key, self.value)
+        q_BSHK = constrain(self._position(q_BSHK, self.query_norm, ctx), "batch", "seq", "heads", None)
+        k_BSGK = constrain(self._position(k_BSGK, self.key_norm, ctx), "batch", "seq", "kv_heads", None)
+        v_BSGK = constrain(v_BSGK, "batch", "seq", "kv_heads", None)
         y_BSHK = attend(
             checkpoint_name(q_BSHK, "query"),
             checkpoint_name(k_BSGK, "key"),
@@ -97,7 +99,7 @@ class Attention(nnx.Module):
             implementation=self.implementation,
         )
         y_BSD = self.out(checkpoint_name(constrain(y_BSHK, "batch", "seq", "heads", None), "attn_mixed"))
-        return self.dropout(checkpoint_name(constrain(y_BSD, "batch", "seq", None), "attn_out"), ctx)
+        return self.dropout(checkpoint_name(constrain(y_BSD, "batch", "seq_residual", None), "attn_out"), ctx)
 
     def _position(self, x_BSHK: jax.Array, norm: RMSNorm | None, ctx: Context) -> jax.Array:
         x_BSHK = x_BSHK if norm is None else norm(x_BSHK)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from shardtrain.nn.linear import einsum, gathered, scattered
+from shardtrain.nn.linear import added, einsum, gathered, scattered
 from shardtrain.nn.param import param
 from shardtrain.nn.precision import Precision
 from shardtrain.sharding import constrain, pieces
@@ -55,7 +55,7 @@ def lookup(table_VD: jax.Array, tokens_BS: jax.Array, precision: Precision) -> j
     found_PBSD = jax.vmap(lambda table_VD, tokens_BS: table_VD.at[tokens_BS].get(mode="clip"))(table_PVD, local_PBS)
     here_PBS = (local_PBS >= 0) & (local_PBS < V // parts)
     found_PBSD = constrain(jnp.where(here_PBS[..., None], found_PBSD, 0), "vocab", "batch", "seq", None)
-    return found_PBSD.sum(0)
+    return added(found_PBSD)
 
 
 def _lookup_fwd(

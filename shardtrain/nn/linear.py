@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import string
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from shardtrain.nn import float8
 from shardtrain.nn.param import Initializer, Role, param
@@ -23,17 +25,31 @@ def gathered(w: jax.Array, axes: Axes, dtype: Any) -> jax.Array:
 
     Saying so makes FSDP move weights (in the narrow dtype), never activations.
     """
-    w = w.astype(dtype)
+    w, partitioner = narrowed(w, axes, dtype).astype(dtype), current()
+    return w if partitioner is None else partitioner.constrain(w, *axes, drop=_batch_axes(axes))
+
+
+def narrowed(w: jax.Array, axes: Axes, dtype: Any) -> jax.Array:
+    """The weight in the compute dtype, laid out as it is kept, where it is going to be gathered; else as it is.
+
+    Without this layout the one asked for spreads to before the cast, and XLA gathers the wide weight.
+    """
     partitioner = current()
-    if partitioner is None:
+    if partitioner is None or w.dtype == dtype:
         return w
-    return partitioner.constrain(w, *axes, drop=_batch_axes(axes))
+    split = partitioner.spec(*axes) != partitioner.spec(*axes, drop=_batch_axes(axes))
+    return partitioner.constrain(w.astype(dtype), *axes) if split else w
 
 
 def scattered(w: jax.Array, axes: Axes, dtype: Any) -> jax.Array:
     """The gradient of a weight as it is kept: in the parameter's dtype, split as the parameter is."""
     partitioner = current()
     return (w if partitioner is None else partitioner.constrain(w, *axes)).astype(dtype)
+
+
+def added(parts: jax.Array) -> jax.Array:
+    """The sum over the leading dim, which devices hold in parts, sent in its own dtype (`jnp.sum` widens bfloat16)."""
+    return jax.lax.reduce(parts, jnp.zeros((), parts.dtype), jax.lax.add, (0,))
 
 
 def _batch_axes(axes: Axes) -> tuple[str, ...]:
@@ -43,7 +59,6 @@ def _batch_axes(axes: Axes) -> tuple[str, ...]:
     return tuple(axis for axis in partitioner.rules["batch"] if axis not in own)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
 def einsum(equation: str, x: jax.Array, w: jax.Array, axes: Axes, precision: Precision) -> jax.Array:
     """`jnp.einsum(equation, x, w)` for an activation `x` and a sharded weight `w` with logical `axes`.
 
@@ -51,7 +66,69 @@ def einsum(equation: str, x: jax.Array, w: jax.Array, axes: Axes, precision: Pre
     that no gathered copy stays alive. Its gradient is made and reduced over devices in `precision.gradient`.
     Every label of the equation stands in at least two of its three terms.
     """
-    return _einsum_fwd(equation, x, w, axes, precision)[0]
+    return einsums((equation,), x, (w,), (axes,), precision)[0]
+
+
+def einsums(
+    equations: tuple[str, ...], x: jax.Array, ws: tuple[jax.Array, ...], axes: tuple[Axes, ...], precision: Precision
+) -> tuple[jax.Array, ...]:
+    """`einsum` of one `x` with several weights, whose shares of `x`'s gradient are added before devices reduce it."""
+    return _einsums(equations, x, ws, axes, precision, tuple(w.dtype for w in ws))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4, 5))
+def _einsums(
+    equations: tuple[str, ...],
+    x: jax.Array,
+    ws: tuple[jax.Array, ...],
+    axes: tuple[Axes, ...],
+    precision: Precision,
+    stored: tuple[Any, ...],
+) -> tuple[jax.Array, ...]:
+    return _einsums_fwd(equations, x, ws, axes, precision, stored)[0]
+
+
+def _einsums_fwd(
+    equations: tuple[str, ...],
+    x: jax.Array,
+    ws: tuple[jax.Array, ...],
+    axes: tuple[Axes, ...],
+    precision: Precision,
+    stored: tuple[Any, ...],
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, tuple[jax.Array, ...]]]:
+    # Spelled out: a remat policy cannot look for matmuls inside of the custom_vjp itself. The backward pass starts
+    # from the same narrow shards: only then does XLA share one gather between it and a rematerialised forward pass.
+    ws = tuple(narrowed(w, names, precision.compute) for w, names in zip(ws, axes, strict=True))
+
+    def forward(equation: str, w: jax.Array, names: Axes) -> jax.Array:
+        whole = gathered(w, names, precision.compute)
+        return _product(equation, x, whole, names, precision, precision.compute, float8.E4M3, float8.E4M3)
+
+    return tuple(map(forward, equations, ws, axes)), (x, ws)
+
+
+def _einsums_bwd(
+    equations: tuple[str, ...],
+    axes: tuple[Axes, ...],
+    precision: Precision,
+    stored: tuple[Any, ...],
+    saved: tuple[jax.Array, tuple[jax.Array, ...]],
+    dys: tuple[jax.Array, ...],
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    x, ws = saved
+    dws: list[jax.Array] = []
+    dxs: dict[Any, jax.Array] = {}
+    for equation, w, names, dy, dtype in zip(equations, ws, axes, dys, stored, strict=True):
+        inputs, out = equation.split("->")
+        x_labels, w_labels = inputs.split(",")
+        whole = gathered(w, names, precision.compute)
+        over, dx = _input_gradient(x_labels, w_labels, out, whole, names, dy, precision, parts=len(ws) > 1)
+        dxs[over] = dxs[over] + dx if over in dxs else dx
+        into_w = f"{x_labels},{out}->{w_labels}"
+        dw = _product(into_w, x, dy, names, precision, precision.gradient, float8.E4M3, float8.E5M2)
+        dws.append(scattered(dw, names, dtype))
+    dx, *others = (dx if over is None else added(dx) for over, dx in dxs.items())
+    return functools.reduce(jnp.add, others, dx), tuple(dws)
 
 
 def _product(
@@ -59,31 +136,43 @@ def _product(
 ) -> jax.Array:
     """One matmul, in float8 where the policy says so; the vocabulary's always in the compute dtype."""
     if precision.matmul == "float8" and "vocab" not in axes:
-        return float8.einsum(equation, a, b, formats, dtype)
+        return float8.einsum(equation, a, b, (formats[0], formats[1]), dtype)
     return jnp.einsum(equation, a, b, preferred_element_type=dtype)
 
 
-def _einsum_fwd(
-    equation: str, x: jax.Array, w: jax.Array, axes: Axes, precision: Precision
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    # Spelled out: a remat policy cannot look for matmuls inside of the custom_vjp itself.
-    w_whole = gathered(w, axes, precision.compute)
-    return _product(equation, x, w_whole, axes, precision, precision.compute, float8.E4M3, float8.E4M3), (x, w)
+_einsums.defvjp(_einsums_fwd, _einsums_bwd)
 
 
-def _einsum_bwd(
-    equation: str, axes: Axes, precision: Precision, saved: tuple[jax.Array, jax.Array], dy: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    x, w = saved
-    inputs, out = equation.split("->")
-    x_labels, w_labels = inputs.split(",")
-    w_whole = gathered(w, axes, precision.compute)
-    dx = _product(f"{out},{w_labels}->{x_labels}", dy, w_whole, axes, precision, x.dtype, float8.E5M2, float8.E4M3)
-    dw = _product(f"{x_labels},{out}->{w_labels}", x, dy, axes, precision, precision.gradient, float8.E4M3, float8.E5M2)
-    return dx, scattered(dw, axes, w.dtype)
+def _input_gradient(
+    x_labels: str, w_labels: str, out: str, w: jax.Array, axes: Axes, dy: jax.Array, precision: Precision, parts: bool
+) -> tuple[Any, jax.Array]:
+    """The gradient of `x`; with `parts`, each device's share of it along a leading dim, and the mesh axes of that dim.
 
+    XLA reduces each matmul's result over devices at once, also where the sum of several is wanted.
+    """
 
-einsum.defvjp(_einsum_fwd, _einsum_bwd)
+    def multiply(equation: str, dy: jax.Array, w: jax.Array) -> jax.Array:
+        return _product(equation, dy, w, axes, precision, w.dtype, float8.E5M2, float8.E4M3)
+
+    partitioner = current()
+    if parts and partitioner is not None:
+        spec = partitioner.spec(*axes, drop=_batch_axes(axes))
+        split = [i for i, over in enumerate(spec) if over and w_labels[i] not in x_labels]
+        if len(split) == 1:
+            label, name, over = w_labels[split[0]], axes[split[0]], spec[split[0]]
+            part = next(letter for letter in string.ascii_letters if letter not in w_labels + out)
+            count, inside = partitioner.pieces(str(name)), partitioner.sharding((name,)).mesh
+
+            def cut(a: jax.Array, labels: str) -> tuple[jax.Array, str]:
+                at = labels.index(label)
+                shape = (*a.shape[:at], count, a.shape[at] // count, *a.shape[at + 1 :])
+                return a.reshape(shape), labels.replace(label, part + label)
+
+            (dy, out), (w, w_labels) = cut(dy, out), cut(w, w_labels)
+            dx = multiply(f"{out},{w_labels}->{part}{x_labels}", dy, w)
+            free = [PartitionSpec.UNCONSTRAINED] * len(x_labels)
+            return over, jax.lax.with_sharding_constraint(dx, NamedSharding(inside, PartitionSpec(over, *free)))
+    return None, multiply(f"{out},{w_labels}->{x_labels}", dy, w)
 
 
 def fan_in_normal(inputs: int, scale: float = 1.0) -> Initializer:
@@ -131,9 +220,19 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply to `x`; the result has the compute dtype."""
-        x = x.astype(self.precision.compute)
-        y = einsum(self.equation, x, self.weight[...], self.axes, self.precision)
+        return together(x, self)[0]
+
+    def _biased(self, y: jax.Array) -> jax.Array:
         if self.bias is None:
             return y
         wide = at_least_float32(y.dtype)  # the bias's gradient is a sum over all tokens
         return (y.astype(wide) + self.bias[...].astype(wide)).astype(y.dtype)
+
+
+def together(x: jax.Array, *layers: Linear) -> tuple[jax.Array, ...]:
+    """`layer(x)` of each layer; layers of one precision that share their input send its gradient only once."""
+    precision = layers[0].precision
+    assert all(layer.precision == precision for layer in layers)
+    equations, axes = tuple(layer.equation for layer in layers), tuple(layer.axes for layer in layers)
+    ys = einsums(equations, x.astype(precision.compute), tuple(layer.weight[...] for layer in layers), axes, precision)
+    return tuple(layer._biased(y) for layer, y in zip(layers, ys, strict=True))

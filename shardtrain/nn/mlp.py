@@ -8,7 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from shardtrain.nn.context import Context
 from shardtrain.nn.dropout import Dropout
-from shardtrain.nn.linear import Linear
+from shardtrain.nn.linear import Linear, together
 from shardtrain.nn.precision import Precision
 from shardtrain.sharding import constrain
 
@@ -27,7 +27,8 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x_BSD: jax.Array, ctx: Context) -> jax.Array:
         """`[B, S, dim]` to `[B, S, dim]` in the compute dtype."""
-        gate_BSF, up_BSF = self.gate(x_BSD), self.up(x_BSD)
+        x_BSD = constrain(x_BSD, "batch", "seq", None)
+        gate_BSF, up_BSF = together(x_BSD, self.gate, self.up)
         gate_BSF, up_BSF = checkpoint_name(gate_BSF, "mlp_gate"), checkpoint_name(up_BSF, "mlp_up")
         hidden_BSF = constrain(jax.nn.silu(gate_BSF) * up_BSF, "batch", "seq", "mlp")
-        return self.dropout(constrain(self.down(hidden_BSF), "batch", "seq", None), ctx)
+        return self.dropout(constrain(self.down(hidden_BSF), "batch", "seq_residual", None), ctx)

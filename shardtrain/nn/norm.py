@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,6 +11,8 @@ from flax import nnx
 from shardtrain.nn.param import param
 from shardtrain.nn.precision import Precision
 
+#: For the backward pass a norm keeps its input as it came, and nothing in float32.
+_recomputed = partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.nothing_saveable)
 _ONES, _ZEROS = jax.nn.initializers.ones, jax.nn.initializers.zeros
 
 
@@ -21,9 +25,13 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalise `x` `[..., dim]`; the result has the compute dtype."""
-        x = x.astype(self.precision.softmax)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        return (x * self.scale[...].astype(x.dtype)).astype(self.precision.compute)
+
+        def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+            x = x.astype(self.precision.softmax)
+            x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+            return (x * scale.astype(x.dtype)).astype(self.precision.compute)
+
+        return _recomputed(norm)(x, self.scale[...])
 
 
 class LayerNorm(nnx.Module):
@@ -36,8 +44,11 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalise `x` `[..., dim]`; the result has the compute dtype."""
-        x = x.astype(self.precision.softmax)
-        x = x - jnp.mean(x, axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        x = x * self.scale[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
-        return x.astype(self.precision.compute)
+
+        def norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+            x = x.astype(self.precision.softmax)
+            x = x - jnp.mean(x, axis=-1, keepdims=True)
+            x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+            return (x * scale.astype(x.dtype) + bias.astype(x.dtype)).astype(self.precision.compute)
+
+        return _recomputed(norm)(x, self.scale[...], self.bias[...])

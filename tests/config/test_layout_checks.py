@@ -77,6 +77,8 @@ def test_slow_networks(base, problems):
          "data.global_batch", 2, "data 2 x fsdp 2 = 4", "data.global_batch=4"),
         (["optimizer.accumulate=3"], "optimizer.accumulate", 3, "16 / 4 (fsdp 4) = 4 rows", "[1, 2, 4]"),
         (["mesh={context: 8}", "data.seq_len=100"], "data.seq_len", 100, "'seq' over context 8", "96 or 104"),
+        (["data.seq_len=101", "rules.seq_residual=[context, tensor]"],
+         "data.seq_len", 101, "'seq_residual' over tensor 2", "100 or 102"),
         (["mesh={fsdp: 2, tensor: 4}", "rules={heads: fsdp, kv_heads: [fsdp, tensor]}"],
          "model.n_kv_heads", 2, "fsdp 2 x tensor 4 = 8", "model.n_kv_heads=8"),
     ],
