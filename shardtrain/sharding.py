@@ -33,8 +33,8 @@ DEFAULT_RULES: Rules = MappingProxyType(
         "layers": (),
         "stages": ("pipe",),
         "norm": (),
-        # The sequence between blocks; follows an override of `seq`. With `tensor` added, norms and residuals are held in
-        # parts, and a sum over `tensor` becomes a reduce-scatter and a gather (Korthikanti et al. 2022).
+        # The sequence between blocks; follows an override of `seq`. With `tensor` added, norms and residuals are held
+        # in parts, and a sum over `tensor` becomes a reduce-scatter and a gather (Korthikanti et al. 2022).
         "seq_residual": ("context",),
     }
 )
