@@ -47,11 +47,11 @@ def batch_gradients(
     """Gradients of the mean loss over the global batch, the sums behind it, and the model's new state.
 
     The loss is `loss_sum / weight_sum` plus each auxiliary `sum / weight`, every quotient over the *global* batch.
-    Microbatches of a model that follows `nn.Model` run in a region that is manual over `data` and `island` (and `pipe`,
-    for a pipeline): there each device group sums its own rows' gradients over the microbatches, and one reduction at
-    the end adds them up. A pipeline that gathers weights once per step makes it manual over `fsdp` too. A batch in one
-    piece is left to XLA, which reduces each gradient where it is made, beside the rest of the backward pass. So is a
-    module with its own `loss`: what it does over the batch (BatchNorm) sees all of it.
+    Microbatches run in a region that is manual over `data` and `island` (and `pipe`, for a pipeline): there each device
+    group sums its own rows' gradients, and one reduction at the end adds them up. A pipeline that gathers weights once
+    per step makes it manual over `fsdp` too. A batch in one piece is left to XLA, which reduces each gradient where it is
+    made, beside the rest of the backward pass. So is a module with its own `loss`: what it does over the batch
+    (BatchNorm) sees all of it.
     """
     pipe = [] if model.program is None else ["pipe"]
     whole = accumulate == 1 and not pipe
@@ -96,8 +96,7 @@ def batch_gradients(
         )
     grads, sums, new_state = run(state.params, state.model_state, batch)
     if not whole:
-        weight = sums["loss"][1]
-        grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+        grads = jax.tree.map(lambda g: g / sums["loss"][1].astype(g.dtype), grads)
     return jax.tree.map(lambda g, w: g.astype(w.dtype), grads, model.weights), sums, new_state
 
 
