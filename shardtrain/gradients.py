@@ -49,8 +49,8 @@ def batch_gradients(
     The loss is `loss_sum / weight_sum` plus each auxiliary `sum / weight`, every quotient over the *global* batch.
     Microbatches run in a region that is manual over `data` and `island` (and `pipe`, for a pipeline): there each device
     group sums its own rows' gradients, and one reduction at the end adds them up. A pipeline that gathers weights once
-    per step makes it manual over `fsdp` too. A batch in one piece is left to XLA, which reduces each gradient where it is
-    made, beside the rest of the backward pass. So is a module with its own `loss`: what it does over the batch
+    per step makes it manual over `fsdp` too. A batch in one piece is left to XLA, which reduces each gradient where it
+    is made, beside the rest of the backward pass. So is a module with its own `loss`: what it does over the batch
     (BatchNorm) sees all of it.
     """
     pipe = [] if model.program is None else ["pipe"]
