@@ -80,15 +80,19 @@ def test_a_permute_within_a_stage_is_refused_before_the_first_step():
 def test_collectives_that_join_ranks_are_refused():
     mesh = jax.make_mesh((2, 2), ("pipe", "tensor"), (jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:4])
 
-    def program(axis: str) -> str:
+    def program(axis: str, ticks: int = 3) -> str:
+        def tick(x, _):
+            return jax.lax.cond(x.sum() > 0, lambda: jax.lax.psum(x, axis), lambda: x), None
+
         def body(x):
-            return jax.lax.cond(x.sum() > 0, lambda: jax.lax.psum(x, axis), lambda: x)
+            return jax.lax.scan(tick, x, length=ticks)[0] if ticks else tick(x, None)[0]
 
         spec = jax.sharding.PartitionSpec("pipe", "tensor")
         mapped = jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
         return jax.jit(mapped).lower(jnp.ones((2, 2))).compile().as_text()
 
     check_branches(program("tensor"), mesh)
+    check_branches(program("pipe", ticks=0), mesh)  # no loop over ticks: a branch that all take
     with pytest.raises(UserError, match=r"1 collectives lie in branches .* an? all-reduce of f32\[1,1\] over pipe"):
         check_branches(program("pipe"), mesh)
     with pytest.raises(UserError, match="cannot be shown to be safe"):
@@ -96,7 +100,8 @@ def test_collectives_that_join_ranks_are_refused():
 
 
 def test_a_skipping_step_compiles_once_and_trains_as_one_that_computes(caplog):
-    place, tx = tiny.partitioner(pipe=2), optax.sgd(0.1)
+    place = tiny.partitioner(pipe=2)
+    tx = optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.1))  # a norm over all ranks, in the guard's branch
     losses: dict[str, list[float]] = {"compute": [], "skip": []}
     with caplog.at_level(logging.WARNING), jax.log_compiles():
         for idle, values in losses.items():
