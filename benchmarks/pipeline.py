@@ -44,7 +44,7 @@ from jax.sharding import NamedSharding
 import floor
 import roll
 import sleeping
-from overhead import copied, random_batch
+from programs import random_batch
 from shardtrain import MeshSpec, ModelDef, Partitioner, init_state, make_train_step, optimizer
 from shardtrain.hlo import collectives
 from shardtrain.hlo.text import leaves, parse
@@ -186,7 +186,7 @@ def against_floor(shape: floor.Shape, length: int, cases: Any, idles: Any, *, pa
 
         return step
 
-    steps = {"hand-written": by_hand(state), "hand-written again": by_hand(copied(state))}
+    steps = {"hand-written": by_hand(state), "hand-written again": by_hand(jax.tree.map(lambda a: a.copy(), state))}
     work = dict.fromkeys(steps, flops(theirs.as_text()))
     for name, microbatches, backward, idle in ((*case, idle) for idle in idles for case in cases):
         model = llama(shape, schedules.make(name, RANKS, microbatches), backward, idle)

@@ -23,7 +23,7 @@ import numpy as np
 from pipeline import flops, interleaved, stepper
 
 import floor
-from overhead import random_batch
+from programs import random_batch
 from shardtrain import MeshSpec, ModelDef, Partitioner, init_state, make_train_step, optimizer
 from shardtrain.models.llama import Llama
 
