@@ -15,9 +15,10 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from shardtrain.nn import Context
-from shardtrain.parallel.pipeline import Cut, pipeline_gradients
+from shardtrain.parallel.pipeline import pipeline_gradients
 from shardtrain.parallel.schedules import Costs, Schedule, allocate
 from shardtrain.parallel.stages import layer_table
+from shardtrain.parallel.work import Cut, Work
 
 
 def costs(backward: str, seconds: float) -> Costs:
@@ -44,7 +45,7 @@ def step(schedule: Schedule, backward: str, seconds: float, devices: list[jax.De
     def gradients(weights: jax.Array, batch_M: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         layers = layer_table(schedule, schedule.stages)
         keep = lambda stacked, shared: (stacked, shared)  # noqa: E731
-        dweights, _, sums = pipeline_gradients(program, layers, cut, weights, {}, batch_M, Context(batch_M), {}, keep)
+        dweights, _, sums = pipeline_gradients(program, layers, Work(cut, weights, {}, Context(batch_M)), batch_M, keep)
         return dweights, sums["loss"][0]
 
     stages, whole = PartitionSpec(None, "pipe"), PartitionSpec()

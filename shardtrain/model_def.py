@@ -16,9 +16,9 @@ from shardtrain.layout import Layout, dotted
 from shardtrain.nn.param import describe
 from shardtrain.nn.remat import rematerialized
 from shardtrain.nn.stack import Stack
-from shardtrain.parallel.pipeline import Cut
 from shardtrain.parallel.schedules import Program, Schedule, allocate, check_trains
 from shardtrain.parallel.stages import layer_table
+from shardtrain.parallel.work import Cut
 
 Backward = Literal["remat", "save"]
 Idle = Literal["compute", "skip"]

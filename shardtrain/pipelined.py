@@ -1,7 +1,8 @@
-"""Forward passes through a pipeline, without gradients: each rank applies its own layers, whatever it is for."""
+"""A batch through a pipeline, for gradients, sums or rows: each rank applies its own layers, whatever it is for."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,16 +10,51 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from shardtrain.gradients import Sums, microbatches
-from shardtrain.model_def import ModelDef, Tree, split_layers
+from shardtrain.model_def import ModelDef, Tree, join_layers, split_layers
 from shardtrain.nn.context import Context
 from shardtrain.nn.model import Batch
 from shardtrain.parallel.forward import Result
 from shardtrain.parallel.gather import NONE, entry_spec
-from shardtrain.parallel.pipeline import pipeline_forward
+from shardtrain.parallel.pipeline import pipeline_forward, pipeline_gradients
 from shardtrain.parallel.schedules import allocate, forward
 from shardtrain.parallel.stages import pin
+from shardtrain.parallel.work import Work
 from shardtrain.sharding import Partitioner
+from shardtrain.sums import Sums, Total, aux_scales, kept, microbatches, row_axes
+
+
+def pipelined_gradients(
+    model: ModelDef, params: Tree, batch: Batch, key: jax.Array, partitioner: Partitioner, total: Total
+) -> tuple[Tree, Sums]:
+    """Gradients of the summed loss over this region's rows, and the sums behind it.
+
+    To be called within a region manual over `pipe`, where `params` holds this rank's layers and, like them, the
+    gradients of all others are this rank's share.
+    """
+    assert model.program is not None
+    assert model.layers_CRk is not None
+    work = _work(model, params, batch, partitioner, Context(inputs=batch, key=key, train=True))
+
+    def weights() -> tuple[jax.Array, dict[str, jax.Array]]:
+        # All layers are alike, so one stands for all of them.
+        cut, shared, ctx = work.cut, work.shared, work.ctx
+        x, aux = cut.block(jax.tree.map(lambda a: a[0, 0], work.stacked), cut.embed(shared, batch, ctx), ctx)
+        return cut.head(shared, x, batch, ctx)[1], {name: w * model.layout.n_layers for name, (_, w) in aux.items()}
+
+    weights_stacked, weights_shared = split_layers(model.weights)
+    of_rank = jax.tree.map(lambda w: dataclasses.replace(w, axes=(w.axes[0], *w.axes[2:])), weights_stacked)
+
+    def keep(stacked: Tree, shared: Tree) -> tuple[Tree, Tree]:
+        return kept(stacked, of_rank, partitioner), kept(shared, weights_shared, partitioner)
+
+    dstacked, dshared, sums = pipeline_gradients(
+        model.program,
+        model.layers_CRk,
+        dataclasses.replace(work, aux_scales=aux_scales(weights, total)),
+        microbatches(batch, model.program.schedule.microbatches),
+        keep,
+    )
+    return join_layers(jax.tree.map(lambda g: g[:, None], dstacked), dshared), sums
 
 
 def pipelined_sums(model: ModelDef, params: Tree, batch: Batch, partitioner: Partitioner) -> Sums:
@@ -72,22 +108,14 @@ def _through(
     for name, a in batch.items():
         partitioner.sharding(("batch", *[None] * (a.ndim - 1)), a.shape, f"batch[{name!r}]")  # checks the rows
     skip = whole and model.idle == "skip"  # generation does not check its program, so its idle ranks compute
-    by_hand = tuple(axis for axis in ("island", "data") if partitioner.mesh.shape[axis] > 1)  # as in training
+    by_hand = row_axes(partitioner)
 
     def local(params: Tree, batch: Batch) -> tuple[Any, Any]:
         rows = jax.tree.leaves(batch)[0].shape[0] // partitioner.pieces("batch")
         count = next(m for m in range(min(most, rows), 0, -1) if rows % m == 0)
-        stacked, shared = split_layers(params)
+        work = dataclasses.replace(_work(model, params, batch, partitioner, Context(inputs=batch)), skip=skip)
         found = pipeline_forward(
-            allocate(forward(schedule, count)),
-            layers_CRk,
-            model.cut(pin(partitioner, batch)),
-            jax.tree.map(lambda a: a[:, 0], stacked),  # [chunks, 1, k, ...]: the only rank here is this one
-            shared,
-            microbatches(batch, count),
-            Context(inputs=batch),
-            result,
-            skip=skip,
+            allocate(forward(schedule, count)), layers_CRk, work, microbatches(batch, count), result
         )
         return jax.lax.psum(found, by_hand) if by_hand and whole else found
 
@@ -100,3 +128,10 @@ def _through(
         axis_names={"pipe", *by_hand},
         check_vma=False,  # other axes stay Auto (research/pipeline.md, sharp edge 3)
     )(params, batch)
+
+
+def _work(model: ModelDef, params: Tree, batch: Batch, partitioner: Partitioner, ctx: Context) -> Work:
+    """What this rank does."""
+    stacked, shared = split_layers(params)
+    mine = jax.tree.map(lambda a: a[:, 0], stacked)  # [chunks, 1, k, ...]: the only rank here is this one
+    return Work(model.cut(pin(partitioner, batch)), mine, shared, ctx, skip=model.idle == "skip")

@@ -11,15 +11,16 @@ import jax.numpy as jnp
 import optax
 
 from shardtrain.errors import UserError
-from shardtrain.gradients import LossFunction, Sums, batch_gradients, batch_sums
+from shardtrain.gradients import batch_gradients
 from shardtrain.model_def import ModelDef
 from shardtrain.nn.model import Batch
 from shardtrain.parallel.gather import Gather, split_dims
 from shardtrain.parallel.schedules import bubble_warning
-from shardtrain.parallel.skipping import CheckedStep
+from shardtrain.parallel.skipping import AGREED, CheckedStep
 from shardtrain.pipelined import pipelined_sums
 from shardtrain.sharding import Partitioner, use
 from shardtrain.state import TrainState, abstract_state
+from shardtrain.sums import LossFunction, Sums, batch_sums
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +50,8 @@ def make_train_step(
     Args:
       loss: `(module, batch, ctx) -> (loss_sum, weight_sum, metrics)` for a module that does not follow `nn.Model`.
       accumulate: microbatches per step; microbatch m is the rows `m::accumulate`. The result is that of the full batch.
-      reduce_dtype: dtype in which gradients cross the `data` and `island` axes; they are accumulated in float32.
+      reduce_dtype: dtype in which gradients that were accumulated, in float32, cross the `data` and `island` axes.
+        Without microbatches each crosses where it is made, in the model's own `Precision.reduce`.
       lr: the schedule, to report.
       gather: of a pipeline, whether the weights that fsdp splits are gathered in each tick, or once per `step`.
       compiler_options: for XLA; `shardtrain.xla.compiler_options` checks and completes them.
@@ -101,7 +103,8 @@ def make_train_step(
 
             # A branch, not a choice per element: that would keep the old moments beside the new ones until the end.
             old = (state.params, state.opt_state, state.model_state)
-            params, opt_state, model_state = jax.lax.cond(finite, update, lambda *old: old, *old)
+            with jax.named_scope(AGREED):
+                params, opt_state, model_state = jax.lax.cond(finite, update, lambda *old: old, *old)
             skipped = state.skipped + ~finite
             in_row = jnp.where(finite, 0, state.skipped_in_row + 1)
             if lr is not None:

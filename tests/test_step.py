@@ -12,13 +12,14 @@ from flax import nnx
 import tiny
 from shardtrain import nn
 from shardtrain.errors import UserError
-from shardtrain.gradients import batch_gradients, microbatches
+from shardtrain.gradients import batch_gradients
 from shardtrain.model_def import ModelDef
 from shardtrain.optim import optimizer
 from shardtrain.parallel.slots import microbatch
 from shardtrain.sharding import use
 from shardtrain.state import init_state
 from shardtrain.step import evaluate, make_eval_step, make_train_step
+from shardtrain.sums import microbatches
 
 
 def test_microbatch_m_is_the_rows_m_mod_count():

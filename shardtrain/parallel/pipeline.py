@@ -25,16 +25,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from shardtrain.nn.context import Context
 from shardtrain.nn.model import Batch
 from shardtrain.nn.stack import Aux
 from shardtrain.parallel.backward import Phase, Row, State, backward_mode
 from shardtrain.parallel.forward import Result, finished, forward_only
 from shardtrain.parallel.schedules import Program, Segment
 from shardtrain.parallel.slots import buffer, microbatch, select, write, zeros_like
-from shardtrain.parallel.work import Cut, Visit, Work
-
-__all__ = ["Cut", "pipeline_forward", "pipeline_gradients"]
+from shardtrain.parallel.work import Visit, Work
 
 _AXIS = "pipe"
 Tree = Any
@@ -44,15 +41,9 @@ Edges = tuple[tuple[int, int], ...]
 def pipeline_gradients(
     program: Program,
     layers_CRk: np.ndarray,
-    cut: Cut,
-    stacked: Tree,
-    shared: Tree,
+    work: Work,
     batch_M: Batch,
-    ctx: Context,
-    aux_scales: Mapping[str, jax.Array],
     keep: Callable[[Tree, Tree], tuple[Tree, Tree]],
-    *,
-    skip: bool = False,
 ) -> tuple[Tree, Tree, dict[str, tuple[jax.Array, jax.Array]]]:
     """Gradients of the summed loss over all microbatches, and the sums behind it; within a region manual over `pipe`.
 
@@ -60,28 +51,23 @@ def pipeline_gradients(
       program: schedule and buffers, and thereby the backward mode (see `backward.py`): `split` if it has a phase W,
         `save` if it was allocated with `save_residuals`, else `remat`.
       layers_CRk: from `layer_table`.
-      stacked: this rank's layers, `[C, k, ...]` each.
-      shared: all other parameters, the same on all ranks.
+      work: the model's parts, this rank's parameters, and whether idle ranks skip.
       batch_M: microbatches, `[B / M, M, ...]` each.
-      ctx: with key and train; layer and inputs are set here.
-      aux_scales: what one unit of each auxiliary sum counts beside one of the loss sum.
-      keep: pins the layout and dtype of gradients of (stacked, shared).
-      skip: whether idle ranks skip their work.
+      keep: pins the layout and dtype of gradients of (`work.stacked`, `work.shared`).
 
     Returns:
-      This rank's gradients of `stacked` and of `shared`, and `{name: (sum, weight)}` (all ranks').
+      This rank's gradients of `work.stacked` and of `work.shared`, and `{name: (sum, weight)}` (all ranks').
     """
     visit = _visits(program, layers_CRk, batch_M)
-    work = Work(cut, stacked, shared, ctx, aux_scales, skip=skip)
     some = visit(jnp.int32(0))
     x = jax.eval_shape(work.embed, some)
     zeros = zeros_like(x)
-    totals = {"sums": _zero_sums(work, zeros, some), "dshared": jax.tree.map(_wide_zeros, shared)}
+    totals = {"sums": _zero_sums(work, zeros, some), "dshared": jax.tree.map(_wide_zeros, work.shared)}
     mode = backward_mode(program)(work, some)
 
     def pinned(state: State) -> State:
         dstacked, dshared = keep(state["dstacked"], state["dshared"])
-        x, g = (jax.vmap(cut.pin)(state[kind]) for kind in "xg")
+        x, g = (jax.vmap(work.cut.pin)(state[kind]) for kind in "xg")
         return state | {"x": x, "g": g, "dstacked": dstacked, "dshared": dshared}
 
     like = {"x": x, "g": x, **mode.kept}
@@ -89,7 +75,7 @@ def pipeline_gradients(
         **{kind: buffer(tree, program.slots[kind]) for kind, tree in like.items()},
         "y": zeros,
         "dx": zeros,
-        "dstacked": jax.tree.map(_wide_zeros, stacked),
+        "dstacked": jax.tree.map(_wide_zeros, work.stacked),
         **totals,
     }
     state = _run(program, work, visit, mode.phases, pinned, state)
@@ -97,16 +83,7 @@ def pipeline_gradients(
 
 
 def pipeline_forward(
-    program: Program,
-    layers_CRk: np.ndarray,
-    cut: Cut,
-    stacked: Tree,
-    shared: Tree,
-    batch_M: Batch,
-    ctx: Context,
-    result: Result,
-    *,
-    skip: bool = False,
+    program: Program, layers_CRk: np.ndarray, work: Work, batch_M: Batch, result: Result
 ) -> tuple[Tree, Aux]:
     """Forward passes alone: what `result` makes of the last block's outputs, and the auxiliary terms.
 
@@ -117,10 +94,9 @@ def pipeline_forward(
       result: `(shared, y, batch, ctx) -> pytree of arrays`, of one microbatch.
     """
     visit = _visits(program, layers_CRk, batch_M)
-    work = Work(cut, stacked, shared, ctx, {}, skip=skip)
 
     def pinned(state: State) -> State:
-        return state | {"x": jax.vmap(cut.pin)(state["x"])}
+        return state | {"x": jax.vmap(work.cut.pin)(state["x"])}
 
     some = visit(jnp.int32(0))
     x = jax.eval_shape(work.embed, some)

@@ -3,9 +3,10 @@
 Ranks of a pipeline that skip take other branches than the rest. A collective waits for all members of its group, and a
 permute for everybody who is in it, so one inside of such a branch may only join devices of the same rank; and no
 permute, which on some backends waits for all devices, whoever sends. Otherwise the program hangs, or takes what another
-branch has sent for its own. (All ranks agree on branches outside of the loop over ticks, such as the guard of the
-update.) Stages hold no such collective in themselves, but the partitioner may add one: to move a tensor to another
-layout, or for a sequence that is split over `context`. So the compiled program is what is asked.
+branch has sent for its own. Stages hold no such collective in themselves, but the partitioner may add one: to move a
+tensor to another layout, or for a sequence that is split over `context`. So the compiled program is what is asked.
+
+Branches that all ranks take alike are made in the scope `AGREED`, and may hold any collective.
 """
 
 from __future__ import annotations
@@ -19,17 +20,20 @@ from jax.sharding import Mesh
 from shardtrain.errors import UserError
 from shardtrain.hlo import UnknownHLOError, collectives
 
+#: The `jax.named_scope` of a branch on what all devices know, such as whether the loss is finite.
+AGREED = "agreed"
+
 
 def check_branches(text: str, mesh: Mesh) -> None:
     """Refuse a compiled program (its `as_text()`) in which ranks of `pipe` that take different branches could meet.
 
     Raises:
       UserError: there is a collective-permute, or a collective whose groups join ranks of `pipe`, inside a conditional
-        of a loop; names one. Or the program holds what our parser does not know, so nothing can be said.
+        that is not `AGREED`; names one. Or the program holds what our parser does not know, so nothing can be said.
     """
     fix = "set pipeline.idle to compute (ModelDef(idle='compute')), or take the mesh axis that needs it out of the mesh"
     try:
-        inside = [c for c in collectives(text, mesh) if c.conditional and c.loops]
+        inside = [c for c in collectives(text, mesh) if c.conditional and f"/{AGREED}/cond/" not in c.op_name]
     except UnknownHLOError as error:
         raise UserError(f"pipeline.idle skip cannot be shown to be safe in this program ({error}); {fix}") from error
     wrong = [c for c in inside if c.kind == "collective-permute" or "pipe" in c.axes]

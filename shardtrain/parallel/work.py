@@ -77,17 +77,17 @@ class Work:
     Attributes:
       cut: the model.
       stacked: this rank's layers, `[C, k, ...]` each.
-      shared: all other parameters.
-      ctx: with key and train.
-      aux_scales: what one unit of each auxiliary sum counts beside one of the loss sum.
-      skip: whether what is not wanted is not computed.
+      shared: all other parameters, the same on all ranks.
+      ctx: with key and train; layer and inputs are set here.
+      aux_scales: what one unit of each auxiliary sum counts beside one of the loss sum; {} where nothing goes backward.
+      skip: whether what is not wanted, such as what an idle rank does, is not computed.
     """
 
     cut: Cut
     stacked: Tree
     shared: Tree
     ctx: Context
-    aux_scales: Mapping[str, jax.Array]
+    aux_scales: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
     skip: bool = False
 
     def when(self, on: jax.Array | np.bool_, compute: Callable[[], Tree], otherwise: Tree) -> Tree:

@@ -14,7 +14,6 @@ import tiny
 from helpers import equations
 from shardtrain.errors import UserError
 from shardtrain.generate import _next_token, generate
-from shardtrain.gradients import batch_sums
 from shardtrain.hlo import collectives
 from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
@@ -23,6 +22,7 @@ from shardtrain.parallel import schedules
 from shardtrain.sharding import use
 from shardtrain.state import abstract_state, init_state
 from shardtrain.step import make_eval_step
+from shardtrain.sums import batch_sums
 
 
 def sizes_of(words):

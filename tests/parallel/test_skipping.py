@@ -19,7 +19,7 @@ from shardtrain.hlo import collectives
 from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
 from shardtrain.parallel import schedules
-from shardtrain.parallel.skipping import check_branches
+from shardtrain.parallel.skipping import AGREED, check_branches
 from shardtrain.sharding import constrain
 from shardtrain.state import abstract_state, init_state
 from shardtrain.step import make_train_step
@@ -80,19 +80,17 @@ def test_a_permute_within_a_stage_is_refused_before_the_first_step():
 def test_collectives_that_join_ranks_are_refused():
     mesh = jax.make_mesh((2, 2), ("pipe", "tensor"), (jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:4])
 
-    def program(axis: str, ticks: int = 3) -> str:
-        def tick(x, _):
-            return jax.lax.cond(x.sum() > 0, lambda: jax.lax.psum(x, axis), lambda: x), None
-
+    def program(axis: str, scope: str = "stage") -> str:
         def body(x):
-            return jax.lax.scan(tick, x, length=ticks)[0] if ticks else tick(x, None)[0]
+            with jax.named_scope(scope):
+                return jax.lax.cond(x.sum() > 0, lambda: jax.lax.psum(x, axis), lambda: x)
 
         spec = jax.sharding.PartitionSpec("pipe", "tensor")
         mapped = jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
         return jax.jit(mapped).lower(jnp.ones((2, 2))).compile().as_text()
 
     check_branches(program("tensor"), mesh)
-    check_branches(program("pipe", ticks=0), mesh)  # no loop over ticks: a branch that all take
+    check_branches(program("pipe", scope=AGREED), mesh)
     with pytest.raises(UserError, match=r"1 collectives lie in branches .* an? all-reduce of f32\[1,1\] over pipe"):
         check_branches(program("pipe"), mesh)
     with pytest.raises(UserError, match="cannot be shown to be safe"):
