@@ -47,6 +47,7 @@ ROOMS = [
     "plan",
     "interop",
     "cli_schedule",
+    "cli_checkpoint",
     "cli",
     "__main__",
 ]
