@@ -41,6 +41,7 @@ ROOMS = [
     "trainer",
     "config",
     "job",
+    "run_data",
     "run",
     "signals",
     "processes",
