@@ -13,6 +13,7 @@ import jax
 
 from shardtrain.checkpoint import Checkpointer, RunLock, load_weights, read_extra
 from shardtrain.checkpoint.agree import on_process_zero
+from shardtrain.closing import close_all
 from shardtrain.compile_cache import use_cache
 from shardtrain.config import RunConfig, check_same_run
 from shardtrain.data import Loader, Source, Tokenizer
@@ -145,21 +146,21 @@ class Trainer(Loop):
                     plot_loss(self.directory)
             if not self.stopped_early and (self.step > before or not (self.directory / "sample.txt").exists()):
                 self._write_sample()
-            return state
-        finally:
-            self.close()
+        except BaseException as error:
+            close_all(self.close, after=error)
+            raise
+        self.close()
+        return state
 
     def close(self) -> None:
         """End threads, wait for the save under way, give the run directory free; `fit` does so by itself."""
-        self.batches.close()
-        try:
-            assert self.checkpointer is not None
-            self.checkpointer.close()
-        finally:
-            if self.log is not None:
-                self.log.close()
-            if self._lock is not None:
-                self._lock.release()
+        assert self.checkpointer is not None
+        closers: list[Callable[[], None]] = [self.batches.close, self.checkpointer.close]
+        if self.log is not None:
+            closers.append(self.log.close)
+        if self._lock is not None:
+            closers.append(self._lock.release)
+        close_all(*closers)
 
     def sample(self, prompt: str | None = None) -> tuple[str, str] | None:
         """`(prompt, continuation)` by the present weights; `None` where the data or the model knows no text.
