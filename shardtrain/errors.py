@@ -26,5 +26,7 @@ _SYNONYMS = {"gpu": "cuda"}
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A fix for a name that does not exist: the nearest that does, or all of them."""
     known = [each for each in known if not each.startswith("_")]
+    if not known:
+        return "there is none to choose from"
     near = nearest(_SYNONYMS.get(name.lower(), name), known)
     return f"did you mean {near}?" if near else f"use one of {', '.join(known[:20])}"

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,16 @@ import jax
 
 from shardtrain.checkpoint import Checkpointer, RunLock, load_weights, read_extra
 from shardtrain.checkpoint.agree import on_process_zero
+from shardtrain.closing import close_all
 from shardtrain.compile_cache import use_cache
 from shardtrain.config import RunConfig, check_same_run
-from shardtrain.data import Batch, Loader, Source, Tokenizer, open_source, split
+from shardtrain.data import Loader, Source, Tokenizer
 from shardtrain.errors import UserError
 from shardtrain.files import write_text
 from shardtrain.generate import generate
 from shardtrain.job import Job, build
 from shardtrain.metrics import MetricsLog, plot_loss
+from shardtrain.run_data import eval_batches, open_data
 from shardtrain.trainer import Callback, Loop
 
 _log = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ class Trainer(Loop):
             if latest is not None and not allow_changes:
                 stored = read_extra(checkpointer.directory, latest)["config"]
                 check_same_run(stored, config, str(directory))
-            source, held_out, tokenizer = _open_data(config, directory)
+            source, held_out, tokenizer = open_data(config, directory)
             restored = (
                 None
                 if latest is None
@@ -113,7 +114,7 @@ class Trainer(Loop):
                 checkpoint_every=config.checkpoint.every,
                 extra={"config": config.to_dict(), "mesh": dict(job.partitioner.mesh.shape)},
                 eval_step=job.eval_step(),
-                eval_batches=None if held_out is None else lambda: _eval_batches(held_out, config, sharding),
+                eval_batches=None if held_out is None else lambda: eval_batches(held_out, config, sharding),
                 eval_every=config.eval.every,
                 log=log,
                 log_every=config.log.every,
@@ -145,21 +146,21 @@ class Trainer(Loop):
                     plot_loss(self.directory)
             if not self.stopped_early and (self.step > before or not (self.directory / "sample.txt").exists()):
                 self._write_sample()
-            return state
-        finally:
-            self.close()
+        except BaseException as error:
+            close_all(self.close, after=error)
+            raise
+        self.close()
+        return state
 
     def close(self) -> None:
         """End threads, wait for the save under way, give the run directory free; `fit` does so by itself."""
-        self.batches.close()
-        try:
-            assert self.checkpointer is not None
-            self.checkpointer.close()
-        finally:
-            if self.log is not None:
-                self.log.close()
-            if self._lock is not None:
-                self._lock.release()
+        assert self.checkpointer is not None
+        closers: list[Callable[[], None]] = [self.batches.close, self.checkpointer.close]
+        if self.log is not None:
+            closers.append(self.log.close)
+        if self._lock is not None:
+            closers.append(self._lock.release)
+        close_all(*closers)
 
     def sample(self, prompt: str | None = None) -> tuple[str, str] | None:
         """`(prompt, continuation)` by the present weights; `None` where the data or the model knows no text.
@@ -207,41 +208,6 @@ def _open_log(directory: Path, config: RunConfig, step: int) -> MetricsLog:
     log.truncate(step)
     write_text(directory / "config.yaml", config.to_yaml())
     return log
-
-
-def _open_data(config: RunConfig, directory: Path) -> tuple[Source, Source | None, Tokenizer | None]:
-    data = config.data
-
-    def open_it(write: bool) -> tuple[Source, Tokenizer | None]:
-        return open_source(
-            data.type,
-            seq_len=data.seq_len,
-            vocab_size=config.model.options["vocab_size"],
-            seed=config.run.seed,
-            path=data.path,
-            tokenizer=data.tokenizer,
-            tokenizer_vocab=data.vocab_size,
-            directory=directory / "data",
-            write=write,
-        )
-
-    source, tokenizer = on_process_zero(lambda: open_it(write=True)) or open_it(write=False)
-    if data.held_out == 0:
-        return source, None, tokenizer
-    source, held_out = split(source, data.held_out)
-    if len(held_out) < data.global_batch:
-        raise UserError(
-            f"data.held_out {data.held_out} leaves {len(held_out)} rows for evaluation, fewer than one global batch of "
-            f"{data.global_batch}; use more data, a larger fraction, or 0 for no evaluation"
-        )
-    return source, held_out, tokenizer
-
-
-def _eval_batches(source: Source, config: RunConfig, sharding: Any) -> Iterator[Batch]:
-    size = config.data.global_batch
-    count = min(config.eval.batches, len(source) // size)  # at most once over the held-out rows
-    with Loader(source, global_batch=size, seed=0, sharding=sharding, shuffle=False) as loader:
-        yield from itertools.islice(loader, count)
 
 
 def _with_weights_of(path: str, state: Any, job: Job) -> Any:

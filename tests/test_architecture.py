@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 #: Rooms from the ground up. A file imports only rooms before its own, or its own.
 ROOMS = [
     "errors",
+    "closing",
     "files",
     "xla",
     "compile_cache",
@@ -42,12 +43,14 @@ ROOMS = [
     "trainer",
     "config",
     "job",
+    "run_data",
     "run",
     "signals",
     "processes",
     "plan",
     "interop",
     "cli_schedule",
+    "cli_checkpoint",
     "cli",
     "__main__",
 ]

@@ -1,4 +1,4 @@
-"""The README claims nothing that is not so."""
+"""The README and docs/ claim nothing that is not so."""
 
 import re
 import shlex
@@ -6,8 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_the_research_example_is_short_and_learns(tmp_path):
@@ -35,6 +38,30 @@ def test_the_config_shown_is_the_quickstart(tmp_path):
 def test_every_file_that_the_readme_names_exists():
     for name in re.findall(r"(?:tests|configs|benchmarks|models|docs)/[\w/]+(?:\.\w+)?", README):
         assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page):
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text()):
+        path, _, heading = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", each).lower().replace(" ", "-") for each in headings}, link
+
+
+def test_every_option_that_a_page_names_exists():
+    from shardtrain.config import RunConfig
+    from shardtrain.config.model_type import ModelType
+
+    known = {"model": set(ModelType.find("llama").names) | {"type"}}
+    for section, field in RunConfig.model_fields.items():
+        known.setdefault(section, set(getattr(field.annotation, "model_fields", ())))
+    sections = "|".join(section for section, keys in known.items() if keys)
+    named = [key for page in PAGES for key in re.findall(rf"`({sections})\.(?!py`)(\w+)[`:=]", page.read_text())]
+    assert len(named) > 20
+    assert [key for key in named if key[1] not in known[key[0]]] == []
 
 
 def test_every_pytest_command_of_the_table_selects_tests():

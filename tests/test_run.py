@@ -5,6 +5,7 @@ import pytest
 
 from commands import CONFIG, PREPARED, compiled_once, fit, metrics, saved, shardtrain, train  # noqa: F401
 from shardtrain import Callback, UserError, build, load_config
+from shardtrain.checkpoint import manifest
 
 
 def test_a_callback_s_metrics_join_the_line(tmp_path):
@@ -105,6 +106,26 @@ def test_losses_that_are_not_finite_end_the_run(tmp_path, monkeypatch):
         assert part in result.err
     assert saved(tmp_path / "run") == [4]
     assert shardtrain("checkpoint", "verify", tmp_path / "run").code == 0
+
+
+def test_a_failed_save_does_not_hide_what_ended_the_run(tmp_path, monkeypatch, caplog):
+    def full(directory, step):
+        raise OSError(28, "No space left on device")
+
+    class Mine(Callback):
+        def on_step(self, step, metrics):
+            if step == 3:  # while the save of step 2 is under way
+                raise ValueError("a mistake of mine")
+            return {}
+
+    options = ("run.steps=6", "checkpoint.every=2")
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "write", full)
+        with pytest.raises(ValueError, match="a mistake of mine"):
+            fit(tmp_path / "run", *options, callbacks=[Mine()])
+    assert [record.getMessage()[:13] for record in caplog.records if record.levelname == "ERROR"] == ["saving step 2"]
+    fit(tmp_path / "run", *options)  # the directory is free
+    assert saved(tmp_path / "run") == [2, 4, 6]
 
 
 def test_weights_of_another_dtype_need_a_word(tmp_path):

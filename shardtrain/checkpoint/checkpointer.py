@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
 
 from shardtrain.checkpoint import agree, lifecycle, manifest, names, reading, store
 from shardtrain.checkpoint.retention import expired
+from shardtrain.closing import close_all
 from shardtrain.errors import UserError
 from shardtrain.files import require_writable
 
@@ -133,21 +135,15 @@ class Checkpointer:
         Raises:
             UserError: that save failed.
         """
-        try:
-            self.wait()
-        finally:
-            self._worker.shutdown()
+        close_all(self.wait, self._worker.shutdown)
 
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        try:
-            self.close()
-        except UserError as error:
-            if kind is None:
-                raise
-            _log.error("%s", error)  # what is being raised already is the first cause
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        close_all(self.close, after=error)
 
     def _finish(self, step: int, commit: store.Commit) -> None:
         """The background half: commit, hash, read back, and only then delete what is old."""

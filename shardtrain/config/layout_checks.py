@@ -98,14 +98,7 @@ def check_batch(data: Data, mesh: MeshSizes, rules: RuleTable) -> Iterator[Probl
 
 def check_accumulate(data: Data, mesh: MeshSizes, rules: RuleTable, optimizer: Optimizer) -> Iterator[Problem]:
     """Each device's rows against the microbatches."""
-    batch, accumulate = data.global_batch, optimizer.accumulate
-    pieces, named = _split("batch", mesh, rules)
-    share = batch // pieces
-    if batch % pieces == 0 and share % accumulate:
-        rule = f"{batch} / {pieces} ({named}) = {share} rows per device must divide by accumulate"
-        other = _multiples("data.global_batch", batch, pieces * accumulate)
-        fix = f"use one of {divisors(share)[:8]}, or {other}"
-        yield Problem("optimizer.accumulate", accumulate, rule, fix)
+    yield from _divides_rows("optimizer.accumulate", optimizer.accumulate, "accumulate", data, mesh, rules)
 
 
 def check_sequence(data: Data, mesh: MeshSizes, rules: RuleTable) -> Iterator[Problem]:
@@ -155,13 +148,7 @@ def check_microbatches(
         rule = "under a pipeline the microbatches are the pipeline's"
         fix = "set optimizer.accumulate=1 and choose pipeline.microbatches"
         yield Problem("optimizer.accumulate", optimizer.accumulate, rule, fix)
-    batch, count = data.global_batch, pipeline.microbatches
-    pieces, named = _split("batch", mesh, rules)
-    share = batch // pieces
-    if batch % pieces == 0 and share % count:
-        rule = f"{batch} / {pieces} ({named}) = {share} rows per device must divide by the microbatches"
-        other = _multiples("data.global_batch", batch, pieces * count)
-        yield Problem("pipeline.microbatches", count, rule, f"use one of {divisors(share)[:8]}, or {other}")
+    yield from _divides_rows("pipeline.microbatches", pipeline.microbatches, "the microbatches", data, mesh, rules)
 
 
 def axis_sizes(mesh: MeshSizes) -> dict[str, int]:
@@ -211,6 +198,18 @@ def _divides(path: str, size: int, logical: str, mesh: MeshSizes, rules: RuleTab
     if logical in SIZES:
         fix += f", or rules.{logical}=null to keep such dims whole"
     yield Problem(path, size, rule, fix)
+
+
+def _divides_rows(path: str, count: int, word: str, data: Data, mesh: MeshSizes, rules: RuleTable) -> Iterator[Problem]:
+    """Each device's rows against a number of parts. (Where the batch does not divide by the mesh, that is told.)"""
+    batch = data.global_batch
+    pieces, named = _split("batch", mesh, rules)
+    share = batch // pieces
+    if batch % pieces == 0 and share % count:
+        rows = f"{batch} / {pieces} ({named}) = {share}" if named else share
+        rule = f"{rows} rows per device must divide by {word}"
+        other = _multiples("data.global_batch", batch, pieces * count)
+        yield Problem(path, count, rule, f"use one of {divisors(share)[:8]}, or {other}")
 
 
 def _multiples(path: str, size: int, of: int) -> str:

@@ -118,6 +118,9 @@ def _schema(cls: type, name: str) -> type[BaseModel]:
         # Under a prefix no option can collide with an attribute of pydantic's own.
         annotation = annotations.get(parameter.name, Any)
         fields[f"option_{parameter.name}"] = (annotation, Field(default, alias=parameter.name))
+    if not fields and (rest := [p.name for p in parameters.values() if p.kind is p.VAR_KEYWORD]):
+        rule = f"{cls.__name__}.__init__ names no option beside **{rest[0]}; a config's options are those that it names"
+        raise _problem(name, rule, "name them in its signature, such as vocab_size: int")
     config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
     return create_model(cls.__name__, __config__=config, **fields)
 

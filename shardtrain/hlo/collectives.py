@@ -45,7 +45,6 @@ class Collective:
     loops: tuple[Loop, ...]
     conditional: bool
     op_name: str
-    channel_id: int
     computation: str
     name: str
     groups: Groups = field(repr=False)
@@ -152,8 +151,7 @@ def _collective(
     if kind == "all-reduce" and results != operands:
         raise UnknownHLOError(f"an all-reduce whose results are not of its operands' types: {op.line}")
     # Without these, ids in groups count replicas, not partitions (XLA collective_op_group_mode.cc).
-    channel = re.search(r", channel_id=(\d+)", attributes)
-    if channel is None or (kind in _REDUCING and ", use_global_device_ids=true" not in attributes):
+    if ", channel_id=" not in attributes or (kind in _REDUCING and ", use_global_device_ids=true" not in attributes):
         raise UnknownHLOError(f"a collective whose groups do not count partitions: {op.line}")
     read_groups = source_target_pairs if kind == "collective-permute" else replica_groups
     groups = read_groups(attributes, mesh.size)
@@ -166,7 +164,6 @@ def _collective(
         loops=loops,
         conditional=conditional,
         op_name=op_name[1] if op_name else "",
-        channel_id=int(channel[1]),
         computation=computation,
         name=op.name,
         groups=groups,

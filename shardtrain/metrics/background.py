@@ -1,13 +1,12 @@
 """Work that a training step must not wait for: a slow disk, a terminal that nobody reads."""
 
-import logging
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
 
-_log = logging.getLogger(__name__)
+from shardtrain.closing import close_all
 
 
 class Background:
@@ -43,14 +42,7 @@ class Background:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            self.flush()
-        except Exception as mine:
-            if kind is None:
-                raise
-            _log.error("%s", mine)  # what is being raised already is the first cause
-        finally:
-            self._executor.shutdown()
+        close_all(self.flush, self._executor.shutdown, after=error)
 
     def _make(self, call: Callable[..., Any], *args: Any) -> None:
         if self._failed:  # a line after one that a full disk cut short would make the log unreadable

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import string
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from shardtrain.nn.precision import Precision, at_least_float32
 from shardtrain.sharding import current
 
 Axes = tuple[str | None, ...]
+Arrays = tuple[jax.Array, ...]
 
 
 def gathered(w: jax.Array, axes: Axes, dtype: Any) -> jax.Array:
@@ -69,35 +70,31 @@ def einsum(equation: str, x: jax.Array, w: jax.Array, axes: Axes, precision: Pre
     return einsums((equation,), x, (w,), (axes,), precision)[0]
 
 
+class _Products(NamedTuple):
+    """Products of one activation with several weights: of each the equation, logical axes and stored dtype."""
+
+    equations: tuple[str, ...]
+    axes: tuple[Axes, ...]
+    stored: tuple[Any, ...]
+    precision: Precision
+
+
 def einsums(
-    equations: tuple[str, ...], x: jax.Array, ws: tuple[jax.Array, ...], axes: tuple[Axes, ...], precision: Precision
-) -> tuple[jax.Array, ...]:
+    equations: tuple[str, ...], x: jax.Array, ws: Arrays, axes: tuple[Axes, ...], precision: Precision
+) -> Arrays:
     """`einsum` of one `x` with several weights, whose shares of `x`'s gradient are added before devices reduce it."""
-    return _einsums(equations, x, ws, axes, precision, tuple(w.dtype for w in ws))
+    return _einsums(_Products(equations, axes, tuple(w.dtype for w in ws), precision), x, ws)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4, 5))
-def _einsums(
-    equations: tuple[str, ...],
-    x: jax.Array,
-    ws: tuple[jax.Array, ...],
-    axes: tuple[Axes, ...],
-    precision: Precision,
-    stored: tuple[Any, ...],
-) -> tuple[jax.Array, ...]:
-    return _einsums_fwd(equations, x, ws, axes, precision, stored)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _einsums(products: _Products, x: jax.Array, ws: Arrays) -> Arrays:
+    return _einsums_fwd(products, x, ws)[0]
 
 
-def _einsums_fwd(
-    equations: tuple[str, ...],
-    x: jax.Array,
-    ws: tuple[jax.Array, ...],
-    axes: tuple[Axes, ...],
-    precision: Precision,
-    stored: tuple[Any, ...],
-) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, tuple[jax.Array, ...]]]:
+def _einsums_fwd(products: _Products, x: jax.Array, ws: Arrays) -> tuple[Arrays, tuple[jax.Array, Arrays]]:
     # Spelled out: a remat policy cannot look for matmuls inside of the custom_vjp itself. The backward pass starts
     # from the same narrow shards: only then does XLA share one gather between it and a rematerialised forward pass.
+    equations, axes, _, precision = products
     ws = tuple(narrowed(w, names, precision.compute) for w, names in zip(ws, axes, strict=True))
 
     def forward(equation: str, w: jax.Array, names: Axes) -> jax.Array:
@@ -107,15 +104,8 @@ def _einsums_fwd(
     return tuple(map(forward, equations, ws, axes)), (x, ws)
 
 
-def _einsums_bwd(
-    equations: tuple[str, ...],
-    axes: tuple[Axes, ...],
-    precision: Precision,
-    stored: tuple[Any, ...],
-    saved: tuple[jax.Array, tuple[jax.Array, ...]],
-    dys: tuple[jax.Array, ...],
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    x, ws = saved
+def _einsums_bwd(products: _Products, saved: tuple[jax.Array, Arrays], dys: Arrays) -> tuple[jax.Array, Arrays]:
+    (x, ws), (equations, axes, stored, precision) = saved, products
     dws: list[jax.Array] = []
     dxs: dict[Any, jax.Array] = {}
     for equation, w, names, dy, dtype in zip(equations, ws, axes, dys, stored, strict=True):

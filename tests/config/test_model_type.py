@@ -29,6 +29,9 @@ class Own:
 
 class Positional:
     def __init__(self, size: int, /, *, rngs): ...
+
+class Keywords:
+    def __init__(self, *, rngs, **kwargs): ...
 """
 
 
@@ -75,6 +78,7 @@ def test_options_are_judged_by_the_signature(problems, own_model):
         (":Own", "no module name", "package.module:Class"),
         ("{own}:Onw", "no class 'Onw'", "did you mean Own?"),
         ("{own}:Positional", "by position only", "keyword"),
+        ("{own}:Keywords", "names no option beside **kwargs", "name them in its signature"),
     ],
 )
 def test_a_type_that_leads_nowhere(problems, own_model, type_, rule, fix):
@@ -87,6 +91,14 @@ def test_a_type_that_leads_nowhere(problems, own_model, type_, rule, fix):
 def test_data_needs_a_vocabulary(problems, own_model):
     name = own_model("class Own:\n    def __init__(self, *, width: int = 3, rngs): ...\n")
     assert "no option vocab_size" in problems(f"model={{type: '{name}:Own'}}")["model.vocab_size"].rule
+
+
+def test_a_class_without_options_and_a_module_without_classes(problems, own_model):
+    name = own_model("class Own:\n    def __init__(self, *, rngs): ...\n")
+    found = problems(f"model={{type: '{name}:Own', width: 512}}")
+    assert found["model.width"].fix == "there is none to choose from"
+    name = own_model("", "own_empty_module")
+    assert problems(f"model.type='{name}:Own'")["model.type"].fix == "there is none to choose from"
 
 
 def test_loading_a_config_does_not_start_jax(base):

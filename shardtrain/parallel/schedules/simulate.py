@@ -137,7 +137,8 @@ def bubble_warning(schedule: Schedule) -> str | None:
     enough = math.ceil(3 * count * bubble / (1 - bubble) - 1e-9)
     return (
         f"pipeline: with {count} microbatches on {schedule.ranks} ranks, {schedule.name} leaves ranks idle for "
-        f"{bubble:.0%} of the time; with {enough} (pipeline.microbatches) at most a quarter"
+        f"{bubble:.0%} of the time; for at most a quarter set pipeline.microbatches to {enough} or more, a divisor of "
+        "the rows per device (a larger batch has more)"
     )
 
 

@@ -1,0 +1,108 @@
+"""The commands `shardtrain checkpoint ...`: what the checkpoints of a run hold, and whether they are sound."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shardtrain.errors import UserError
+
+checkpoint_app = typer.Typer(no_args_is_help=True, help="Look at a run's checkpoints.")
+
+Directory = Annotated[Path, typer.Argument(help="Run directory, such as runs/quickstart.", show_default=False)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@checkpoint_app.command("list")
+def checkpoint_list(directory: Directory, debug: Debug = False) -> None:
+    """Every step with its status, size and time."""
+    import datetime
+
+    from shardtrain.checkpoint import list_steps
+
+    rows = [
+        (
+            str(record.step),
+            record.status,
+            f"{record.bytes / 2**20:,.1f} MiB",
+            f"{datetime.datetime.fromtimestamp(record.time):%Y-%m-%d %H:%M:%S}",
+            record.detail,
+        )
+        for record in list_steps(directory)
+    ]
+    _print_table(("step", "status", "size", "saved", ""), rows)
+
+
+@checkpoint_app.command("verify")
+def checkpoint_verify(
+    directory: Directory,
+    step: Annotated[int | None, typer.Option(help="Only this step.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Hash every file of every step against its manifest; exit code 2 if one does not match."""
+    from shardtrain.checkpoint import verify
+
+    records = verify(directory, step)
+    if not records:
+        raise UserError(f"{directory} holds no checkpoint that a run could restore")
+    for record in records:
+        print(f"step {record.step}: {record.status}{record.detail and f': {record.detail}'}")
+    if any(record.status != "verified" for record in records):
+        raise typer.Exit(2)
+
+
+@checkpoint_app.command("show")
+def checkpoint_show(
+    directory: Directory,
+    step: Annotated[int | None, typer.Option(help="Default: the newest.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Parameters of a step, its data position and mesh, and how its config differs from the run directory's."""
+    import difflib
+
+    from shardtrain.checkpoint import list_steps, parameter_table, read_extra
+    from shardtrain.config import dump
+
+    sound = [record.step for record in list_steps(directory, hashes=False) if record.status == "unchecked"]
+    if step is None and not sound:
+        raise UserError(f"no sound checkpoint in {directory}; `shardtrain checkpoint list` shows what there is")
+    step = sound[-1] if step is None else step
+    rows = [
+        (row.path, " x ".join(map(str, row.shape)), row.dtype, f"{row.bytes:,} B")
+        for row in parameter_table(directory, step)
+    ]
+    _print_table((f"step {step}", "shape", "dtype", "size"), rows)
+    extra = read_extra(directory, step)
+    if "config" not in extra:
+        print("no config: this checkpoint was not saved by `shardtrain train`")
+        return
+    print(f"data position: {extra['data']}")
+    print(f"mesh: { {axis: size for axis, size in extra['mesh'].items() if size > 1} }")
+    stored = directory / "config.yaml"
+    if stored.exists():
+        lines = list(
+            difflib.unified_diff(
+                dump(extra["config"]).splitlines(),
+                stored.read_text().splitlines(),
+                "checkpoint",
+                "now",
+                "",
+                "",
+                0,
+                "",
+            )
+        )
+        print("\n".join(["config:", *lines]) if lines else "config: the same as the run directory's")
+
+
+def _print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    Console(soft_wrap=True).print(table)

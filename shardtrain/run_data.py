@@ -1,0 +1,55 @@
+"""The data of a run: opened as its config says, and fed to evaluations."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+from jax.sharding import NamedSharding
+
+from shardtrain.checkpoint.agree import on_process_zero
+from shardtrain.config import RunConfig
+from shardtrain.data import Batch, Loader, Source, Tokenizer, open_source, split
+from shardtrain.errors import UserError
+
+
+def open_data(config: RunConfig, directory: Path) -> tuple[Source, Source | None, Tokenizer | None]:
+    """Training rows, held-out rows (or None) and tokenizer (or None); process 0 writes what has to be prepared.
+
+    Raises:
+      UserError: the data is missing or unfit, or too little is held out for one evaluation batch.
+    """
+    data = config.data
+
+    def open_it(write: bool) -> tuple[Source, Tokenizer | None]:
+        return open_source(
+            data.type,
+            seq_len=data.seq_len,
+            vocab_size=config.model.options["vocab_size"],
+            seed=config.run.seed,
+            path=data.path,
+            tokenizer=data.tokenizer,
+            tokenizer_vocab=data.vocab_size,
+            directory=directory / "data",
+            write=write,
+        )
+
+    source, tokenizer = on_process_zero(lambda: open_it(write=True)) or open_it(write=False)
+    if data.held_out == 0:
+        return source, None, tokenizer
+    source, held_out = split(source, data.held_out)
+    if len(held_out) < data.global_batch:
+        raise UserError(
+            f"data.held_out {data.held_out} leaves {len(held_out)} rows for evaluation, fewer than one global batch of "
+            f"{data.global_batch}; use more data, a larger fraction, or 0 for no evaluation"
+        )
+    return source, held_out, tokenizer
+
+
+def eval_batches(source: Source, config: RunConfig, sharding: NamedSharding) -> Iterator[Batch]:
+    """The same `eval.batches` global batches each time, or as many as the held-out rows give."""
+    size = config.data.global_batch
+    count = min(config.eval.batches, len(source) // size)  # at most once over the held-out rows
+    with Loader(source, global_batch=size, seed=0, sharding=sharding, shuffle=False) as loader:
+        yield from itertools.islice(loader, count)
