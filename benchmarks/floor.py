@@ -38,6 +38,10 @@ class Shape:
 
 #: How the rows of a batch lie on a mesh.
 BATCH = P(("data", "fsdp"))
+#: How activations lie inside of attention and MLP: heads or hidden units in parts.
+HIDDEN = P(("data", "fsdp"), None, "tensor")
+#: How activations lie between blocks: a tensor-parallel group holds the sequence in parts.
+RESIDUAL = P(("data", "fsdp"), "tensor")
 
 #: How each weight lies on a mesh with axes data, fsdp and tensor.
 SPECS = {
@@ -66,10 +70,10 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * scale
 
 
-def rope(x_BSHK: jax.Array, theta: float) -> jax.Array:
-    _, S, _, K = x_BSHK.shape
-    angle = jnp.arange(S)[:, None] * theta ** (-jnp.arange(0, K, 2, dtype=x_BSHK.dtype) / K)
-    cos, sin = jnp.cos(angle)[None, :, None], jnp.sin(angle)[None, :, None]
+def rope(x_BSHK: jax.Array, positions_BS: jax.Array, theta: float) -> jax.Array:
+    K = x_BSHK.shape[-1]
+    angle = positions_BS[:, :, None, None] * theta ** (-jnp.arange(0, K, 2, dtype=x_BSHK.dtype) / K)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
     a, b = jnp.split(x_BSHK, 2, -1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
@@ -93,29 +97,30 @@ def project_bwd(pin: Any, saved: Any, dys: Any) -> Any:
 project.defvjp(lambda pin, x, *weights: (project(pin, x, *weights), (x, weights)), project_bwd)
 
 
-def block(x_BSD: jax.Array, w: Any, shape: Shape, pin: Any) -> jax.Array:
+def block(x_BSD: jax.Array, w: Any, positions_BS: jax.Array, shape: Shape, pin: Any) -> jax.Array:
     B, S, _ = x_BSD.shape
     G, R, K = shape.n_kv_heads, shape.n_heads // shape.n_kv_heads, shape.head_dim
-    h_BSD = rms_norm(x_BSD, w["attention_norm"], shape.norm_eps)
-    q, k, v = project(pin, h_BSD, w["query"], w["key"], w["value"])
-    q, k = rope(q, shape.rope_theta), rope(k, shape.rope_theta)
+    h_BSD = pin(pin(rms_norm(x_BSD, w["attention_norm"], shape.norm_eps), RESIDUAL))
+    q, k, v = (pin(a, HIDDEN) for a in project(pin, h_BSD, w["query"], w["key"], w["value"]))
+    q, k = rope(q, positions_BS, shape.rope_theta), rope(k, positions_BS, shape.rope_theta)
     scores = jnp.einsum("BSGRK,BTGK->BGRST", (q * K**-0.5).reshape(B, S, G, R, K), k)
     scores = jnp.where(jnp.tril(jnp.ones((S, S), bool)), scores, -1e30)
-    y = jnp.einsum("BGRST,BTGK->BSGRK", jax.nn.softmax(scores, -1), v).reshape(B, S, G * R, K)
-    x_BSD = pin(x_BSD + jnp.einsum("BSHK,HKD->BSD", y, w["out"]))
-    h_BSD = rms_norm(x_BSD, w["mlp_norm"], shape.norm_eps)
+    y = jnp.einsum("BGRST,BTGK->BSGRK", jax.nn.softmax(scores, -1), v)
+    y = pin(y.reshape(B, S, G * R, K), HIDDEN)
+    x_BSD = x_BSD + pin(jnp.einsum("BSHK,HKD->BSD", y, w["out"]), RESIDUAL)
+    h_BSD = pin(pin(rms_norm(x_BSD, w["mlp_norm"], shape.norm_eps), RESIDUAL))
     gate, up = project(pin, h_BSD, w["gate"], w["up"])
-    return pin(x_BSD + (jax.nn.silu(gate) * up) @ w["down"])
+    return x_BSD + pin(pin(jax.nn.silu(gate) * up, HIDDEN) @ w["down"], RESIDUAL)
 
 
 def loss_fn(params: Any, batch: Any, shape: Shape, mesh: Mesh | None = None, *, remat: bool = True) -> jax.Array:
     """Mean next-token cross entropy over the tokens that `loss_mask` weighs."""
     pin = partial(constrain, mesh=mesh)
-    x_BSD = pin(pin(params["embedding"], P("tensor", None))[batch["tokens"]])
+    x_BSD = pin(pin(pin(params["embedding"], P("tensor", None))[batch["tokens"]]), RESIDUAL)
     body = partial(block, shape=shape, pin=pin)
     body = jax.checkpoint(body, prevent_cse=False) if remat else body
-    x_BSD, _ = jax.lax.scan(lambda x, w: (body(x, w), None), x_BSD, params["layers"])
-    logits_BSV = rms_norm(x_BSD, params["norm"], shape.norm_eps) @ params["head"]
+    x_BSD, _ = jax.lax.scan(lambda x, w: (body(x, w, batch["positions"]), None), x_BSD, params["layers"])
+    logits_BSV = pin(pin(rms_norm(x_BSD, params["norm"], shape.norm_eps), RESIDUAL)) @ params["head"]
     logits_BSV = pin(logits_BSV, P(("data", "fsdp"), None, "tensor"))
     log_z_BS = jax.nn.logsumexp(logits_BSV, -1)
     target_BS = jnp.sum(jnp.where(jnp.arange(shape.vocab_size) == batch["targets"][..., None], logits_BSV, 0), -1)

@@ -183,6 +183,7 @@ def run_floor(path: str, cache: str) -> None:
     order = np.random.default_rng(0).permutation(len(tokens) // length - 1)[:batch_size]
     rows = np.stack([tokens[i * length : (i + 1) * length + 1] for i in order]).astype(np.int32)
     batch = {"tokens": rows[:, :-1], "targets": rows[:, 1:], "loss_mask": np.ones((batch_size, length), np.float32)}
+    batch["positions"] = np.tile(np.arange(length, dtype=np.int32), (batch_size, 1))
     batch = jax.device_put(batch, jax.NamedSharding(mesh, floor.BATCH))
     *_, loss, _ = floor.make_step(tx, shape, mesh)(params, opt_state, batch)
     print(f"step 1 {float(loss):.4f}", flush=True)

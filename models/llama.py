@@ -15,7 +15,7 @@ from shardtrain import nn
 from shardtrain.nn.attention_kernels import Implementation
 from shardtrain.nn.losses import Loss
 from shardtrain.nn.model import Batch
-from shardtrain.sharding import constrain
+from shardtrain.sharding import constrain, gather_residual
 
 
 class Block(nnx.Module):
@@ -107,7 +107,7 @@ class Llama(nnx.Module):
 
     def logits(self, x_BSD: jax.Array) -> jax.Array:
         """`[B, S, V]` of the last block's output."""
-        x_BSD = constrain(self.norm(x_BSD), "batch", "seq", None)
+        x_BSD = gather_residual(self.norm(x_BSD))
         return self.embedding.attend(x_BSD) if self.unembedding is None else self.unembedding(x_BSD)
 
     def head(self, x_BSD: jax.Array, batch: Batch, ctx: nn.Context) -> Loss:

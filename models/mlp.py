@@ -10,7 +10,7 @@ from flax import nnx
 from shardtrain import nn
 from shardtrain.nn.losses import Loss
 from shardtrain.nn.model import Batch
-from shardtrain.sharding import constrain
+from shardtrain.sharding import constrain, gather_residual
 
 
 class Block(nnx.Module):
@@ -50,7 +50,7 @@ class MLP(nnx.Module):
 
     def logits(self, x_BSD: jax.Array) -> jax.Array:
         """`[B, S, V]` of the last block's output."""
-        return self.embedding.attend(constrain(self.norm(x_BSD), "batch", "seq", None))
+        return self.embedding.attend(gather_residual(self.norm(x_BSD)))
 
     def head(self, x_BSD: jax.Array, batch: Batch, ctx: nn.Context) -> Loss:
         """Next-token cross entropy, as `(loss_sum, weight_sum, metrics)`."""

@@ -33,9 +33,9 @@ DEFAULT_RULES: Rules = MappingProxyType(
         "layers": (),
         "stages": ("pipe",),
         "norm": (),
-        # The sequence between blocks; follows an override of `seq`. With `tensor` added, norms and residuals are held
-        # in parts, and a sum over `tensor` becomes a reduce-scatter and a gather (Korthikanti et al. 2022).
-        "seq_residual": ("context",),
+        # The sequence between blocks: norms and residuals are held in parts, and a sum over `tensor` becomes a
+        # reduce-scatter and a gather (Korthikanti et al. 2022). Follows overrides of `seq` and `batch`.
+        "seq_residual": ("context", "tensor"),
     }
 )
 
@@ -47,8 +47,6 @@ def make_rules(overrides: Mapping[str, str | Sequence[str] | None] = MappingProx
       UserError: a mesh axis that does not exist, with the nearest that does.
     """
     table = dict(DEFAULT_RULES)
-    if "seq" in overrides:
-        overrides = {"seq_residual": overrides["seq"], **overrides}
     for name, value in overrides.items():
         table[name] = () if value is None else (value,) if isinstance(value, str) else tuple(value)
         for axis in table[name]:
@@ -56,6 +54,9 @@ def make_rules(overrides: Mapping[str, str | Sequence[str] | None] = MappingProx
                 raise UserError(
                     f"rules.{name} names mesh axis {axis!r}, which does not exist; {did_you_mean(axis, AXES)}"
                 )
+    if "seq_residual" not in overrides:
+        axes = dict.fromkeys([*table["seq"], *DEFAULT_RULES["seq_residual"][1:]])
+        table["seq_residual"] = tuple(axis for axis in axes if axis not in table["batch"])
     return MappingProxyType(table)
 
 
@@ -171,6 +172,14 @@ def constrain(x: jax.Array, *axes: str | None, name: str = "activation") -> jax.
     """Pin the layout of `x` under the partitioner in use; without one (a single device) `x` is returned as it is."""
     partitioner = current()
     return x if partitioner is None else partitioner.constrain(x, *axes, name=name)
+
+
+def gather_residual(x_BSD: jax.Array) -> jax.Array:
+    """The residual stream, held in parts of the sequence, as a block's matmuls take it: whole over `tensor`.
+
+    The parts are named first. Otherwise the layout asked for spreads to before a norm's cast, and XLA gathers float32.
+    """
+    return constrain(constrain(x_BSD, "batch", "seq_residual", None), "batch", "seq", None)
 
 
 def pieces(logical: str) -> int:

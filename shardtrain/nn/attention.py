@@ -20,7 +20,7 @@ from shardtrain.nn.linear import Linear, together
 from shardtrain.nn.norm import RMSNorm
 from shardtrain.nn.precision import Precision
 from shardtrain.nn.rope import rope_frequencies, rotate
-from shardtrain.sharding import constrain
+from shardtrain.sharding import constrain, gather_residual
 
 
 class Attention(nnx.Module):
@@ -84,7 +84,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BSD: jax.Array, ctx: Context) -> jax.Array:
         """`[B, S, D]` to `[B, S, D]` in the compute dtype; reads `positions` and, when there, `segment_ids`."""
-        x_BSD = constrain(x_BSD, "batch", "seq", None)
+        x_BSD = gather_residual(x_BSD)
         q_BSHK, k_BSGK, v_BSGK = together(x_BSD, self.query, self.key, self.value)
         q_BSHK = constrain(self._position(q_BSHK, self.query_norm, ctx), "batch", "seq", "heads", None)
         k_BSGK = constrain(self._position(k_BSGK, self.key_norm, ctx), "batch", "seq", "kv_heads", None)

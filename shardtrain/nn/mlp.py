@@ -10,7 +10,7 @@ from shardtrain.nn.context import Context
 from shardtrain.nn.dropout import Dropout
 from shardtrain.nn.linear import Linear, together
 from shardtrain.nn.precision import Precision
-from shardtrain.sharding import constrain
+from shardtrain.sharding import constrain, gather_residual
 
 
 class GatedMLP(nnx.Module):
@@ -27,7 +27,7 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x_BSD: jax.Array, ctx: Context) -> jax.Array:
         """`[B, S, dim]` to `[B, S, dim]` in the compute dtype."""
-        x_BSD = constrain(x_BSD, "batch", "seq", None)
+        x_BSD = gather_residual(x_BSD)
         gate_BSF, up_BSF = together(x_BSD, self.gate, self.up)
         gate_BSF, up_BSF = checkpoint_name(gate_BSF, "mlp_gate"), checkpoint_name(up_BSF, "mlp_up")
         hidden_BSF = constrain(jax.nn.silu(gate_BSF) * up_BSF, "batch", "seq", "mlp")

@@ -46,12 +46,12 @@ def layer_table(schedule: Schedule, n_layers: int) -> np.ndarray:
 def pin(partitioner: Partitioner, batch: Batch) -> Callable[[Any], Any]:
     """A function that pins the layout of what goes from stage to stage, a pytree of `[B, ...]`.
 
-    Rows are split as rows are, and the second dim as a sequence, if it is as long as the batch's.
+    Rows are split as rows are, and the second dim as a sequence between blocks, if it is as long as the batch's.
     """
     length = batch["tokens"].shape[1] if "tokens" in batch else None
 
     def one(a: jax.Array) -> jax.Array:
-        seq = "seq" if a.ndim > 2 and a.shape[1] == length else None
+        seq = "seq_residual" if a.ndim > 2 and a.shape[1] == length else None
         return partitioner.constrain(a, "batch", *(seq if dim == 1 else None for dim in range(1, a.ndim)))
 
     return lambda x: jax.tree.map(one, x)
