@@ -4,8 +4,8 @@
     python benchmarks/data.py --tiny           # only to see that it runs
 
 The loader reads, shuffles, stacks and sends batches to the devices as fast as it can; the step runs over one batch that
-is there already; in turns, in one run. A ratio of 20 leaves room for steps that are 20 times faster than these: the limit,
-for the median and for the turn with the least ratio alike. The exit status is 1 where it is missed.
+is there already; in turns, in one run. A ratio of 20 leaves room for steps that are 20 times faster than these. It is
+the limit, for the turn with the least ratio too. The exit status is 1 where it is missed.
 """
 
 from __future__ import annotations
