@@ -75,9 +75,9 @@ def hint(saved: Mapping[str, ArrayInfo], wanted: Mapping[str, ArrayInfo]) -> str
 
     if has_codes(saved) == has_codes(wanted):
         return ""
-    keep = "optimizer.moments=int8" if has_codes(saved) else "another optimizer.moments than int8"
+    go_on = "with" if has_codes(saved) else "without"
     return (
-        f"\n8-bit moments become no others, nor others 8-bit: keep {keep}, or start anew from the weights (init_from)"
+        f"\n8-bit moments become no others: go on {go_on} optimizer.moments=int8, or take the weights alone (init_from)"
     )
 
 
