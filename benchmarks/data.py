@@ -4,13 +4,15 @@
     python benchmarks/data.py --tiny           # only to see that it runs
 
 The loader reads, shuffles, stacks and sends batches to the devices as fast as it can; the step runs over one batch that
-is there already; in turns, in one run. A ratio of 20 leaves room for steps that are 20 times faster than these.
+is there already; in turns, in one run. A ratio of 20 leaves room for steps that are 20 times faster than these. It is
+the limit, for the turn with the least ratio too. The exit status is 1 where it is missed.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -32,6 +34,7 @@ BASELINE = [
     "model.d_ff=1024",
     "data.seq_len=256",
 ]
+LIMIT = 20
 TINY = ["model.n_layers=1", "model.d_model=32", "model.d_ff=64", "data.seq_len=32"]
 
 
@@ -40,11 +43,12 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5, help="turns of loader and step; medians are printed")
     parser.add_argument("--batches", type=int, default=200, help="batches of a turn of the loader")
     parser.add_argument("--steps", type=int, default=5, help="steps of a turn of the step")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model and few batches")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model and few batches; exit status 0")
     args = parser.parse_args()
     batches, steps, turns = (20, 2, 2) if args.tiny else (args.batches, args.steps, args.turns)
     print(f"jax {jax.__version__}, {time.strftime('%Y-%m-%d')}; million tokens/s, medians of {turns} turns")
-    print("config       source        loader      step    ratio")
+    print("config       source        loader      step    ratio    least")
+    enough = True
     for name, overrides in (("tiny", TINY),) if args.tiny else (("quickstart", []), ("baseline", BASELINE)):
         config = load_config(str(QUICKSTART), overrides)
         job = build(config)
@@ -56,7 +60,14 @@ def main() -> None:
                 fast.append(loading(job, source, batches))
                 slow.append(step.rate(steps, source))
             loader, trained = statistics.median(fast), statistics.median(slow)
-            print(f"{name:12} {kind:10} {loader / 1e6:9.3f} {trained / 1e6:9.4f} {loader / trained:8.0f}", flush=True)
+            least = min(a / b for a, b in zip(fast, slow, strict=True))
+            enough &= least >= LIMIT
+            print(
+                f"{name:12} {kind:10} {loader / 1e6:9.3f} {trained / 1e6:9.4f} {loader / trained:8.0f} {least:8.0f}  "
+                f"{'pass' if least >= LIMIT else 'FAIL'}",
+                flush=True,
+            )
+    sys.exit(0 if args.tiny or enough else 1)
 
 
 def opened(config: RunConfig, kind: str) -> Source:

@@ -187,6 +187,49 @@ def test_checkpoints_move_between_mesh_and_pipeline(moments, tmp_path):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=str(path))
 
 
+def updated(moments, opt_state=None):
+    """Two weights after an update from `opt_state`, by default the first."""
+    w = {"w": weight((64, 128), ("embed", "mlp")), "norm": weight((128,), (None,))}
+    tx = optimizer("adamw", w, lr=1e-3, moments=moments)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda w: jnp.asarray(rng.normal(size=w.shape), jnp.float32), w)
+
+    @quick
+    def run(params, opt_state):
+        return tx.update(params, opt_state, params)[1]
+
+    state = run(params, tx.init(params) if opt_state is None else opt_state)
+    return {"params": params, "opt_state": jax.block_until_ready(state)}
+
+
+@pytest.mark.parametrize(("saved", "wanted"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_moments_of_another_dtype_are_cast_where_asked_for(saved, wanted, tmp_path):
+    state, like = updated(saved), updated(wanted)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, state, {})
+        dtypes = rf"dtype: opt_state\.\S*mu\.w {saved} != {wanted} \(checkpoint.cast=true converts it\)"
+        with pytest.raises(UserError, match=dtypes):
+            checkpointer.restore(like)
+        restored = checkpointer.restore(like, cast=True).state
+    for old, new, leaf in zip(*map(jax.tree.leaves, (state, restored, like)), strict=True):
+        assert new.dtype == leaf.dtype
+        np.testing.assert_array_equal(np.asarray(new), np.asarray(old.astype(leaf.dtype)))
+    after = updated(wanted, restored["opt_state"])["opt_state"]
+    assert jax.tree.map(lambda a: a.dtype, after) == jax.tree.map(lambda a: a.dtype, like["opt_state"])
+    assert all(np.isfinite(np.asarray(a, "f4")).all() for a in jax.tree.leaves(after))
+
+
+@pytest.mark.parametrize(
+    ("saved", "wanted", "go_on"),
+    [("float32", "int8", "without"), ("bfloat16", "int8", "without"), ("int8", "float32", "with")],
+)
+def test_8_bit_moments_become_no_others(saved, wanted, go_on, tmp_path):
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, updated(saved), {})
+        with pytest.raises(UserError, match=rf"(?s)missing: opt_state.*: go on {go_on} optimizer.moments=int8, or "):
+            checkpointer.restore(updated(wanted), cast=True)
+
+
 def test_bfloat16_weights_may_have_float32_moments():
     model, tx, place = build("float32", dtype=jnp.bfloat16)
     state = abstract_state(model, tx, place)

@@ -67,6 +67,20 @@ def _castable(saved: np.dtype, wanted: np.dtype) -> bool:
     return both_integers and np.can_cast(saved, wanted, "safe")
 
 
+def hint(saved: Mapping[str, ArrayInfo], wanted: Mapping[str, ArrayInfo]) -> str:
+    """What to do where only one of the two keeps moments as 8-bit codes: no cast makes codes of numbers."""
+
+    def has_codes(arrays: Mapping[str, ArrayInfo]) -> bool:
+        return any(info.dtype == np.int8 for name, info in arrays.items() if name.startswith("opt_state."))
+
+    if has_codes(saved) == has_codes(wanted):
+        return ""
+    go_on = "with" if has_codes(saved) else "without"
+    return (
+        f"\n8-bit moments become no others: go on {go_on} optimizer.moments=int8, or take the weights alone (init_from)"
+    )
+
+
 def summary(lines: list[str], limit: int = 10) -> str:
     """The first `limit` lines, indented, and how many more there are."""
     more = [f"... and {len(lines) - limit} more"] if len(lines) > limit else []

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from shardtrain.checkpoint import agree, lifecycle, manifest, names, store
-from shardtrain.checkpoint.compare import ArrayInfo, differences, summary
+from shardtrain.checkpoint.compare import ArrayInfo, differences, hint, summary
 from shardtrain.errors import UserError
 
 _METADATA_BYTES = 2**20  # larger files hold array data, not metadata
@@ -101,9 +101,10 @@ def _describe(path: Path) -> store.Description:
 
 
 def _require_fit(path: Path, saved: dict[str, ArrayInfo], wanted: dict[str, jax.ShapeDtypeStruct], cast: bool) -> None:
-    lines = differences(saved, {name: ArrayInfo.of(leaf) for name, leaf in wanted.items()}, cast=cast)
-    if lines:
-        raise UserError(f"the checkpoint {path} does not fit this model (checkpoint != model):\n{summary(lines)}")
+    model = {name: ArrayInfo.of(leaf) for name, leaf in wanted.items()}
+    if lines := differences(saved, model, cast=cast):
+        differing = summary(lines) + hint(saved, model)
+        raise UserError(f"the checkpoint {path} does not fit this model (checkpoint != model):\n{differing}")
 
 
 def _intact(folder: Path, step: int) -> int:

@@ -46,6 +46,9 @@ def save(path: Path, arrays: Mapping[str, jax.Array | np.ndarray], record: dict[
     logging.getLogger("absl").addFilter(_not_of_a_writer_thread)
     context = ocp.Context()
     context.array.saving.use_compression = compress
+    # Replicas share out what they have in common by slicing it, one small program for each slice of each array, in the
+    # thread that saves: for little norms that took longer than all else of a save.
+    context.array.saving.min_slice_bytes_for_replica_parallel = 2**18
     # Otherwise the writer threads of a save that fails early wait 20 minutes for the directory.
     context.async_options.create_directories_asynchronously = False
     with context:

@@ -163,7 +163,7 @@ class Checkpoint(Section):
     keep_every: Count | None = None  # and each multiple of this step
     compress: bool = False
     asynchronous: bool = True
-    cast: bool = False  # load weights of another dtype than precision.params
+    cast: bool = False  # load weights and moments of another dtype than the config's
 
 
 class Eval(Section):

@@ -1,19 +1,22 @@
 """Work that a training step must not wait for: a slow disk, a terminal that nobody reads."""
 
-from collections import deque
+import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from queue import Empty, Queue
 from types import TracebackType
 from typing import Any, Self
 
 from shardtrain.closing import close_all
 
+_PAUSE_S = 0.05  # waking a thread for each call takes longer than most calls, of both threads
+
 
 class Background:
     """Calls made on one thread of their own, in order. Use it in a `with` statement, which waits for all of them.
 
-    The first call that fails is the last one made; its error is raised here by the next `submit` or `flush`, or on
-    leaving the block. (While another error leaves the block, it is only logged.)
+    They are collected, and made every 50 ms, or at once for `flush`. The first call that fails is the last one made;
+    its error is raised here by the next `submit` or `flush`, or on leaving the block. (While another error leaves the
+    block, it is only logged.)
 
     Args:
       name: of the thread.
@@ -21,20 +24,25 @@ class Background:
     """
 
     def __init__(self, name: str, limit: int = 1024):
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix=name)
-        self._limit, self._failed = limit, False
-        self._pending: deque[Future[None]] = deque()
+        self._calls: Queue[tuple[Callable[..., Any], tuple[Any, ...]]] = Queue(limit)
+        self._error: BaseException | None = None
+        self._failed = self._closed = False
+        self._now = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
 
     def submit(self, call: Callable[..., Any], *args: Any) -> None:
         """Have `call(*args)` made after all calls before it."""
-        while self._pending and (self._pending[0].done() or len(self._pending) >= self._limit):
-            self._pending.popleft().result()
-        self._pending.append(self._executor.submit(self._make, call, *args))
+        self._raise()
+        if self._calls.full():
+            self._now.set()
+        self._calls.put((call, args))
 
     def flush(self) -> None:
         """Wait until all calls are made."""
-        while self._pending:
-            self._pending.popleft().result()
+        self._now.set()
+        self._calls.join()
+        self._raise()
 
     def __enter__(self) -> Self:
         return self
@@ -42,13 +50,36 @@ class Background:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        close_all(self.flush, self._executor.shutdown, after=error)
+        close_all(self.flush, self._end, after=error)
 
-    def _make(self, call: Callable[..., Any], *args: Any) -> None:
-        if self._failed:  # a line after one that a full disk cut short would make the log unreadable
-            return
-        try:
-            call(*args)
-        except BaseException:
-            self._failed = True
-            raise
+    def _end(self) -> None:
+        self._closed = True
+        self._now.set()
+        self._thread.join()
+
+    def _raise(self) -> None:
+        if self._error is not None:  # set once, so that nothing is lost between these lines
+            error, self._error = self._error, None
+            raise error
+
+    def _run(self) -> None:
+        closed = False
+        while not closed:
+            self._now.wait(_PAUSE_S)
+            self._now.clear()
+            closed = self._closed  # before the last calls are made, not after
+            self._make_all()
+
+    def _make_all(self) -> None:
+        while True:
+            try:
+                call, args = self._calls.get_nowait()
+            except Empty:
+                return
+            try:
+                if not self._failed:  # a line after one that a full disk cut short would make the log unreadable
+                    call(*args)
+            except BaseException as error:
+                self._failed, self._error = True, error
+            finally:
+                self._calls.task_done()

@@ -19,6 +19,7 @@ from shardtrain.config import ConfigError, changes, check_same_run, load_config
         ("optimizer.options.b1=0.8", ["optimizer.options.b1"]),
         ("optimizer.schedule.decay_steps=300", ["optimizer.schedule.decay_steps"]),
         ("optimizer.decay_roles=[matrix]", ["optimizer.decay_roles"]),
+        ("optimizer.moments=bfloat16", ["optimizer.moments"]),
         ("precision.params=bfloat16", ["precision.params"]),
         ("run.steps=300", ["optimizer.schedule.decay_steps"]),
     ],

@@ -24,13 +24,20 @@ def test_submit_waits_only_for_a_full_queue():
     gate, seen = threading.Event(), []
     with Background("report", limit=3) as background:
         background.submit(gate.wait)
-        for number in (1, 2):
-            background.submit(seen.append, number)  # returns, although nothing has run yet
+        for number in (1, 2, 3):
+            background.submit(seen.append, number)  # returns, although the first call has not
         assert seen == []
         threading.Timer(0.05, gate.set).start()
-        background.submit(seen.append, 3)  # the fourth waits for the first
+        background.submit(seen.append, 4)  # the fifth waits for the first
         assert gate.is_set()
-    assert seen == [1, 2, 3]
+    assert seen == [1, 2, 3, 4]
+
+
+def test_a_call_is_made_although_none_follows():
+    called = threading.Event()
+    with Background("report") as background:
+        background.submit(called.set)
+        assert called.wait(60)
 
 
 def fail():
