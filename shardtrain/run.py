@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,7 @@ class Trainer(Loop):
           UserError: anything wrong with config, devices, data, directory or checkpoints.
         """
         directory = Path(config.run.dir or f"runs/{config.run.name}").absolute()
+        threading.Thread(target=importlib.import_module, args=("grain",)).start()  # the loader's, beside all of this
         use_cache(_cache_folder(config.run.compile_cache, directory))
         job = build(config, processes=processes)
         lock = on_process_zero(lambda: RunLock(directory))

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
@@ -60,6 +59,8 @@ class Loader:
         _check_sizes(source, global_batch, seed, prefetch)
         self._next_row = 0 if state is None else _restore(state, source)
         self._local_rows = self._rows_of_this_process()
+        import grain  # only here: it imports Orbax, too, which takes 0.2 s
+
         order = grain.MapDataset.range(len(source))  # of numbers alone: Grain walks and measures what passes it
         self._order = (order.seed(seed).shuffle() if shuffle else order).repeat()
         self._check_first_row()
