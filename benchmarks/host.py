@@ -11,9 +11,11 @@ Three tables, each with its own control measured in turns with it, and the limit
    with a tiny Llama, which XLA on CPU runs within the call, in the loop's own thread: there nothing can overlap.
    Limit: 1.10 times, plus how far the medians of two bare loops differ (A/A).
 2. What the loop waits for data, beside what making and sending a batch takes when nothing runs meanwhile. Limit: 1%.
-3. The loop with metrics, TensorBoard and checkpoints: the shares of its time in which its thread writes metrics, waits
-   for the hashes of the save before, and saves. Limit: 1% each. Wall time beside the same loop without is no gate: on a
-   host whose processors also compute the step, threads compete with it for processors, although it never stands still.
+3. The loop with metrics, TensorBoard and checkpoints: the shares of its time in which its thread writes metrics and
+   waits for the hashes of the save before, limit 1% each; and, without a limit, in which it copies the state for a save
+   (the next step overwrites the state, so it has to wait: how much depends on how often one saves). Wall time beside
+   the same loop without is no gate: on a host whose processors also compute the step, threads compete with it for
+   processors, although it never stands still.
 
 The exit status is 1 if a limit is missed.
 """
@@ -132,15 +134,17 @@ def stalls(work: SimpleNamespace, steps: int, turns: int) -> bool:
         what: statistics.median(loop.spent[what] / loop.total for loop in full)
         for what in ("metrics", "hashes", "copy")
     }
+    limited = {what: shares[what] for what in ("metrics", "hashes")}
     print(
         f"3. shares of the loop's time, {saves} saves in {steps} steps of {step['full'] * 1e6:.0f}: "
-        + ", ".join(f"{what} {share:.2%} ({verdict(share <= SHARE)})" for what, share in shares.items())
-        + f"; {shares['copy'] * step['full'] * steps / saves * 1e3:.0f} ms a save; wall time x "
-        f"{2 * step['full'] / (step['plain'] + step['again']):.3f} (A/A {abs(step['again'] / step['plain'] - 1):.3f}), "
-        f"competition for processors included; plotting {plotting:.2f} s, after the last step",
+        + ", ".join(f"{what} {share:.2%} ({verdict(share <= SHARE)})" for what, share in limited.items())
+        + f", copies {shares['copy']:.2%}; {shares['copy'] * step['full'] * steps / saves * 1e3:.0f} ms a save; "
+        f"wall time x {2 * step['full'] / (step['plain'] + step['again']):.3f} "
+        f"(A/A {abs(step['again'] / step['plain'] - 1):.3f}), competition for processors "
+        f"included; plotting {plotting:.2f} s, after the last step",
         flush=True,
     )
-    return max(shares.values()) <= SHARE
+    return max(limited.values()) <= SHARE
 
 
 def verdict(within: bool) -> str:
