@@ -67,7 +67,7 @@ def use_checkout() -> None:
 
 
 def random_batch(rows: int, seq: int, vocab: int) -> dict[str, np.ndarray]:
-    """A batch as the library takes it, `[rows, seq]` each."""
+    """A batch as the library takes it, `[rows, seq]` each, but for `segment_ids`, which the step of a run drops."""
     rng = np.random.default_rng(1)
     return {
         "tokens": rng.integers(0, vocab, (rows, seq), dtype=np.int32),

@@ -12,7 +12,6 @@ import numpy as np
 
 from shardtrain.errors import UserError
 from shardtrain.model_def import ModelDef
-from shardtrain.nn.context import Context
 from shardtrain.pipelined import pipelined_rows
 from shardtrain.sharding import Partitioner, use
 from shardtrain.state import TrainState
@@ -87,7 +86,7 @@ def _next_token(model: ModelDef, partitioner: Partitioner, temperature: float) -
                 logits_BV = pipelined_rows(model, params, batch, partitioner, next_BV)
             else:
                 module: Any = model.merge(params, model_state)
-                ctx = Context(inputs=batch)
+                ctx = model.context(batch)
                 logits_BV = next_BV(module, module.blocks(module.embedder(batch, ctx), ctx)[0])
             if temperature == 0:
                 return logits_BV.argmax(-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -13,6 +13,7 @@ from flax import nnx
 
 from shardtrain.errors import UserError
 from shardtrain.layout import Layout, dotted
+from shardtrain.nn.context import Context
 from shardtrain.nn.param import describe
 from shardtrain.nn.remat import rematerialized
 from shardtrain.nn.stack import Stack
@@ -38,6 +39,7 @@ class ModelDef:
         it needs (`save`), as far as the layers' own remat policy lets it.
       idle: of a schedule, whether idle ranks compute on values that nobody reads, or `skip` their work, as well as
         embedding and head on all but the end stages. See `shardtrain.parallel.skipping` for when that is refused.
+      packed: whether rows may hold several segments; see `shardtrain.data.Source`.
       replicate_unannotated: accept weights without logical axes, whole on every device. By default a module opts in
         with an attribute of that name.
 
@@ -56,11 +58,12 @@ class ModelDef:
         schedule: Schedule | None = None,
         backward: Backward = "remat",
         idle: Idle = "compute",
+        packed: bool = True,
         replicate_unannotated: bool | None = None,
     ):
         with nnx.use_eager_sharding(False):
             module = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
-        self.make, self.idle = make, idle
+        self.make, self.idle, self.packed = make, idle, packed
         self.graph, self._params, self._rngs, self._other = _split(module)
         self.canonical_weights: Tree = _nested(self._params, describe)
         self.weights = self.canonical_weights
@@ -101,6 +104,10 @@ class ModelDef:
     def live(self, tree: Any) -> Any:
         """The inverse of `canonical`."""
         return tree if self.program is None else self.layout.pack(tree, self.canonical_weights)
+
+    def context(self, batch: Mapping[str, jax.Array], key: jax.Array | None = None, *, train: bool = False) -> Context:
+        """What the module's parts are told of a batch."""
+        return Context(inputs=batch, key=key, train=train, packed=self.packed)
 
     def cut(self, pin: Callable[[Any], Any]) -> Cut:
         """The module as the pure functions that a pipeline runs."""

@@ -33,7 +33,7 @@ def pipelined_gradients(
     """
     assert model.program is not None
     assert model.layers_CRk is not None
-    work = _work(model, params, batch, partitioner, Context(inputs=batch, key=key, train=True))
+    work = _work(model, params, batch, partitioner, model.context(batch, key, train=True))
 
     def weights() -> tuple[jax.Array, dict[str, jax.Array]]:
         # All layers are alike, so one stands for all of them.
@@ -113,7 +113,7 @@ def _through(
     def local(params: Tree, batch: Batch) -> tuple[Any, Any]:
         rows = jax.tree.leaves(batch)[0].shape[0] // partitioner.pieces("batch")
         count = next(m for m in range(min(most, rows), 0, -1) if rows % m == 0)
-        work = dataclasses.replace(_work(model, params, batch, partitioner, Context(inputs=batch)), skip=skip)
+        work = dataclasses.replace(_work(model, params, batch, partitioner, model.context(batch)), skip=skip)
         found = pipeline_forward(
             allocate(forward(schedule, count)), layers_CRk, work, microbatches(batch, count), result
         )

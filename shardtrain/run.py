@@ -84,6 +84,7 @@ class Trainer(Loop):
                 stored = read_extra(checkpointer.directory, latest)["config"]
                 check_same_run(stored, config, str(directory))
             source, held_out, tokenizer = open_data(config, directory)
+            job.model.packed = getattr(source, "packed", True)
             restored = (
                 None
                 if latest is None

@@ -46,7 +46,7 @@ def model_sums(
 ) -> tuple[Sums, Sums, Tree]:
     """One forward pass: the sums of loss and metrics, those of the auxiliary terms, and the model's new state."""
     module = model.merge(params, model_state, key)
-    ctx = Context(inputs=batch, key=key, train=train)
+    ctx = model.context(batch, key, train=train)
     if loss is None:
         (loss_sum, weight, metrics), aux = forward(cast(Model, module), batch, ctx)
     else:

@@ -14,10 +14,12 @@ from shardtrain import nn
 from shardtrain.errors import UserError
 from shardtrain.gradients import batch_gradients
 from shardtrain.model_def import ModelDef
+from shardtrain.models.llama import Llama
 from shardtrain.optim import optimizer
+from shardtrain.parallel import schedules
 from shardtrain.parallel.slots import microbatch
 from shardtrain.sharding import use
-from shardtrain.state import init_state
+from shardtrain.state import abstract_state, init_state
 from shardtrain.step import evaluate, make_eval_step, make_train_step
 from shardtrain.sums import microbatches
 
@@ -256,3 +258,18 @@ def test_evaluation_is_the_mean_over_all_batches_and_has_no_dropout():
     assert evaluate(step, state, [whole]) == evaluate(step, state, [whole])
     with pytest.raises(UserError, match="no batches"):
         evaluate(step, state, [])
+
+
+@pytest.mark.parametrize("mesh", [{}, {"pipe": 2}])
+@pytest.mark.parametrize("kind", ["train", "evaluation"])
+def test_only_a_step_on_packed_rows_reads_segment_ids(mesh, kind):
+    place, tx = tiny.partitioner(**mesh), optax.sgd(0.1)
+    schedule = schedules.make("1f1b", 2, 2, 1) if mesh else None
+
+    def leaves_read(*, packed):
+        model = ModelDef(lambda rngs: Llama(**tiny.SIZES, rngs=rngs), schedule=schedule, packed=packed)
+        step = make_train_step(model, tx, place) if kind == "train" else make_eval_step(model, place)
+        program = step.lower(abstract_state(model, tx, place), tiny.batch(place)).as_text()
+        return program[: program.index("->")].count("%arg")
+
+    assert leaves_read(packed=True) == leaves_read(packed=False) + 1

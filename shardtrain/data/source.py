@@ -16,6 +16,10 @@ class Source(Protocol):
     A language-model row of S tokens holds at least `tokens`, `targets`, `segment_ids`, `positions` (int32
     [S]) and `loss_mask` (float32 [S]); other models may use other names. All rows have the same names, shapes
     and dtypes. The name `row` is taken: the loader adds it.
+
+    An attribute `packed` may be False where each row is one segment. Attention then needs no mask of [B, S, S] to keep
+    segments apart, with which fused attention on a GPU reads far more memory. Without the attribute rows count as
+    packed.
     """
 
     @property
@@ -58,6 +62,11 @@ class Rows:
     source: Source
     start: int
     stop: int
+
+    @property
+    def packed(self) -> bool:
+        """The whole source's."""
+        return getattr(self.source, "packed", True)
 
     @property
     def fingerprint(self) -> str:

@@ -13,6 +13,7 @@ import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -48,6 +49,7 @@ class TokenWindows:
     used. Raises UserError for a file too short for one window.
     """
 
+    packed: ClassVar[bool] = False
     file: TokenFile
     seq_len: int
 

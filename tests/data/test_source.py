@@ -66,3 +66,15 @@ def test_rows_outside_of_a_source_do_not_exist(row):
     for part in split(source, 0.5):
         with pytest.raises(IndexError, match=f"row {row} of a source of 10 rows"):
             part[row]
+
+
+def test_the_sources_of_a_config_are_not_packed(tmp_path):
+    write_tokens(tmp_path / "t.bin", [np.arange(101)], vocab_size=101)
+    for source in (TokenWindows(open_tokens(tmp_path / "t.bin"), 5), SyntheticTokens(seq_len=5, vocab_size=8, seed=0)):
+        train, held_out = split(source, 0.25)
+        assert [source.packed, train.packed, held_out.packed] == [False, False, False]
+        assert np.ptp(train[1]["segment_ids"]) == 0
+
+
+def test_a_source_that_does_not_say_counts_as_packed():
+    assert split([None] * 10, 0.5)[0].packed

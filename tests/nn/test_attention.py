@@ -195,3 +195,12 @@ def test_without_segment_ids_the_whole_past_is_seen():
     bare = {name: leaf for name, leaf in batch.items() if name != "segment_ids"}
     assert np.array_equal(run(bare), run(bare | {"segment_ids": jnp.zeros((2, 7), jnp.int32)}))
     assert not np.allclose(run(bare), run(batch), atol=1e-3)
+
+
+def test_rows_that_are_not_packed_need_no_segment_ids():
+    module, x, batch = layer(), jnp.ones((2, 7, 16)), packed_batch(2, 7, 10)
+    bare = {name: leaf for name, leaf in batch.items() if name != "segment_ids"}
+    program = lambda batch, packed: str(jax.make_jaxpr(lambda b: module(x, nn.Context(b, packed=packed)))(batch))  # noqa: E731
+    masked, unmasked = program(batch, True), program(batch, False)
+    assert unmasked.count(" eq ") < masked.count(" eq ")
+    assert unmasked.count(" eq ") == program(bare, True).count(" eq ")
