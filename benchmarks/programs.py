@@ -57,12 +57,12 @@ def pair(shape: floor.Shape, mesh: str, rows: int, length: int) -> tuple[Step, S
     model = ModelDef(lambda rngs: Llama(**options, rngs=rngs))
     batch = random_batch(place, rows, length, shape.vocab_size)
 
-    tx = optimizer("adamw", model.weights, lr=1e-3, weight_decay=0.1)
+    tx = optimizer("adamw", model.weights, lr=1e-3, weight_decay=0.1, clip_norm=1.0)
     state = init_state(model, tx, place)
     ours = make_train_step(model, tx, place).lower(state, batch).compile()
 
     decays = jax.tree.map(lambda w: w.role not in ("norm", "bias"), floor.from_library(model.weights))
-    floor_tx = optax.adamw(1e-3, weight_decay=0.1, mask=decays)
+    floor_tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, weight_decay=0.1, mask=decays))
     params = jax.tree.map(
         lambda a, spec: jax.device_put(np.asarray(a), NamedSharding(place.mesh, spec)),
         floor.from_library(state.params),

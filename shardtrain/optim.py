@@ -188,11 +188,18 @@ def _muon_dims(path: Path, weight: Weight) -> optax.contrib.MuonDimensionNumbers
     return optax.contrib.MuonDimensionNumbers(weight.input_dims, weight.output_dims)
 
 
-def _clipped(tx: Transform, clip_norm: float) -> Transform:
-    """Clip first. The clip has no state, so that of `tx` keeps its paths with or without it."""
-    clip = optax.clip_by_global_norm(clip_norm)
+def _clipped(tx: Transform, clip_norm: float) -> optax.GradientTransformationExtraArgs:
+    """Clip first, as `optax.clip_by_global_norm` does, but by the norm that a step has computed already.
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        return tx.update(clip.update(grads, optax.EmptyState(), params)[0], state, params)
+    The clip has no state, so that of `tx` keeps its paths with or without it.
+    """
 
-    return Transform(tx.init, update)
+    def update(grads: Any, state: Any, params: Any = None, *, grad_norm: Any = None, **_: Any) -> tuple[Any, Any]:
+        norm = optax.tree.norm(grads) if grad_norm is None else grad_norm
+
+        def clip(g: jax.Array) -> jax.Array:
+            return jax.lax.select(norm < clip_norm, g, (g / norm.astype(g.dtype)) * clip_norm)
+
+        return tx.update(jax.tree.map(clip, grads), state, params)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)

@@ -86,6 +86,7 @@ def make_train_step(
     if model.program is not None and (warning := bubble_warning(model.program.schedule)) and jax.process_index() == 0:
         _log.warning(warning)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, tx, partitioner))
+    with_norm = optax.with_extra_args_support(tx)  # `optimizer(clip_norm=...)` takes the norm, others do without
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with use(partitioner):
@@ -98,7 +99,7 @@ def make_train_step(
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
 
             def update(params: Any, opt_state: Any, _: Any) -> tuple[Any, Any, Any]:
-                updates, opt_state = tx.update(grads, opt_state, params)
+                updates, opt_state = with_norm.update(grads, opt_state, params, grad_norm=metrics["grad_norm"])
                 return optax.apply_updates(params, updates), opt_state, model_state
 
             # A branch, not a choice per element: that would keep the old moments beside the new ones until the end.

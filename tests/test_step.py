@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import tiny
+from helpers import equations
 from shardtrain import nn
 from shardtrain.errors import UserError
 from shardtrain.gradients import batch_gradients
@@ -125,6 +126,15 @@ def test_a_non_finite_step_changes_nothing_and_is_counted():
     assert (int(metrics["skipped"]), int(metrics["skipped_in_row"]), int(state.step)) == (2, 0, 4)
     assert float(metrics["lr"]) == pytest.approx(0.1)  # the schedule counts applied updates
     assert (np.asarray(state.params["w"]) != before[0]["w"]).all()
+
+
+def test_clipping_takes_the_norm_of_the_gradient_that_is_reported():
+    place, model = tiny.partitioner(), tiny.llama()
+    for clip_norm in (None, 1e-3):
+        tx = optimizer("adamw", model.weights, lr=0.1, clip_norm=clip_norm)
+        step, state = make_train_step(model, tx, place), abstract_state(model, tx, place)
+        roots = [e for e in equations(step, state, tiny.batch(place)) if e.primitive.name == "sqrt"]
+        assert sum(e.outvars[0].aval.shape == () for e in roots) == 1
 
 
 def test_the_state_is_donated():
