@@ -182,8 +182,7 @@ def _chunked_bwd(axes: Axes, precision: Precision, count: int, saved: tuple[Any,
     zeros = jnp.zeros((*devices, *w.shape), wide)
     parts = tuple(_split(a, count) for a in (x_BSD, targets_BS, log_z_BS, *dout))
     dw, dx = jax.lax.scan(one, constrain(zeros, "batch", "seq", *used), parts)
-    zero = jnp.zeros((), precision.gradient)
-    dw = jax.lax.reduce(dw.astype(precision.gradient), zero, jax.lax.add, (0, 1))  # `sum` would widen what is sent
+    dw = jax.lax.reduce_sum(dw.astype(precision.gradient), (0, 1))  # `sum` would widen what is sent
     return _join(dx), scattered(dw, axes, w.dtype), _no_gradient(targets_BS)
 
 
