@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from types import MappingProxyType
 
@@ -126,6 +126,24 @@ class Partitioner:
     ) -> jax.Array:
         """Pin the layout of an intermediate `x`, one logical axis per dim."""
         return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape, name, drop))
+
+    def per_device(
+        self, function: Callable[..., jax.Array], *arguments: tuple[jax.Array, LogicalAxes], out: LogicalAxes
+    ) -> jax.Array:
+        """What `function` makes of each device's own parts of some arrays, given with a logical axis per dim.
+
+        For kernels that the compiler cannot split by itself. A dim without a mesh axis is whole on every device.
+        """
+        shardings = [self.sharding(axes, x.shape, f"argument {i}") for i, (x, axes) in enumerate(arguments)]
+        run = jax.shard_map(
+            function,
+            mesh=shardings[0].mesh,
+            in_specs=tuple(sharding.spec for sharding in shardings),
+            out_specs=self.spec(*out),
+            axis_names=set(self.mesh.axis_names).difference(jax.sharding.get_abstract_mesh().manual_axes),
+            check_vma=False,
+        )
+        return run(*(x for x, _ in arguments))
 
     def _row(self, logical: str) -> tuple[str, ...]:
         if logical not in self.rules:

@@ -5,6 +5,7 @@ Shapes: B batch, S queries, T keys, H query heads, G key/value heads, R = H / G,
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 
 from shardtrain.errors import UserError
 from shardtrain.nn.precision import at_least_float32
-from shardtrain.sharding import current
+from shardtrain.sharding import current, pieces
 
 Implementation = Literal["auto", "einsum", "xla", "cudnn"]
 
@@ -61,26 +62,53 @@ def attend(
       UserError: the implementation asked for cannot do this here; it is never replaced by another.
     """
     scale = q_BSHK.shape[-1] ** -0.5 if scale is None else scale
-    obstacle = _cudnn_obstacle(q_BSHK, soft_cap)
+    obstacles = "; ".join(_cudnn_obstacles(q_BSHK, soft_cap))
     if implementation == "auto":
-        implementation = "cudnn" if obstacle is None else "einsum"
-    if implementation == "cudnn" and obstacle is not None:
-        raise UserError(f"attention: cudnn is not available here: {obstacle}; use attention: auto, xla or einsum")
+        implementation = "einsum" if obstacles else "cudnn"
+    if implementation == "cudnn" and obstacles:
+        raise UserError(f"attention: cudnn is not available here: {obstacles}; use attention: auto, xla or einsum")
     if implementation == "xla" and soft_cap is not None:
         raise UserError(f"attention: xla has no logit_soft_cap (asked for {soft_cap}); use attention: einsum")
     if implementation == "einsum":
         mask = attention_mask(q_BSHK.shape[1], window, segment_ids_BS, causal)
         return _einsum_attention(q_BSHK, k_BTGK, v_BTGK, mask, soft_cap, scale)
-    return jax.nn.dot_product_attention(
-        q_BSHK,
-        k_BTGK,
-        v_BTGK,
-        mask=None if segment_ids_BS is None else attention_mask(q_BSHK.shape[1], None, segment_ids_BS, causal=False),
-        is_causal=causal,
-        local_window_size=None if window is None else (window - 1, 0 if causal else window - 1),
-        scale=scale,
-        implementation=implementation,
-    )
+
+    def attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+        return jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            mask=None if segment_ids is None else attention_mask(q.shape[1], None, segment_ids, causal=False),
+            is_causal=causal,
+            local_window_size=None if window is None else (window - 1, 0 if causal else window - 1),
+            scale=scale,
+            implementation=implementation,
+        )
+
+    return _by_rows_and_heads(attention, q_BSHK, k_BTGK, v_BTGK, segment_ids_BS)
+
+
+def _by_rows_and_heads(
+    attention: Callable[..., jax.Array],
+    q_BSHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    segment_ids_BS: jax.Array | None,
+) -> jax.Array:
+    """Attention of each device's own rows and heads, wherever it has all of the sequence.
+
+    Left to itself, the compiler asks JAX's cuDNN call how to split it, which fails in a pipeline (JAX 0.10.2, 0.12).
+    """
+    segment_ids = [] if segment_ids_BS is None else [segment_ids_BS]
+    partitioner = current()
+    if partitioner is None or partitioner.mesh.size == 1 or partitioner.pieces("seq") > 1:
+        return attention(q_BSHK, k_BTGK, v_BTGK, *segment_ids)
+    if partitioner.pieces("kv_heads") != partitioner.pieces("heads"):  # a device's queries need not begin with a group
+        k_BTGK, v_BTGK = (jnp.repeat(a, q_BSHK.shape[2] // a.shape[2], axis=2) for a in (k_BTGK, v_BTGK))
+    heads = ("batch", None, "heads", None)
+    kv_heads = heads if k_BTGK.shape == q_BSHK.shape else ("batch", None, "kv_heads", None)
+    rows = [(ids, ("batch", None)) for ids in segment_ids]
+    return partitioner.per_device(attention, (q_BSHK, heads), (k_BTGK, kv_heads), (v_BTGK, kv_heads), *rows, out=heads)
 
 
 def _einsum_attention(
@@ -99,15 +127,17 @@ def _einsum_attention(
     return jnp.einsum("BGRST,BTGK->BSGRK", weights_BGRST, v_BTGK).reshape(B, S, H, K)
 
 
-def _cudnn_obstacle(q_BSHK: jax.Array, soft_cap: float | None) -> str | None:
+def _cudnn_obstacles(q_BSHK: jax.Array, soft_cap: float | None) -> Iterator[str]:
     partitioner = current()
     device = partitioner.mesh.devices.flat[0] if partitioner is not None else jax.devices()[0]
     if device.platform != "gpu" or "cuda" not in device.client.platform_version.lower():
-        return f"the devices are {device.platform}, not NVIDIA GPUs"
+        yield f"the devices are {device.platform}, not NVIDIA GPUs"
     if q_BSHK.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"it needs bfloat16 or float16, and precision.compute is {q_BSHK.dtype}"
-    if q_BSHK.shape[-1] % 8 or q_BSHK.shape[-1] > 128:
-        return f"it needs a head_dim that is a multiple of 8 and at most 128, not {q_BSHK.shape[-1]}"
+        yield f"it needs bfloat16 or float16, and precision.compute is {q_BSHK.dtype}"
+    most = 256 if float(getattr(device, "compute_capability", 0)) >= 9 else 128
+    if q_BSHK.shape[-1] % 8 or q_BSHK.shape[-1] > most:
+        yield f"it needs a head_dim that is a multiple of 8 and at most {most}, not {q_BSHK.shape[-1]}"
+    if pieces("seq") > 1:
+        yield f"it needs whole sequences, and the mesh splits each into {pieces('seq')}"
     if soft_cap is not None:
-        return f"it has no logit_soft_cap (asked for {soft_cap})"
-    return None
+        yield f"it has no logit_soft_cap (asked for {soft_cap})"

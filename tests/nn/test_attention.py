@@ -117,7 +117,7 @@ def test_masks():
     [
         (
             {"implementation": "cudnn"},
-            "cudnn is not available here: the devices are cpu, not NVIDIA GPUs; use attention: ",
+            "cudnn is not available here: the devices are cpu, not NVIDIA GPUs; it needs bfloat16.*; use attention: ",
         ),
         (
             {"implementation": "xla", "soft_cap": 30.0},
@@ -186,6 +186,11 @@ def test_the_layer_is_projection_norm_rotation_attention_projection(x64):
         segments=np.asarray(batch["segment_ids"]),
     )
     np.testing.assert_allclose(y, np.einsum("bshk,hkd->bsd", mixed, value(module.out.weight)), rtol=1e-11, atol=1e-12)
+
+
+def test_cudnn_needs_whole_sequences():
+    with use(partition(context=8)), pytest.raises(UserError, match="the mesh splits each into 8; use attention"):
+        call((4, 2), {"implementation": "cudnn"}, np.float32)
 
 
 def test_without_segment_ids_the_whole_past_is_seen():
