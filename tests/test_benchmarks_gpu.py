@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 import gpu
+import programs
 import roofline
 import top_operations
 from cases import SHAPES, flops_per_token
@@ -19,6 +21,9 @@ from shardtrain.config import load_config
 from shardtrain.config.frozen import thaw
 from shardtrain.model_def import ModelDef, flatten
 from shardtrain.models.llama import Llama
+from shardtrain.optim import optimizer
+from shardtrain.state import abstract_state
+from shardtrain.step import make_train_step
 from work import counted, square
 from workers import Worker, WorkerError, largest_batch
 
@@ -117,6 +122,8 @@ def test_a_worker_that_hangs_or_dies_is_an_error_and_gone(tmp_path):
         worker = Worker([sys.executable, "-c", f"import sys; sys.stdin.readline(); {code}"], {}, tmp_path / "log")
         with pytest.raises(WorkerError, match=message):
             worker.ask("steps", 1.0 if code == "input()" else 60.0)
+        with pytest.raises(WorkerError, match="ended with code"):
+            worker.ask("steps", 60.0)
         worker.close()
         assert worker._process.poll() is not None
 
@@ -148,10 +155,41 @@ def test_the_work_counted_by_class_adds_up_to_the_models_flops():
     assert square(shape, batch, seq)["attention"].flops == pytest.approx(2 * 6 / 7 * work["attention"].flops, rel=1e-3)
 
 
+def bench(size: str = "tiny", seq: int = 64, batch: int = 2, **options: object) -> Bench:
+    options = {"remat": "none", "attention": "einsum", "compute": "bfloat16", "loss_chunk": "auto", **options}
+    return Bench(argparse.Namespace(size=size, seq=seq, batch=batch, seconds=0.0, **options))
+
+
 def test_the_flops_counted_are_xlas_too():
-    args = {"size": "tiny", "seq": 64, "batch": 2, "remat": "none", "attention": "einsum", "compute": "bfloat16"}
-    by_xla, _ = Bench(argparse.Namespace(**args, seconds=0.0)).by_xla()
+    by_xla, _ = bench(loss_chunk=16).by_xla()
     assert sum(work.flops for work in square(SHAPES["tiny"], 2, 64).values()) == pytest.approx(by_xla, rel=0.05)
+
+
+def test_a_loss_in_chunks_makes_its_logits_twice():
+    whole, chunked = bench(loss_chunk=None), bench(loss_chunk=16)
+    assert (whole.chunks, chunked.chunks, bench("1b", 4096, 4).chunks) == (1, 4, 32)
+    compiled, by_shapes = [], []
+    for each in (whole, chunked):
+        model = each.model()
+        tx = optimizer("sgd", model.weights, lr=0.1)
+        program = make_train_step(model, tx, each.place).lower(abstract_state(model, tx, each.place), each.batch).compile()
+        compiled.append(programs.matmul_flops(program.as_text()))
+        by_shapes.append(counted(SHAPES["tiny"], 2, 64, "none", chunks=each.chunks)["loss"])
+    assert by_shapes[1].flops - by_shapes[0].flops == pytest.approx(compiled[1] - compiled[0], rel=0.02)
+    assert by_shapes[1].bytes > by_shapes[0].bytes
+
+
+@pytest.fixture
+def constants_warned_of():
+    bytes = jax.config.jax_captured_constants_warn_bytes
+    jax.config.update("jax_captured_constants_warn_bytes", 256)  # and pytest makes a warning an error
+    yield
+    jax.config.update("jax_captured_constants_warn_bytes", bytes)
+
+
+@pytest.mark.usefixtures("constants_warned_of")
+def test_no_part_has_its_arrays_as_constants_of_the_program():
+    assert min(bench().isolated().values()) > 0
 
 
 @pytest.mark.full
