@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cases import ADAMW, ROOT, SHAPES, random_batch, use_checkout
+from cases import ADAMW, ROOT, SHAPES, host_batch, use_checkout
 
 use_checkout()
 
@@ -90,7 +90,7 @@ def batch(text: np.ndarray, rows: int, seq: int, index: int) -> dict[str, Any]:
     """Windows of the text, the same for each run at the same step."""
     starts = np.random.default_rng(index).integers(0, len(text) - seq - 1, rows)
     windows = np.stack([text[s : s + seq + 1] for s in starts]).astype(np.int32)
-    return {**random_batch(rows, seq, 1), "tokens": windows[:, :-1], "targets": windows[:, 1:]}
+    return {**host_batch(rows, seq, 1), "tokens": windows[:, :-1], "targets": windows[:, 1:]}
 
 
 if __name__ == "__main__":

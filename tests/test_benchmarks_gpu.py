@@ -81,12 +81,14 @@ def test_they_import_with_jax_flax_optax_and_numpy_only():
     assert bare.returncode == 0, bare.stderr[-2000:]
 
 
-def test_a_tiny_run_finds_its_batch_and_survives_a_contestant_that_fails(tmp_path, monkeypatch):
-    options = "--no-torch --attention cudnn --attention einsum --remat full --turns 2 --profile"
-    found = run(tmp_path, monkeypatch, *options.split(), "--limit-gib", "0.006", "--max-tokens", "4096")
-    assert "cudnn is not available here: the devices are cpu" in found["failed"][0]["error"]
+def test_a_tiny_run_finds_its_batch_and_survives_a_contestant_that_fails(tmp_path, monkeypatch, capsys):
+    options = "--no-torch --attention einsum --remat full --loss-chunk 16 --turns 2 --profile --flags gpu-default"
+    options += " --limit-gib 0.006 --max-tokens 4096"
+    found = run(tmp_path, monkeypatch, *options.split(), "--flags", "")
+    assert "xla.preset gpu-default is for NVIDIA GPUs, and the devices are cpu" in found["failed"][0]["error"]
     [built], [result], [profile] = found["built"], found["result"], found["profile"]
-    assert built["name"] == result["name"] == "shardtrain einsum"
+    assert built["name"] == result["name"] == "shardtrain default"
+    assert "remat full, loss chunk 16, compiled" in capsys.readouterr().out
     assert built["params"] == SHAPES["tiny"].params
     assert 1 < built["batch"] < 4096 / 64  # the limit decided
     assert built["planned"] < 0.006 * 2**30
