@@ -114,6 +114,39 @@ def test_the_loss_is_that_of_pytorch(tmp_path, monkeypatch):
     assert found["ratio"][0]["ratio"] == pytest.approx(speeds[0] / speeds[1])
 
 
+@pytest.mark.full
+def test_pytorch_compiles_its_blocks_and_checkpoints_them(tmp_path, monkeypatch):
+    pytest.importorskip("torch", reason="PyTorch is not installed, and the library does not need it")
+    found = run(tmp_path, monkeypatch, "--torch-remat", "full", "--torch-compile", "block", "--turns", "2")
+    assert "failed" not in found
+    ours, theirs = found["result"]
+    assert found["built"][1]["remat"] == "full"
+    assert theirs["loss"] == pytest.approx(ours["loss"], abs=0.3)  # near log(256) both, from weights of their own
+
+
+@pytest.mark.full
+def test_pytorch_recomputes_with_the_attention_that_was_chosen():
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed, and the library does not need it")
+    from gpu_torch import TorchWorker
+
+    worker = TorchWorker()
+    worker.hello(0.5)
+    options = {"size": "tiny", "seq": 64, "compute": "bfloat16", "remat": "full", "max_tokens": 128, "batch": None}
+    kernels = ("flash", "cudnn", "mem_efficient", "math")
+    before = {name: getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in kernels}
+    try:
+        worker.build(**options, compile="none", attention="flash")
+        with torch.profiler.profile() as profile:
+            worker.steps(1)
+        enabled = [name for name in kernels if getattr(torch.backends.cuda, f"{name}_sdp_enabled")()]
+    finally:
+        for name, was in before.items():
+            getattr(torch.backends.cuda, f"enable_{name}_sdp")(was)
+    assert enabled == ["flash"]
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["aten::_scaled_dot_product_flash_attention_for_cpu"] == 2 * SHAPES["tiny"].n_layers
+
+
 def test_what_no_time_is_left_for_is_named(tmp_path, monkeypatch, capsys):
     run(tmp_path, monkeypatch, "--no-torch", "--minutes", "0", "--case", "tiny/64", "--case", "tiny/128")
     assert "time is up: tiny/64, tiny/128 not run" in capsys.readouterr().out
