@@ -58,7 +58,7 @@ class Bare:
             raise ImportError(f"{name} is not on a bare machine")
 
 sys.meta_path = [Bare, *(f for f in sys.meta_path if "editable" not in repr(f))]
-import gpu, gpu_jax, roofline, float8_curve, shardtrain.models
+import gpu, gpu_jax, roofline, float8_curve, remat, shardtrain.models
 from pathlib import Path
 for module in (shardtrain, shardtrain.models):
     assert Path(module.__file__).is_relative_to(Path(gpu.__file__).parents[1]), module
@@ -205,10 +205,10 @@ def test_a_loss_in_chunks_makes_its_logits_twice():
     assert (whole.chunks, chunked.chunks, bench("1b", 4096, 4).chunks) == (1, 4, 32)
     compiled, by_shapes = [], []
     for each in (whole, chunked):
-        model = each.model()
+        model, place = each.model(), each.place
         tx = optimizer("sgd", model.weights, lr=0.1)
-        program = make_train_step(model, tx, each.place).lower(abstract_state(model, tx, each.place), each.batch).compile()
-        compiled.append(programs.matmul_flops(program.as_text()))
+        step = make_train_step(model, tx, place).lower(abstract_state(model, tx, place), each.batch)
+        compiled.append(programs.matmul_flops(step.compile().as_text()))
         by_shapes.append(counted(SHAPES["tiny"], 2, 64, "none", chunks=each.chunks)["loss"])
     assert by_shapes[1].flops - by_shapes[0].flops == pytest.approx(compiled[1] - compiled[0], rel=0.02)
     assert by_shapes[1].bytes > by_shapes[0].bytes
