@@ -48,8 +48,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu-results")))
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    text = corpus()
-    print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}; {args.size}, {args.batch} x {args.seq} bytes a step")
+    text, device = corpus(), jax.devices()[0].device_kind
+    print(f"jax {jax.__version__} on {device}; {args.size}, {args.batch} x {args.seq} bytes a step")
     print(f"corpus: {len(text)} bytes, sha256 {hashlib.sha256(text).hexdigest()[:12]}")
     curves = {name: curve(args, text, *how) for name, how in RUNS.items()}
     with (args.out / "float8_curve.jsonl").open("w") as file:
@@ -83,9 +83,9 @@ def curve(args: argparse.Namespace, text: np.ndarray, matmul: str, seed: int) ->
     return [float(loss) for loss in losses]
 
 
-def corpus() -> np.ndarray:
+def corpus(root: Path = ROOT) -> np.ndarray:
     """The bytes of the repository's text files, which a run's or an environment's own files are not among."""
-    files = sorted(p for f in FOLDERS for p in (ROOT / f).rglob("*") if p.suffix in (".py", ".md", ".yaml"))
+    files = sorted(p for f in FOLDERS for p in (root / f).rglob("*") if p.suffix in (".py", ".md", ".yaml"))
     return np.frombuffer(b"\n".join(p.read_bytes() for p in files), np.uint8)
 
 

@@ -9,6 +9,11 @@ import pytest
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 
+def test_the_index_names_all_files():
+    index = (FOLDER / "README.md").read_text()
+    assert [path.stem for path in FOLDER.glob("*.py") if f"`{path.stem}`" not in index] == []
+
+
 def test_all_benchmarks_import():
     names = sorted(path.stem for path in FOLDER.glob("*.py") if "torch" not in path.stem)
     program = f"import sys; sys.path.insert(0, {str(FOLDER)!r}); import {', '.join(names)}"

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 
+import float8_curve
 import gpu
 import programs
 import roofline
@@ -269,10 +270,15 @@ def test_a_trace_yields_its_operations_own_times(tmp_path):
     assert found["classes"]["matmul"] == pytest.approx(0.03)
 
 
+def test_the_corpus_is_of_the_repositorys_folders(tmp_path):
+    for name in ("models/a.py", "shardtrain/b.py", ".venv/lib/c.py", "outputs/d.md", "docs/e.md", "shardtrain/f.so"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(Path(name).stem)
+    assert float8_curve.corpus(tmp_path).tobytes() == b"a\nb"
+
+
 @pytest.mark.full
 def test_the_curve_of_float8_stays_with_that_of_bfloat16(tmp_path):
-    import float8_curve
-
     options = ["--size", "tiny", "--seq", "32", "--batch", "8", "--steps", "20", "--lr", "1e-3"]
     float8_curve.main([*options, "--out", str(tmp_path)])
     lines = [json.loads(line) for line in (tmp_path / "float8_curve.jsonl").read_text().splitlines()]
