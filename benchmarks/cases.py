@@ -66,8 +66,8 @@ def use_checkout() -> None:
     shardtrain.__path__.append(str(ROOT))  # models/ lies beside shardtrain/ in a checkout
 
 
-def random_batch(rows: int, seq: int, vocab: int) -> dict[str, np.ndarray]:
-    """A batch as the library takes it, `[rows, seq]` each, but for `segment_ids`, which the step of a run drops."""
+def host_batch(rows: int, seq: int, vocab: int) -> dict[str, np.ndarray]:
+    """A random batch as the library takes it, `[rows, seq]` each, but for `segment_ids`, which a run does not read."""
     rng = np.random.default_rng(1)
     return {
         "tokens": rng.integers(0, vocab, (rows, seq), dtype=np.int32),
@@ -76,6 +76,12 @@ def random_batch(rows: int, seq: int, vocab: int) -> dict[str, np.ndarray]:
         "positions": np.tile(np.arange(seq, dtype=np.int32), (rows, 1)),
         "row": np.arange(rows, dtype=np.int32),
     }
+
+
+def value(word: str) -> Any:
+    """What a word of the command line means: a number, a truth value, nothing, or the word itself."""
+    meanings = {"true": True, "false": False, "none": None}
+    return meanings.get(word, int(word) if word.lstrip("-").isdecimal() else word)
 
 
 def flops_module() -> Any:

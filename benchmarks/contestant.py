@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, Protocol
 
-from cases import SHAPES, flops_module, flops_per_token
+from cases import SHAPES, flops_module, flops_per_token, value
 from top_operations import lines
 from workers import Worker, WorkerError
 
@@ -81,8 +81,9 @@ class Contestant:
             return False
         self.batch, self.steps = built["batch"], max(1, min(50, round(args.seconds / built["step_s"])))
         self.say(
-            f"batch {self.batch} ({self.batch * self.seq} tokens), remat {built['remat']}, compiled in "
-            f"{built['compile_s']:.1f} s (search {built['search_s']:.1f} s), peak {gib(built['peak'])}"
+            f"batch {self.batch} ({self.batch * self.seq} tokens), remat {built['remat']}, "
+            + (f"loss chunk {self.options['loss_chunk']}, " if self.options else "")
+            + f"compiled in {built['compile_s']:.1f} s (search {built['search_s']:.1f} s), peak {gib(built['peak'])}"
             + "".join(f", {target} x {count}" for target, count in built.get("calls", {}).items())
         )
         self.report("built", options=self.options, **built)
@@ -95,8 +96,10 @@ class Contestant:
         if self.options is None:
             return {**common, **{k: args["torch_" + k] for k in ("compile", "attention", "remat")}}
         limit = args["limit_gib"] and args["limit_gib"] * 2**30
-        words = {"remat": self.options["remat"].split("/"), "flags": parsed(self.options["flags"])}
-        return {**common, **self.options, **words, "limit": limit, **{k: args[k] for k in ("loss_chunk", "rivals")}}
+        flags, chunk = self.options["flags"].split(), value(self.options["loss_chunk"])
+        words = {"remat": self.options["remat"].split("/"), "loss_chunk": chunk, "flags": parsed(flags)}
+        preset = "gpu-default" if "gpu-default" in flags else "none"
+        return {**common, **self.options, **words, "preset": preset, "limit": limit, "rivals": args["rivals"]}
 
     def turn(self) -> None:
         """One turn of steps; none when the time left is short."""
@@ -144,11 +147,9 @@ class Contestant:
                 self.report("profile", **trace)
 
 
-def parsed(flags: str) -> dict[str, Any]:
-    """`a=true b=3` as a dict; numbers and truth values as such."""
-    words = {"true": True, "false": False}
-    pairs = (part.split("=", 1) for part in flags.split())
-    return {name: words.get(value, int(value) if value.lstrip("-").isdecimal() else value) for name, value in pairs}
+def parsed(flags: list[str]) -> dict[str, Any]:
+    """`a=true`, `b=3` as a dict; numbers and truth values as such."""
+    return {name: value(word) for name, equals, word in (flag.partition("=") for flag in flags) if equals}
 
 
 def gib(bytes: int | None) -> str:

@@ -3,7 +3,7 @@
     python benchmarks/float8_curve.py                                   # on a GPU: the 125M model, 400 steps
     python benchmarks/float8_curve.py --size tiny --seq 64 --batch 16   # on a CPU, by emulation
 
-The text is this repository's own files, byte by byte. Both runs have the same weights and batches; a third in bfloat16
+The text is this repository's own code, byte by byte. Both runs have the same weights and batches; a third in bfloat16
 from other weights shows how far apart two runs are anyway.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -20,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cases import ADAMW, ROOT, SHAPES, random_batch, use_checkout
+from cases import ADAMW, ROOT, SHAPES, host_batch, use_checkout
 
 use_checkout()
 
@@ -33,6 +34,7 @@ from shardtrain.sharding import Partitioner
 from shardtrain.state import init_state
 from shardtrain.step import make_train_step
 
+FOLDERS = ("shardtrain", "models", "tests", "configs", "benchmarks")  # not docs, where the results are written down
 RUNS = {"bfloat16": ("compute", 0), "float8": ("float8", 0), "bfloat16, other weights": ("compute", 1)}
 
 
@@ -46,10 +48,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu-results")))
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    print(
-        f"jax {jax.__version__} on {jax.devices()[0].device_kind}; {args.size}, {args.batch} x {args.seq} bytes a step"
-    )
-    curves = {name: curve(args, *how) for name, how in RUNS.items()}
+    text, device = corpus(), jax.devices()[0].device_kind
+    print(f"jax {jax.__version__} on {device}; {args.size}, {args.batch} x {args.seq} bytes a step")
+    print(f"corpus: {len(text)} bytes, sha256 {hashlib.sha256(text).hexdigest()[:12]}")
+    curves = {name: curve(args, text, *how) for name, how in RUNS.items()}
     with (args.out / "float8_curve.jsonl").open("w") as file:
         for step, losses in enumerate(zip(*curves.values(), strict=True)):
             file.write(json.dumps({"step": step, **dict(zip(RUNS, losses, strict=True))}) + "\n")
@@ -64,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"over the last tenth {(values - base)[-width:].mean():+.4f}", flush=True)
 
 
-def curve(args: argparse.Namespace, matmul: str, seed: int) -> list[float]:
+def curve(args: argparse.Namespace, text: np.ndarray, matmul: str, seed: int) -> list[float]:
     """The loss of each step."""
     place = Partitioner(MeshSpec(data=1).build(jax.devices()[:1]))
     shape = dataclasses.replace(SHAPES[args.size], vocab_size=256)
@@ -72,7 +74,7 @@ def curve(args: argparse.Namespace, matmul: str, seed: int) -> list[float]:
     model = ModelDef(lambda rngs: Llama(**vars(shape), tie_embeddings=True, precision=precision, rngs=rngs))
     tx = optimizer("adamw", model.weights, **{**ADAMW, "lr": args.lr})
     state, step = init_state(model, tx, place, seed=seed), make_train_step(model, tx, place)
-    text, losses = corpus(), []
+    losses = []
     for index in range(args.steps):
         state, metrics = step(state, batch(text, args.batch, args.seq, index))
         losses.append(metrics["loss"])
@@ -81,8 +83,9 @@ def curve(args: argparse.Namespace, matmul: str, seed: int) -> list[float]:
     return [float(loss) for loss in losses]
 
 
-def corpus() -> np.ndarray:
-    files = sorted(p for p in ROOT.glob("*/**/*") if p.suffix in (".py", ".md", ".yaml") and p.is_file())
+def corpus(root: Path = ROOT) -> np.ndarray:
+    """The bytes of the repository's text files, which a run's or an environment's own files are not among."""
+    files = sorted(p for f in FOLDERS for p in (root / f).rglob("*") if p.suffix in (".py", ".md", ".yaml"))
     return np.frombuffer(b"\n".join(p.read_bytes() for p in files), np.uint8)
 
 
@@ -90,7 +93,7 @@ def batch(text: np.ndarray, rows: int, seq: int, index: int) -> dict[str, Any]:
     """Windows of the text, the same for each run at the same step."""
     starts = np.random.default_rng(index).integers(0, len(text) - seq - 1, rows)
     windows = np.stack([text[s : s + seq + 1] for s in starts]).astype(np.int32)
-    return {**random_batch(rows, seq, 1), "tokens": windows[:, :-1], "targets": windows[:, 1:]}
+    return {**host_batch(rows, seq, 1), "tokens": windows[:, :-1], "targets": windows[:, 1:]}
 
 
 if __name__ == "__main__":

@@ -62,10 +62,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--compute", default="bfloat16", choices=("bfloat16", "float32"))
     add("--attention", action="append", choices=("auto", "einsum", "xla", "cudnn"))
     add("--remat", action="append", help="policies to choose from, least recomputation first (default none/dots/full)")
-    add("--rivals", type=int, default=1, help="of these policies, how many that fit to time (default 1: the first)")
+    add("--rivals", type=int, default=1, help="policies that fit to time (default 1); if several, half the batch too")
     add("--matmul", action="append", choices=("compute", "float8"))
-    add("--flags", action="append", help="XLA compiler options: 'xla_name=value xla_name=value'")
-    add("--loss-chunk", type=int, help="positions whose logits are alive at a time (default: all)")
+    add("--flags", action="append", help="XLA options: 'xla_name=value xla_name=value'; gpu-default: the preset")
+    add("--loss-chunk", action="append", help="positions whose logits are alive at a time; none: all (default auto)")
     add("--no-torch", dest="torch", action="store_false")
     add("--torch-python", default=sys.executable, help="an interpreter that has torch")
     add("--no-forward", dest="forward", action="store_false", help="leave out the forward pass alone")
@@ -129,6 +129,7 @@ class Run:
             "attention": a.attention or ["auto"],
             "remat": a.remat or ["none/dots/full"],
             "matmul": a.matmul or ["compute"],
+            "loss_chunk": a.loss_chunk or ["auto"],
             "flags": a.flags or [""],
         }
         varied = [name for name, values in choices.items() if len(values) > 1]

@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cases import ADAMW, SHAPES, Shape, random_batch, use_checkout
+from cases import ADAMW, SHAPES, Shape, host_batch, use_checkout
 from top_operations import table
 from workers import largest_batch, serve
 
 use_checkout()
 
+from programs import random_batch
 from shardtrain.mesh import MeshSpec
 from shardtrain.model_def import ModelDef, flatten
 from shardtrain.models.llama import Llama
@@ -29,10 +30,11 @@ from shardtrain.optim import optimizer
 from shardtrain.sharding import Partitioner
 from shardtrain.state import abstract_state, init_state
 from shardtrain.step import make_eval_step, make_train_step
+from shardtrain.xla import Preset, compiler_options
 
 #: A compilation that only asks for memory need not time kernels against each other.
 PROBE = {"xla_gpu_autotune_level": 0}
-ENOUGH = 16_384  # tokens a step, above which a larger batch makes no GPU faster: no reason to recompute more
+ENOUGH = 16_384  # tokens a step: a policy under which so many fit is not given up for one that recomputes more
 
 
 class JaxWorker:
@@ -53,7 +55,7 @@ class JaxWorker:
         noise = {
             name: (weight.role == "norm") + rng.normal(0, 0.15, weight.shape) for name, weight in flat(model).items()
         }
-        batch = random_batch(2, 64, SHAPES["tiny"].vocab_size)
+        batch = host_batch(2, 64, SHAPES["tiny"].vocab_size)
         np.savez(file, **{name: a.astype(np.float32) for name, a in noise.items()}, **batch)
         tx = optimizer("sgd", model.weights, lr=0.1)
         state = jax.tree.map(jnp.zeros_like, init_state(model, tx, self.place))
@@ -70,8 +72,9 @@ class JaxWorker:
         compute: str,
         attention: str,
         remat: list[str],
-        loss_chunk: int | None,
+        loss_chunk: int | str | None,
         matmul: str,
+        preset: Preset,
         flags: dict[str, Any],
         max_tokens: int,
         batch: int | None,
@@ -82,13 +85,13 @@ class JaxWorker:
 
         Args:
           remat: policies, the one that recomputes least first; taken in turn until `ENOUGH` tokens fit.
-          flags: XLA's compiler options.
+          preset, flags: XLA's compiler options, as a run takes them: of a preset, and others over it.
           max_tokens: upper limit of a batch. batch: rows, instead of a search.
           limit: bytes to stay under.
-          rivals: how many policies to time, the fastest of which stays.
+          rivals: how many policies to time; if several, at half the batch too. The fastest stays.
         """
         shape, start = SHAPES[size], time.perf_counter()
-        self.flags, self.shape, self.seq = flags, shape, seq
+        self.flags, self.shape, self.seq = compiler_options(preset, flags), shape, seq
         build = partial(self._model, shape, attention=attention, compute=compute, loss_chunk=loss_chunk, matmul=matmul)
         self.tx = optimizer("adamw", build(remat="full").weights, **ADAMW)
         plans, wanted = [], 1 if batch else min(ENOUGH, max_tokens // seq * seq)
@@ -99,7 +102,8 @@ class JaxWorker:
         searched = time.perf_counter() - start
         self.state = None
         chosen = good or [max(plans, key=lambda plan: plan[1])]
-        tried = [self._try(build(remat=policy), policy, rows, limit) for policy, rows in chosen]
+        sizes = [(policy, n) for policy, rows in chosen for n in ((rows, rows // 2) if rivals > 1 < rows else (rows,))]
+        tried = [self._try(build(remat=policy), policy, rows, limit) for policy, rows in sizes]
         best = min(tried, key=lambda plan: plan["step_s"] / plan["batch"])
         self.step, self.model = best.pop("program"), best.pop("model")
         self.batch = self._batch(best["batch"])
@@ -176,8 +180,7 @@ class JaxWorker:
         return step.lower(abstract_state(model, self.tx, self.place), shapes).compile(flags)
 
     def _batch(self, rows: int) -> dict[str, jax.Array]:
-        host = random_batch(rows, self.seq, self.shape.vocab_size)
-        return {name: jax.device_put(a, self.place.sharding(("batch", "seq")[: a.ndim])) for name, a in host.items()}
+        return random_batch(self.place, rows, self.seq, self.shape.vocab_size)
 
 
 def flat(model: ModelDef) -> dict[str, Any]:

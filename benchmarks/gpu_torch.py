@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import time
 from collections.abc import Callable
@@ -60,7 +59,7 @@ class TorchWorker:
         max_tokens: int,
         batch: int | None,
     ) -> dict[str, Any]:
-        """Make the model and its step at the largest batch that fits, measured at one row and then tried.
+        """Make the model and its step at the largest batch that fits, measured at one and two rows and then tried.
 
         Args:
           compile: `model` as a whole, `block` by block (and the loss), or `none`.
@@ -69,6 +68,9 @@ class TorchWorker:
         """
         self.shape, self.seq, self.compile, self.compute = SHAPES[size], seq, compile, compute
         self.attention = self._faster_attention() if attention == "auto" and self.cuda else attention
+        if self.attention in BACKENDS:  # for good: what a backward pass computes again is outside of any `with`
+            for name in ("flash", "cudnn", "mem_efficient", "math"):
+                getattr(torch.backends.cuda, f"enable_{name}_sdp")(name == self.attention)
         rows = max(max_tokens // seq, 1)
         wanted = min(ENOUGH, rows * seq)
         start = time.perf_counter()
@@ -98,7 +100,7 @@ class TorchWorker:
         """Run `n` steps; seconds for all of them, the last loss, and the peak of memory so far."""
         start = time.perf_counter()
         for _ in range(n):
-            with self._modes():
+            with self._autocast():
                 loss = self.run(*self.batch)
             loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), ADAMW["clip_norm"], foreach=True)
@@ -109,7 +111,7 @@ class TorchWorker:
 
     def forward(self, n: int) -> dict[str, Any]:
         """Run the forward pass and the loss alone `n` times."""
-        with torch.no_grad(), self._modes():
+        with torch.no_grad(), self._autocast():
             float(self.run(*self.batch))  # compiled anew without gradients
             start = time.perf_counter()
             for _ in range(n):
@@ -146,24 +148,25 @@ class TorchWorker:
         self.batch = (tokens[0], tokens[1])
 
     def _fitting(self, rows: int) -> int:
-        """Rows, a power of two: of the peak at one row, all but weights, gradients and moments grows with the rows."""
+        """Rows, a power of two, by the peaks of one and two rows: memory is a line over the rows."""
         if self.limit is None or rows == 1:
             return rows
-        self._start(1)
-        self.steps(2)
-        fixed = 16 * sum(p.numel() for p in self.model.parameters())
-        return largest_batch(fixed, self._peak() - fixed, 0.95 * self.limit, rows)
+        peaks = []
+        for few in (1, 2):
+            try:
+                self._start(few)
+                self.steps(2)
+            except torch.OutOfMemoryError:
+                return 1
+            peaks.append(self._peak())
+        one, two = peaks
+        return largest_batch(2 * one - two, two - one, 0.95 * self.limit, rows)
 
     def _peak(self) -> int | None:
         return torch.cuda.max_memory_allocated() if self.cuda else None
 
-    def _modes(self) -> contextlib.ExitStack:
-        stack = contextlib.ExitStack()
-        if self.compute != "float32":
-            stack.enter_context(torch.autocast(self.device.type, getattr(torch, self.compute)))
-        if self.attention in BACKENDS:
-            stack.enter_context(sdpa_kernel(BACKENDS[self.attention]))
-        return stack
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, getattr(torch, self.compute), enabled=self.compute != "float32")
 
     def _faster_attention(self) -> str:
         """The fused kernel that runs forward and backward sooner at this shape."""

@@ -7,6 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,17 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cases import ADAMW, SHAPES, random_batch, use_checkout
+from cases import ADAMW, SHAPES, use_checkout
 from work import AGAIN
 
 use_checkout()
 
+from programs import random_batch
 from shardtrain.mesh import MeshSpec
 from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
-from shardtrain.nn import Precision, attend, cross_entropy
+from shardtrain.nn import Precision, attend, linear_cross_entropy
 from shardtrain.nn.embedding import lookup
 from shardtrain.nn.linear import einsum
+from shardtrain.nn.losses import _chunks
 from shardtrain.nn.rope import rope_frequencies, rotate
 from shardtrain.optim import optimizer
 from shardtrain.sharding import Partitioner
@@ -40,7 +43,8 @@ class Bench:
         self.precision = Precision(jnp.float32, jnp.dtype(args.compute), jnp.float32)
         self.place = Partitioner(MeshSpec(data=1).build(jax.devices()[:1]))
         self.big = jax.devices()[0].platform == "gpu"
-        self.batch = jax.device_put(random_batch(args.batch, args.seq, self.shape.vocab_size), self.place.sharding(()))
+        self.batch = random_batch(self.place, args.batch, args.seq, self.shape.vocab_size)
+        self.chunks = _chunks(args.loss_chunk, (args.batch, args.seq), self.shape.vocab_size)
         self.drawn = 0
 
     def matmul_rate(self, n: int | None) -> float:
@@ -64,11 +68,11 @@ class Bench:
         x, y, gate, up, a = (self.noise(B, S, dim) for dim in (D, D, F, F, H * K))
         q, k, v = (self.noise(B, S, heads, K) for heads in (H, G, G))
         table, scale = self.noise(s.vocab_size, D, dtype=jnp.float32), jnp.ones(D)
-        positions, turns = self.batch["positions"], tuple(rope_frequencies(K, s.rope_theta)[0].tolist())
+        turns = tuple(rope_frequencies(K, s.rope_theta)[0].tolist())
         operands = ((x, H * K), (x, G * K), (x, G * K), (a, D), (x, F), (x, F), (gate, D))
         weights = [self.noise(left.shape[-1], width, dtype=jnp.float32) for left, width in operands]
 
-        def multiply(weights: Any, lefts: Any) -> Any:
+        def multiply(batch: Any, weights: Any, lefts: Any) -> Any:
             axes = ("embed", "mlp")
             return [einsum("BSD,DF->BSF", a, w, axes, precision) for a, w in zip(lefts, weights, strict=True)]
 
@@ -77,16 +81,19 @@ class Bench:
             x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + s.norm_eps) * scale
             return x.astype(precision.compute)
 
-        def elementwise(x: Any, y: Any, gate: Any, up: Any, q: Any, k: Any, scale: Any) -> Any:
-            turned = [rotate(heads, positions, turns) for heads in (q, k)]
+        def elementwise(batch: Any, x: Any, y: Any, gate: Any, up: Any, q: Any, k: Any, scale: Any) -> Any:
+            turned = [rotate(heads, batch["positions"], turns) for heads in (q, k)]
             total = x + y
             return norm(x, scale), norm(total, scale), total + y, turned, jax.nn.silu(gate) * up
 
-        def loss(x: jax.Array, table: jax.Array) -> jax.Array:
-            logits = einsum("BSD,VD->BSV", x, table, ("vocab", "embed"), precision)
-            return cross_entropy(logits, self.batch["targets"], self.batch["loss_mask"])[0]
+        def embed(batch: Any, table: jax.Array) -> jax.Array:
+            return lookup(table, batch["tokens"], precision)
 
-        def attention(*qkv: jax.Array) -> jax.Array:
+        def loss(batch: Any, x: jax.Array, table: jax.Array) -> jax.Array:
+            head, labels = (x, table, ("vocab", "embed")), (batch["targets"], batch["loss_mask"])
+            return linear_cross_entropy(*head, *labels, chunk=self.args.loss_chunk, precision=precision)[0]
+
+        def attention(batch: Any, *qkv: jax.Array) -> jax.Array:
             return attend(*qkv, implementation=self.args.attention)
 
         again = AGAIN[self.args.remat]
@@ -95,35 +102,37 @@ class Bench:
             "matmul": s.n_layers * self.passes(again[0], multiply, weights, lefts),
             "attention": s.n_layers * self.passes(again[1], attention, q, k, v),
             "norms, elementwise": s.n_layers * self.passes(again[2], elementwise, x, y, gate, up, q, k, scale)
-            + self.passes(0, lambda table: lookup(table, self.batch["tokens"], precision), table),
+            + self.passes(0, embed, table),
             "loss": self.passes(0, loss, x, table),
             "optimizer": self.optimizer(),
         }
 
     def passes(self, again: int, f: Callable[..., Any], *args: Any) -> float:
-        """Seconds forward and backward, and forward `again` times more."""
+        """Seconds of `f(batch, *args)` forward and backward, and forward `again` times more."""
 
         @jax.jit
-        def both(args: Any, dy: Any) -> Any:
-            y, back = jax.vjp(f, *args)
+        def both(batch: Any, args: Any, dy: Any) -> Any:
+            y, back = jax.vjp(partial(f, batch), *args)
             return y, back(dy)
 
-        forward, dy = jax.jit(f), jax.tree.map(jnp.ones_like, jax.eval_shape(f, *args))
-        return self.clock(lambda: both(args, dy)) + (again * self.clock(lambda: forward(*args)) if again else 0.0)
+        batch, forward = self.batch, jax.jit(f)
+        dy = jax.tree.map(jnp.ones_like, jax.eval_shape(f, batch, *args))
+        seconds = self.clock(lambda: both(batch, args, dy))
+        return seconds + (again * self.clock(lambda: forward(batch, *args)) if again else 0.0)
 
     def optimizer(self) -> float:
         """Seconds of one update of all weights, the gradient's norm included."""
         _, tx, state = self.training()
         grads = jax.tree.map(lambda a: a * 1e-3, state.params)
 
-        def update(params: Any, opt_state: Any) -> Any:
+        def update(params: Any, opt_state: Any, grads: Any) -> Any:
             updates, opt_state = tx.update(grads, opt_state, params)
             return optax.apply_updates(params, updates), opt_state
 
         step, kept = jax.jit(update, donate_argnums=(0, 1)), [(state.params, state.opt_state)]
 
         def once() -> Any:
-            kept[0] = step(*kept[0])
+            kept[0] = step(*kept[0], grads)
             return kept[0][0]["norm"]["scale"]
 
         return self.clock(once)
@@ -140,13 +149,13 @@ class Bench:
         return self.clock(once)
 
     def by_xla(self) -> tuple[float, float]:
-        """FLOPs and bytes of the step as XLA counts them before fusion, no remat, attention by whole squares.
+        """FLOPs and bytes of the step as XLA counts them before fusion: no remat, all scores and logits at once.
 
         XLA counts the body of a loop once, and fused kernels not at all. So: one and two layers, unrolled, drawn out.
         """
         counts = []
         for layers in (1, 2):
-            model = self.model(n_layers=layers, scan=False, remat="none", attention="einsum")
+            model = self.model(n_layers=layers, scan=False, remat="none", attention="einsum", loss_chunk=None)
             tx = optimizer("adamw", model.weights, **ADAMW)
             step = make_train_step(model, tx, self.place)
             costs = step.lower(abstract_state(model, tx, self.place), self.batch).cost_analysis()
@@ -160,7 +169,8 @@ class Bench:
         return model, tx, init_state(model, tx, self.place)
 
     def model(self, **changes: Any) -> ModelDef:
-        options = {**vars(self.shape), "remat": self.args.remat, "attention": self.args.attention, **changes}
+        given = {name: getattr(self.args, name) for name in ("remat", "attention", "loss_chunk")}
+        options = {**vars(self.shape), **given, **changes}
         return ModelDef(lambda rngs: Llama(**options, tie_embeddings=True, precision=self.precision, rngs=rngs))
 
     def noise(self, *dims: int, dtype: Any = None) -> jax.Array:

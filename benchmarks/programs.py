@@ -16,6 +16,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 import floor
+from cases import host_batch
 from shardtrain import MeshSpec, ModelDef, Partitioner, init_state, make_train_step, optimizer
 from shardtrain.hlo import collectives
 from shardtrain.hlo.text import Array, leaves, parse
@@ -124,14 +125,8 @@ def matmul_flops(text: str) -> int:
 
 
 def random_batch(place: Partitioner, rows: int, length: int, vocab: int) -> dict[str, jax.Array]:
-    rng = np.random.default_rng(0)
-    host = {
-        "tokens": rng.integers(0, vocab, (rows, length), dtype=np.int32),
-        "targets": rng.integers(0, vocab, (rows, length), dtype=np.int32),
-        "loss_mask": np.ones((rows, length), np.float32),
-        "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
-        "row": np.arange(rows, dtype=np.int32),
-    }
+    """`host_batch`, laid out on the mesh."""
+    host = host_batch(rows, length, vocab)
     return {name: jax.device_put(a, place.sharding(("batch", "seq")[: a.ndim])) for name, a in host.items()}
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import jax
 
-from cases import SHAPES, flops_per_token
+from cases import SHAPES, flops_per_token, value
 from isolated import Bench
 from work import AGAIN, counted, square
 
@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--batch", type=int, default=4)
     add("--remat", default="full", choices=AGAIN)
     add("--attention", default="auto", choices=("auto", "einsum", "xla", "cudnn"))
+    add("--loss-chunk", type=value, default="auto", help="as in the model: positions, none for all (default auto)")
     add("--compute", default="bfloat16", choices=("bfloat16", "float32"))
     add("--seconds", type=float, default=0.3, help="least length of a round of timing (default 0.3)")
     add("--out", type=Path, default=Path(os.environ.get("OUT", "gpu-results")))
@@ -41,10 +42,10 @@ def main(argv: list[str] | None = None) -> None:
     shape, tokens = bench.shape, args.batch * args.seq
     kind = jax.devices()[0].device_kind
     print(f"jax {jax.__version__} on {kind}; {args.size}, {args.batch} x {args.seq} tokens, ", end="")
-    print(f"remat {args.remat}, attention {args.attention}, {args.compute}")
+    print(f"remat {args.remat}, attention {args.attention}, loss in chunks: {bench.chunks}, {args.compute}")
     rate, bandwidth = bench.matmul_rate(256 if args.tiny else None), bench.bandwidth(2**16 if args.tiny else None)
     print(f"ceilings: {rate / 1e12:.2f} TFLOP/s in {args.compute}, {bandwidth / 1e9:.1f} GB/s", flush=True)
-    work = counted(shape, args.batch, args.seq, args.remat, bench.precision.compute.itemsize)
+    work = counted(shape, args.batch, args.seq, args.remat, bench.precision.compute.itemsize, bench.chunks)
     rows, measured = [], bench.isolated()
     for name, w in work.items():
         predicted = max(w.flops / rate, w.bytes / bandwidth)
@@ -70,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     flops, bytes = bench.by_xla()
     plain = sum(w.flops for w in square(shape, args.batch, args.seq, bench.precision.compute.itemsize).values())
     print(
-        f"FLOPs by shapes / by XLA, no remat, attention by whole squares: {plain / flops:.3f}; "
+        f"FLOPs by shapes / by XLA, no remat, all scores and logits at once: {plain / flops:.3f}; "
         f"bytes by shapes / by XLA: {total['bytes'] / bytes:.3f} (XLA: nothing fused)"
     )
     args.out.mkdir(parents=True, exist_ok=True)
@@ -79,6 +80,7 @@ def main(argv: list[str] | None = None) -> None:
             "matmul_rate": rate,
             "bandwidth": bandwidth,
             "step_s": step_s,
+            "chunks": bench.chunks,
             "rows": rows,
             "flops_ratio": plain / flops,
         }

@@ -43,7 +43,7 @@ class Worker:
         assert self._process.stdout is not None
         try:
             print(json.dumps({"do": do, **request}), file=self._process.stdin, flush=True)
-        except BrokenPipeError:
+        except (BrokenPipeError, ValueError):  # it is dead; it was ended before
             raise WorkerError(self._last_words()) from None
         if not select.select([self._process.stdout], [], [], max(timeout, 0.1))[0]:
             self.close()

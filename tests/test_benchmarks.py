@@ -4,7 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+def test_the_index_names_all_files():
+    index = (FOLDER / "README.md").read_text()
+    assert [path.stem for path in FOLDER.glob("*.py") if f"`{path.stem}`" not in index] == []
 
 
 def test_all_benchmarks_import():
@@ -12,3 +19,16 @@ def test_all_benchmarks_import():
     program = f"import sys; sys.path.insert(0, {str(FOLDER)!r}); import {', '.join(names)}"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.full
+def test_all_remat_policies_find_the_same_gradient_and_their_table_goes_where_it_is_told(tmp_path):
+    import remat
+
+    command = [sys.executable, FOLDER / "remat.py", "--tiny", "--pairs", "1", "--length", "32", "--out", tmp_path]
+    result = subprocess.run([*command, "--compute", "bfloat16"], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    table = [line for line in (tmp_path / "remat.md").read_text().splitlines() if "`" in line and line[0] == "|"]
+    assert [row.split(" | ")[0] for row in table] == [f"| {name}" for name in remat.POLICIES]
+    assert "bfloat16" in result.stdout
+    assert remat.DEFAULTS["cpu"]["out"] != remat.DEFAULTS["cuda"]["out"]  # whose page is committed

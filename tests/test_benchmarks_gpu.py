@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
+import float8_curve
 import gpu
+import programs
 import roofline
 import top_operations
 from cases import SHAPES, flops_per_token
@@ -19,6 +22,9 @@ from shardtrain.config import load_config
 from shardtrain.config.frozen import thaw
 from shardtrain.model_def import ModelDef, flatten
 from shardtrain.models.llama import Llama
+from shardtrain.optim import optimizer
+from shardtrain.state import abstract_state
+from shardtrain.step import make_train_step
 from work import counted, square
 from workers import Worker, WorkerError, largest_batch
 
@@ -53,7 +59,7 @@ class Bare:
             raise ImportError(f"{name} is not on a bare machine")
 
 sys.meta_path = [Bare, *(f for f in sys.meta_path if "editable" not in repr(f))]
-import gpu, gpu_jax, roofline, float8_curve, shardtrain.models
+import gpu, gpu_jax, roofline, float8_curve, remat, shardtrain.models
 from pathlib import Path
 for module in (shardtrain, shardtrain.models):
     assert Path(module.__file__).is_relative_to(Path(gpu.__file__).parents[1]), module
@@ -76,12 +82,14 @@ def test_they_import_with_jax_flax_optax_and_numpy_only():
     assert bare.returncode == 0, bare.stderr[-2000:]
 
 
-def test_a_tiny_run_finds_its_batch_and_survives_a_contestant_that_fails(tmp_path, monkeypatch):
-    options = "--no-torch --attention cudnn --attention einsum --remat full --turns 2 --profile"
-    found = run(tmp_path, monkeypatch, *options.split(), "--limit-gib", "0.006", "--max-tokens", "4096")
-    assert "cudnn is not available here: the devices are cpu" in found["failed"][0]["error"]
+def test_a_tiny_run_finds_its_batch_and_survives_a_contestant_that_fails(tmp_path, monkeypatch, capsys):
+    options = "--no-torch --attention einsum --remat full --loss-chunk 16 --turns 2 --profile --flags gpu-default"
+    options += " --limit-gib 0.006 --max-tokens 4096"
+    found = run(tmp_path, monkeypatch, *options.split(), "--flags", "")
+    assert "xla.preset gpu-default is for NVIDIA GPUs, and the devices are cpu" in found["failed"][0]["error"]
     [built], [result], [profile] = found["built"], found["result"], found["profile"]
-    assert built["name"] == result["name"] == "shardtrain einsum"
+    assert built["name"] == result["name"] == "shardtrain default"
+    assert "remat full, loss chunk 16, compiled" in capsys.readouterr().out
     assert built["params"] == SHAPES["tiny"].params
     assert 1 < built["batch"] < 4096 / 64  # the limit decided
     assert built["planned"] < 0.006 * 2**30
@@ -107,6 +115,39 @@ def test_the_loss_is_that_of_pytorch(tmp_path, monkeypatch):
     assert found["ratio"][0]["ratio"] == pytest.approx(speeds[0] / speeds[1])
 
 
+@pytest.mark.full
+def test_pytorch_compiles_its_blocks_and_checkpoints_them(tmp_path, monkeypatch):
+    pytest.importorskip("torch", reason="PyTorch is not installed, and the library does not need it")
+    found = run(tmp_path, monkeypatch, "--torch-remat", "full", "--torch-compile", "block", "--turns", "2")
+    assert "failed" not in found
+    ours, theirs = found["result"]
+    assert found["built"][1]["remat"] == "full"
+    assert theirs["loss"] == pytest.approx(ours["loss"], abs=0.3)  # near log(256) both, from weights of their own
+
+
+@pytest.mark.full
+def test_pytorch_recomputes_with_the_attention_that_was_chosen():
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed, and the library does not need it")
+    from gpu_torch import TorchWorker
+
+    worker = TorchWorker()
+    worker.hello(0.5)
+    options = {"size": "tiny", "seq": 64, "compute": "bfloat16", "remat": "full", "max_tokens": 128, "batch": None}
+    kernels = ("flash", "cudnn", "mem_efficient", "math")
+    before = {name: getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in kernels}
+    try:
+        worker.build(**options, compile="none", attention="flash")
+        with torch.profiler.profile() as profile:
+            worker.steps(1)
+        enabled = [name for name in kernels if getattr(torch.backends.cuda, f"{name}_sdp_enabled")()]
+    finally:
+        for name, was in before.items():
+            getattr(torch.backends.cuda, f"enable_{name}_sdp")(was)
+    assert enabled == ["flash"]
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["aten::_scaled_dot_product_flash_attention_for_cpu"] == 2 * SHAPES["tiny"].n_layers
+
+
 def test_what_no_time_is_left_for_is_named(tmp_path, monkeypatch, capsys):
     run(tmp_path, monkeypatch, "--no-torch", "--minutes", "0", "--case", "tiny/64", "--case", "tiny/128")
     assert "time is up: tiny/64, tiny/128 not run" in capsys.readouterr().out
@@ -117,6 +158,8 @@ def test_a_worker_that_hangs_or_dies_is_an_error_and_gone(tmp_path):
         worker = Worker([sys.executable, "-c", f"import sys; sys.stdin.readline(); {code}"], {}, tmp_path / "log")
         with pytest.raises(WorkerError, match=message):
             worker.ask("steps", 1.0 if code == "input()" else 60.0)
+        with pytest.raises(WorkerError, match="ended with code"):
+            worker.ask("steps", 60.0)
         worker.close()
         assert worker._process.poll() is not None
 
@@ -148,10 +191,41 @@ def test_the_work_counted_by_class_adds_up_to_the_models_flops():
     assert square(shape, batch, seq)["attention"].flops == pytest.approx(2 * 6 / 7 * work["attention"].flops, rel=1e-3)
 
 
+def bench(size: str = "tiny", seq: int = 64, batch: int = 2, **options: object) -> Bench:
+    options = {"remat": "none", "attention": "einsum", "compute": "bfloat16", "loss_chunk": "auto", **options}
+    return Bench(argparse.Namespace(size=size, seq=seq, batch=batch, seconds=0.0, **options))
+
+
 def test_the_flops_counted_are_xlas_too():
-    args = {"size": "tiny", "seq": 64, "batch": 2, "remat": "none", "attention": "einsum", "compute": "bfloat16"}
-    by_xla, _ = Bench(argparse.Namespace(**args, seconds=0.0)).by_xla()
+    by_xla, _ = bench(loss_chunk=16).by_xla()
     assert sum(work.flops for work in square(SHAPES["tiny"], 2, 64).values()) == pytest.approx(by_xla, rel=0.05)
+
+
+def test_a_loss_in_chunks_makes_its_logits_twice():
+    whole, chunked = bench(loss_chunk=None), bench(loss_chunk=16)
+    assert (whole.chunks, chunked.chunks, bench("1b", 4096, 4).chunks) == (1, 4, 32)
+    compiled, by_shapes = [], []
+    for each in (whole, chunked):
+        model, place = each.model(), each.place
+        tx = optimizer("sgd", model.weights, lr=0.1)
+        step = make_train_step(model, tx, place).lower(abstract_state(model, tx, place), each.batch)
+        compiled.append(programs.matmul_flops(step.compile().as_text()))
+        by_shapes.append(counted(SHAPES["tiny"], 2, 64, "none", chunks=each.chunks)["loss"])
+    assert by_shapes[1].flops - by_shapes[0].flops == pytest.approx(compiled[1] - compiled[0], rel=0.02)
+    assert by_shapes[1].bytes > by_shapes[0].bytes
+
+
+@pytest.fixture
+def constants_warned_of():
+    bytes = jax.config.jax_captured_constants_warn_bytes
+    jax.config.update("jax_captured_constants_warn_bytes", 256)  # and pytest makes a warning an error
+    yield
+    jax.config.update("jax_captured_constants_warn_bytes", bytes)
+
+
+@pytest.mark.usefixtures("constants_warned_of")
+def test_no_part_has_its_arrays_as_constants_of_the_program():
+    assert min(bench().isolated().values()) > 0
 
 
 @pytest.mark.full
@@ -196,10 +270,15 @@ def test_a_trace_yields_its_operations_own_times(tmp_path):
     assert found["classes"]["matmul"] == pytest.approx(0.03)
 
 
+def test_the_corpus_is_of_the_repositorys_folders(tmp_path):
+    for name in ("models/a.py", "shardtrain/b.py", ".venv/lib/c.py", "outputs/d.md", "docs/e.md", "shardtrain/f.so"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(Path(name).stem)
+    assert float8_curve.corpus(tmp_path).tobytes() == b"a\nb"
+
+
 @pytest.mark.full
 def test_the_curve_of_float8_stays_with_that_of_bfloat16(tmp_path):
-    import float8_curve
-
     options = ["--size", "tiny", "--seq", "32", "--batch", "8", "--steps", "20", "--lr", "1e-3"]
     float8_curve.main([*options, "--out", str(tmp_path)])
     lines = [json.loads(line) for line in (tmp_path / "float8_curve.jsonl").read_text().splitlines()]
