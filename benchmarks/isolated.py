@@ -27,7 +27,7 @@ from shardtrain.models.llama import Llama
 from shardtrain.nn import Precision, attend, linear_cross_entropy
 from shardtrain.nn.embedding import lookup
 from shardtrain.nn.linear import einsum
-from shardtrain.nn.losses import _chunks
+from shardtrain.nn.losses import chunk_count
 from shardtrain.nn.rope import rope_frequencies, rotate
 from shardtrain.optim import optimizer
 from shardtrain.sharding import Partitioner
@@ -44,7 +44,7 @@ class Bench:
         self.place = Partitioner(MeshSpec(data=1).build(jax.devices()[:1]))
         self.big = jax.devices()[0].platform == "gpu"
         self.batch = random_batch(self.place, args.batch, args.seq, self.shape.vocab_size)
-        self.chunks = _chunks(args.loss_chunk, (args.batch, args.seq), self.shape.vocab_size)
+        self.chunks = chunk_count(args.loss_chunk, (args.batch, args.seq), self.shape.vocab_size)
         self.drawn = 0
 
     def matmul_rate(self, n: int | None) -> float:

@@ -70,7 +70,7 @@ def linear_cross_entropy(
     Raises:
       UserError: the chunk does not divide the sequence.
     """
-    count = _chunks(chunk, x_BSD.shape, w.shape[axes.index("vocab")])
+    count = chunk_count(chunk, x_BSD.shape, w.shape[axes.index("vocab")])
     x_BSD = x_BSD.astype(precision.compute)
     if count == 1:
         return cross_entropy(einsum(_logits(axes), x_BSD, w, axes, precision), targets_BS, mask_BS, z_loss=z_loss)
@@ -87,7 +87,7 @@ def _total(log_z_BS: jax.Array, target_BS: jax.Array, mask_BS: jax.Array, z_loss
     return loss, weight, {"cross_entropy": (entropy, weight)}
 
 
-def _chunks(chunk: Chunk, shape: tuple[int, ...], vocab: int) -> int:
+def chunk_count(chunk: Chunk, shape: tuple[int, ...], vocab: int) -> int:
     """Into how many chunks the positions of `[B, S, ...]` are cut."""
     B, S = shape[:2]
     if chunk is None:
