@@ -1,6 +1,6 @@
 """Softmax attention itself: one meaning, several implementations.
 
-Shapes: B batch, S queries, T keys, H query heads, G key/value heads, R = H / G, K head dim.
+Shapes: B batch, S queries, T keys, H query heads, G key/value heads, K head dim.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _by_rows_and_heads(
     if partitioner is None or partitioner.mesh.size == 1 or partitioner.pieces("seq") > 1:
         return attention(q_BSHK, k_BTGK, v_BTGK, *segment_ids)
     if partitioner.pieces("kv_heads") != partitioner.pieces("heads"):  # a device's queries need not begin with a group
-        k_BTGK, v_BTGK = (jnp.repeat(a, q_BSHK.shape[2] // a.shape[2], axis=2) for a in (k_BTGK, v_BTGK))
+        k_BTGK, v_BTGK = (_each_head(a, q_BSHK.shape[2]) for a in (k_BTGK, v_BTGK))
     heads = ("batch", None, "heads", None)
     kv_heads = heads if k_BTGK.shape == q_BSHK.shape else ("batch", None, "kv_heads", None)
     rows = [(ids, ("batch", None)) for ids in segment_ids]
@@ -114,17 +114,23 @@ def _by_rows_and_heads(
 def _einsum_attention(
     q_BSHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, mask: Any, soft_cap: float | None, scale: float
 ) -> jax.Array:
-    B, S, H, K = q_BSHK.shape
-    G = k_BTGK.shape[2]
     dtype = at_least_float32(q_BSHK.dtype)
-    q_BSGRK = (q_BSHK * jnp.asarray(scale, q_BSHK.dtype)).reshape(B, S, G, H // G, K)
-    scores_BGRST = jnp.einsum("BSGRK,BTGK->BGRST", q_BSGRK, k_BTGK, preferred_element_type=dtype)
+    # Heads first, and no dim for groups: XLA on CPU takes up to 2.2 times as long for a step with "BSGRK,BTGK->BGRST".
+    q_BHSK = (q_BSHK * jnp.asarray(scale, q_BSHK.dtype)).swapaxes(1, 2)
+    k_BHTK, v_BHTK = (_each_head(a, q_BSHK.shape[2]).swapaxes(1, 2) for a in (k_BTGK, v_BTGK))
+    scores_BHST = jnp.einsum("BHSK,BHTK->BHST", q_BHSK, k_BHTK, preferred_element_type=dtype)
     if soft_cap is not None:
-        scores_BGRST = jnp.tanh(scores_BGRST / soft_cap) * soft_cap
+        scores_BHST = jnp.tanh(scores_BHST / soft_cap) * soft_cap
     if mask is not None:
-        scores_BGRST = jnp.where(mask[:, :, None], scores_BGRST, jnp.finfo(dtype).min)
-    weights_BGRST = jax.nn.softmax(scores_BGRST, axis=-1).astype(v_BTGK.dtype)
-    return jnp.einsum("BGRST,BTGK->BSGRK", weights_BGRST, v_BTGK).reshape(B, S, H, K)
+        scores_BHST = jnp.where(mask, scores_BHST, jnp.finfo(dtype).min)
+    weights_BHST = jax.nn.softmax(scores_BHST, axis=-1).astype(v_BTGK.dtype)
+    return jnp.einsum("BHST,BHTK->BHSK", weights_BHST, v_BHTK).swapaxes(1, 2)
+
+
+def _each_head(a_BTGK: jax.Array, heads: int) -> jax.Array:
+    """Keys or values once for each query head of their group."""
+    repeats = heads // a_BTGK.shape[2]
+    return a_BTGK if repeats == 1 else jnp.repeat(a_BTGK, repeats, axis=2)
 
 
 def _cudnn_obstacles(q_BSHK: jax.Array, soft_cap: float | None) -> Iterator[str]:
