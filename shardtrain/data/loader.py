@@ -35,11 +35,10 @@ class Loader:
         state: where to continue, from the `state` of an earlier loader. Another `global_batch` is allowed:
             batches then begin at the next row that was not consumed.
         shuffle: False gives the rows in the source's order, in every epoch.
-        prefetch: batches made and sent to the devices ahead, while steps run, by as many threads; 0 makes each when
-            it is asked for.
+        prefetch: batches made and sent to the devices ahead, while steps run; 0 makes each when it is asked for.
 
     `state` counts the batches that were returned, not those made ahead, and is the same in every process.
-    Close a loader, or use it in a `with` statement, to end its threads. One thread uses it.
+    Close a loader, or use it in a `with` statement, to end its thread. One thread uses it.
 
     Raises UserError for an empty source, sizes that do not divide, and a state of other data.
     """
@@ -65,7 +64,8 @@ class Loader:
         self._order = (order.seed(seed).shuffle() if shuffle else order).repeat()
         self._check_first_row()
         self._prefetch = prefetch
-        self._threads = ThreadPoolExecutor(max(1, prefetch), thread_name_prefix="loader")
+        # One: a second would wait for the interpreter, and both together deliver two thirds of what one does.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._ahead: deque[Future[Batch]] = deque()
         self._closed = False
 
@@ -111,15 +111,15 @@ class Loader:
         self.close()
 
     def close(self) -> None:
-        """Ends the threads, each after the batch that it is at. `state` stays readable."""
+        """Ends the thread, after the batch that it is at. `state` stays readable."""
         self._closed = True
-        self._threads.shutdown(cancel_futures=True)
+        self._thread.shutdown(cancel_futures=True)
         self._ahead.clear()
 
     def _make_ahead(self, batches: int) -> None:
         while len(self._ahead) < batches:
             first = self._next_row + len(self._ahead) * self._global_batch
-            self._ahead.append(self._threads.submit(self._batch, first))
+            self._ahead.append(self._thread.submit(self._batch, first))
 
     def _batch(self, first: int) -> Batch:
         """The batch that begins at row `first` of the endless list, on the devices."""
