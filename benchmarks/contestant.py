@@ -13,6 +13,7 @@ from top_operations import lines
 from workers import Worker, WorkerError
 
 HERE = Path(__file__).resolve().parent
+PRESET = "gpu-default"
 
 
 class Run(Protocol):
@@ -98,7 +99,7 @@ class Contestant:
         limit = args["limit_gib"] and args["limit_gib"] * 2**30
         flags, chunk = self.options["flags"].split(), value(self.options["loss_chunk"])
         words = {"remat": self.options["remat"].split("/"), "loss_chunk": chunk, "flags": parsed(flags)}
-        preset = "gpu-default" if "gpu-default" in flags else "none"
+        preset = PRESET if PRESET in flags else "none"
         return {**common, **self.options, **words, "preset": preset, "limit": limit, "rivals": args["rivals"]}
 
     def turn(self) -> None:
@@ -148,8 +149,8 @@ class Contestant:
 
 
 def parsed(flags: list[str]) -> dict[str, Any]:
-    """`a=true`, `b=3` as a dict; numbers and truth values as such."""
-    return {name: value(word) for name, equals, word in (flag.partition("=") for flag in flags) if equals}
+    """`a=true`, `b=3` as a dict, numbers and truth values as such; the preset is none of them."""
+    return {name: value(word) for name, _, word in (flag.partition("=") for flag in flags if flag != PRESET)}
 
 
 def gib(bytes: int | None) -> str:

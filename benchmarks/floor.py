@@ -98,13 +98,17 @@ project.defvjp(lambda pin, x, *weights: (project(pin, x, *weights), (x, weights)
 
 
 def block(x_BSD: jax.Array, w: Any, positions_BS: jax.Array, shape: Shape, pin: Any) -> jax.Array:
-    S, R, K = x_BSD.shape[1], shape.n_heads // shape.n_kv_heads, shape.head_dim
+    B, S, _ = x_BSD.shape
+    G, R, K = shape.n_kv_heads, shape.n_heads // shape.n_kv_heads, shape.head_dim
     h_BSD = pin(pin(rms_norm(x_BSD, w["attention_norm"], shape.norm_eps), RESIDUAL))
     q, k, v = (pin(a, HIDDEN) for a in project(pin, h_BSD, w["query"], w["key"], w["value"]))
     q, k = rope(q, positions_BS, shape.rope_theta), rope(k, positions_BS, shape.rope_theta)
-    q, k, v = (a.swapaxes(1, 2) for a in (q * K**-0.5, *(jnp.repeat(a, R, 2) if R > 1 else a for a in (k, v))))
-    scores = jnp.where(jnp.tril(jnp.ones((S, S), bool)), jnp.einsum("BHSK,BHTK->BHST", q, k), -1e30)
-    y = pin(jnp.einsum("BHST,BHTK->BHSK", jax.nn.softmax(scores, -1), v).swapaxes(1, 2), HIDDEN)
+    q = (q * K**-0.5).reshape(B, S, G, R, K).swapaxes(1, 2).reshape(B, G, S * R, K)
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    causal = jnp.repeat(jnp.tril(jnp.ones((S, S), bool)), R, 0)
+    scores = jnp.where(causal, jnp.einsum("BGNK,BGTK->BGNT", q, k), -1e30)
+    y = jnp.einsum("BGNT,BGTK->BGNK", jax.nn.softmax(scores, -1), v)
+    y = pin(y.reshape(B, G, S, R, K).swapaxes(1, 2).reshape(B, S, G * R, K), HIDDEN)
     x_BSD = x_BSD + pin(jnp.einsum("BSHK,HKD->BSD", y, w["out"]), RESIDUAL)
     h_BSD = pin(pin(rms_norm(x_BSD, w["mlp_norm"], shape.norm_eps), RESIDUAL))
     gate, up = project(pin, h_BSD, w["gate"], w["up"])

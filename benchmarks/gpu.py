@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from cases import CASES, SHAPES
-from contestant import Contestant
+from contestant import PRESET, Contestant
 
 MEMORY = 0.92  # of the device, shared out among the contestants; the rest is for their contexts and libraries
 
@@ -84,6 +84,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         size, _, seq = case.partition("/")
         if size not in SHAPES or not seq.isdecimal():
             parser.error(f"--case {case}: SIZE/SEQ, of the sizes {', '.join(SHAPES)}")
+    for flag in " ".join(args.flags or []).split():
+        if "=" not in flag and flag != PRESET:
+            parser.error(f"--flags {flag}: write {flag}=value, or {PRESET} for the library's preset")
     return args
 
 

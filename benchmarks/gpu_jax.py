@@ -88,7 +88,7 @@ class JaxWorker:
           preset, flags: XLA's compiler options, as a run takes them: of a preset, and others over it.
           max_tokens: upper limit of a batch. batch: rows, instead of a search.
           limit: bytes to stay under.
-          rivals: how many policies to time; if several, at half the batch too. The fastest stays.
+          rivals: how many policies to time; if several, at half of a searched batch too. The fastest stays.
         """
         shape, start = SHAPES[size], time.perf_counter()
         self.flags, self.shape, self.seq = compiler_options(preset, flags), shape, seq
@@ -101,8 +101,9 @@ class JaxWorker:
                 break
         searched = time.perf_counter() - start
         self.state = None
+        parts = (1, 2) if rivals > 1 and not batch else (1,)
         chosen = good or [max(plans, key=lambda plan: plan[1])]
-        sizes = [(policy, n) for policy, rows in chosen for n in ((rows, rows // 2) if rivals > 1 < rows else (rows,))]
+        sizes = [(policy, rows // part) for policy, rows in chosen for part in parts if rows >= part]
         tried = [self._try(build(remat=policy), policy, rows, limit) for policy, rows in sizes]
         best = min(tried, key=lambda plan: plan["step_s"] / plan["batch"])
         self.step, self.model = best.pop("program"), best.pop("model")

@@ -1,9 +1,11 @@
 """What each `model.remat` costs in time and saves in memory: one training step, the same but for the policy.
 
-    python benchmarks/remat.py                       # writes docs/benchmarks/remat.md and .png too
-    python benchmarks/remat.py --mesh fsdp=8 --pairs 10 --out /tmp/remat
-    python benchmarks/remat.py --tiny --out /tmp/remat
-    python benchmarks/remat.py --platform cuda       # Llama 3.2 1B in bfloat16; writes to $OUT
+    python benchmarks/remat.py --pairs 10 --out docs/benchmarks    # the committed page and its plot
+    python benchmarks/remat.py --mesh fsdp=8
+    python benchmarks/remat.py --tiny
+    python benchmarks/remat.py --platform cuda                     # Llama 3.2 1B in bfloat16
+
+It writes `remat.md` and `remat.png` to --out, by default $OUT or remat-results.
 
 Temporary memory and matmul FLOPs are the compiled program's own and repeat exactly; times are medians of interleaved
 steps of one run, over those of `full`. All policies train the same state, too slowly to change a weight, so that all
@@ -27,7 +29,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cases import ROOT, SHAPES, use_checkout
+from cases import SHAPES, use_checkout
 
 use_checkout()
 
@@ -40,10 +42,9 @@ from shardtrain import MeshSpec, ModelDef, Partitioner, Precision, init_state, m
 from shardtrain.models.llama import Llama
 
 SIZES = {"small": floor.Shape(), **SHAPES}
-OUT = Path(os.environ.get("OUT", "gpu-results"))
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "cpu": {"size": "small", "rows": 16, "length": 256, "compute": "float32", "out": ROOT / "docs/benchmarks"},
-    "cuda": {"size": "1b", "rows": 4, "length": 4096, "compute": "bfloat16", "out": OUT},
+    "cpu": {"size": "small", "rows": 16, "length": 256, "compute": "float32"},
+    "cuda": {"size": "1b", "rows": 4, "length": 4096, "compute": "bfloat16"},
 }
 #: How far apart the norms of the same gradient may lie.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--rows", type=int)
     add("--length", type=int)
     add("--compute", choices=("bfloat16", "float32"))
-    add("--out", type=Path)
+    add("--out", type=Path, default=Path(os.environ.get("OUT", "remat-results")))
     add("--tiny", dest="size", action="store_const", const="tiny", help="to see that the benchmark runs")
     args = parser.parse_args(argv)
     vars(args).update({k: v for k, v in DEFAULTS[args.platform].items() if getattr(args, k) is None})

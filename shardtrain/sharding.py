@@ -132,14 +132,25 @@ class Partitioner:
     ) -> jax.Array:
         """What `function` makes of each device's own parts of some arrays, given with a logical axis per dim.
 
-        For kernels that the compiler cannot split by itself. A dim without a mesh axis is whole on every device.
+        For kernels that the compiler cannot split by itself. A dim without a mesh axis is whole on every device;
+        backward, gradients are added up over the axes that split none of an array's dims.
+
+        Raises:
+          UserError: as `sharding` does.
         """
-        shardings = [self.sharding(axes, x.shape, f"argument {i}") for i, (x, axes) in enumerate(arguments)]
+        shardings = [self.sharding(axes, x.shape, f"an array of {function.__name__}") for x, axes in arguments]
+        ones = tuple(axis for axis, size in self.mesh.shape.items() if size == 1)
+
+        def named(spec: PartitionSpec) -> PartitionSpec:
+            """With the axes of size 1, over which there is nothing to add up."""
+            first, *rest = spec or (None,)
+            return PartitionSpec(((first,) if isinstance(first, str) else first or ()) + ones, *rest)
+
         run = jax.shard_map(
             function,
             mesh=shardings[0].mesh,
-            in_specs=tuple(sharding.spec for sharding in shardings),
-            out_specs=self.spec(*out),
+            in_specs=tuple(named(sharding.spec) for sharding in shardings),
+            out_specs=named(self.spec(*out)),
             axis_names=set(self.mesh.axis_names).difference(jax.sharding.get_abstract_mesh().manual_axes),
             check_vma=False,
         )

@@ -14,6 +14,7 @@ from shardtrain.errors import UserError
 from shardtrain.gradients import batch_gradients
 from shardtrain.model_def import ModelDef
 from shardtrain.nn.model import Batch
+from shardtrain.optim import Clipped
 from shardtrain.parallel.gather import Gather, split_dims
 from shardtrain.parallel.schedules import bubble_warning
 from shardtrain.parallel.skipping import AGREED, CheckedStep
@@ -86,7 +87,6 @@ def make_train_step(
     if model.program is not None and (warning := bubble_warning(model.program.schedule)) and jax.process_index() == 0:
         _log.warning(warning)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, tx, partitioner))
-    with_norm = optax.with_extra_args_support(tx)  # `optimizer(clip_norm=...)` takes the norm, others do without
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with use(partitioner):
@@ -99,7 +99,8 @@ def make_train_step(
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
 
             def update(params: Any, opt_state: Any, _: Any) -> tuple[Any, Any, Any]:
-                updates, opt_state = with_norm.update(grads, opt_state, params, grad_norm=metrics["grad_norm"])
+                known = {"grad_norm": metrics["grad_norm"]} if isinstance(tx, Clipped) else {}
+                updates, opt_state = tx.update(grads, opt_state, params, **known)
                 return optax.apply_updates(params, updates), opt_state, model_state
 
             # A branch, not a choice per element: that would keep the old moments beside the new ones until the end.

@@ -22,8 +22,9 @@ MATRICES = 7
 
 
 @cache
-def step_collectives(accumulate: int = 1, **mesh: int) -> list[Collective]:
-    place, model = tiny.partitioner(**mesh), tiny.llama(n_layers=LAYERS, vocab_size=VOCAB)
+def step_collectives(accumulate: int = 1, n_kv_heads: int = 2, **mesh: int) -> list[Collective]:
+    place = tiny.partitioner(**mesh)
+    model = tiny.llama(n_layers=LAYERS, vocab_size=VOCAB, n_kv_heads=n_kv_heads)
     tx = optimizer("adamw", model.weights, lr=1e-3, clip_norm=1.0)
     step = make_train_step(model, tx, place, accumulate=accumulate)
     batch = tiny.batch(place, rows=ROWS, length=LENGTH)
@@ -76,6 +77,19 @@ def test_tensor_parallel_gathers_and_reduces_activations_twice_per_block_forward
     assert {c.kind for c in found} == {"all-gather", "all-reduce"}
     # No logits, whole or in parts, ever travel.
     assert not any(VOCAB // n in shape for c in found for shape in c.shapes for n in (1, 2))
+
+
+def test_context_parallel_sends_the_keys_and_values_of_groups_and_not_of_each_query_head():
+    def keys(n_kv_heads: int) -> dict[str, int]:
+        sent = {"all-gather": 0, "all-reduce": 0}
+        for c in step_collectives(context=2, n_kv_heads=n_kv_heads):
+            whole = (ROWS, LENGTH, n_kv_heads, tiny.SIZES["d_model"] // tiny.SIZES["n_heads"])
+            for array in c.results:
+                sent[c.kind] += array.bytes if sorted(array.shape) == sorted(whole) else 0
+        return sent
+
+    assert keys(4)["all-gather"] > 0 < keys(4)["all-reduce"]
+    assert keys(4) == {kind: 2 * sent for kind, sent in keys(2).items()}
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,15 @@ def test_clipping_takes_the_norm_of_the_gradient_that_is_reported():
         assert sum(e.outvars[0].aval.shape == () for e in roots) == 1
 
 
+def test_a_clip_within_other_transforms_takes_the_norm_of_what_it_gets():
+    place, model = tiny.partitioner(), tiny.llama()
+    tx = optax.chain(optax.scale(10.0), optimizer("sgd", model.weights, lr=1.0, clip_norm=1e-3))
+    state = init_state(model, tx, place)
+    before = jax.device_get(state.params)
+    after = make_train_step(model, tx, place)(state, tiny.batch(place))[0].params
+    assert optax.tree.norm(optax.tree.sub(jax.device_get(after), before)) == pytest.approx(1e-3, rel=1e-2)
+
+
 def test_the_state_is_donated():
     place, model = tiny.partitioner(fsdp=2), tiny.llama()
     tx = optimizer("sgd", model.weights, lr=0.1)

@@ -36,9 +36,11 @@ class Loader:
             batches then begin at the next row that was not consumed.
         shuffle: False gives the rows in the source's order, in every epoch.
         prefetch: batches made and sent to the devices ahead, while steps run; 0 makes each when it is asked for.
+        threads: that make them, a batch each. More than one is for a source that waits, for a network say: others would
+            wait for the interpreter, and two of them deliver two thirds of what one does.
 
     `state` counts the batches that were returned, not those made ahead, and is the same in every process.
-    Close a loader, or use it in a `with` statement, to end its thread. One thread uses it.
+    Close a loader, or use it in a `with` statement, to end its threads. One thread uses it.
 
     Raises UserError for an empty source, sizes that do not divide, and a state of other data.
     """
@@ -53,9 +55,10 @@ class Loader:
         state: Mapping[str, Any] | None = None,
         shuffle: bool = True,
         prefetch: int = 2,
+        threads: int = 1,
     ):
         self._source, self._global_batch, self._sharding = source, global_batch, sharding
-        _check_sizes(source, global_batch, seed, prefetch)
+        _check_sizes(source, global_batch, seed, prefetch, threads)
         self._next_row = 0 if state is None else _restore(state, source)
         self._local_rows = self._rows_of_this_process()
         import grain  # only here: it imports Orbax, too, which takes 0.2 s
@@ -64,8 +67,7 @@ class Loader:
         self._order = (order.seed(seed).shuffle() if shuffle else order).repeat()
         self._check_first_row()
         self._prefetch = prefetch
-        # One: a second would wait for the interpreter, and both together deliver two thirds of what one does.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="loader")
         self._ahead: deque[Future[Batch]] = deque()
         self._closed = False
 
@@ -89,7 +91,7 @@ class Loader:
     def __next__(self) -> Batch:
         if self._closed:
             raise ValueError("this loader is closed")
-        self._make_ahead(1)
+        self._make_ahead(max(1, self._prefetch))
         try:
             batch = self._ahead.popleft().result()
         except BaseException:
@@ -111,15 +113,15 @@ class Loader:
         self.close()
 
     def close(self) -> None:
-        """Ends the thread, after the batch that it is at. `state` stays readable."""
+        """Ends the threads, each after the batch that it is at. `state` stays readable."""
         self._closed = True
-        self._thread.shutdown(cancel_futures=True)
+        self._threads.shutdown(cancel_futures=True)
         self._ahead.clear()
 
     def _make_ahead(self, batches: int) -> None:
         while len(self._ahead) < batches:
             first = self._next_row + len(self._ahead) * self._global_batch
-            self._ahead.append(self._thread.submit(self._batch, first))
+            self._ahead.append(self._threads.submit(self._batch, first))
 
     def _batch(self, first: int) -> Batch:
         """The batch that begins at row `first` of the endless list, on the devices."""
@@ -168,11 +170,12 @@ class Loader:
             _check_divides(self._sharding_of(len(shape)), shape, f"rows' {name!r}, a batch of which")
 
 
-def _check_sizes(source: Source, global_batch: int, seed: int, prefetch: int) -> None:
+def _check_sizes(source: Source, global_batch: int, seed: int, prefetch: int, threads: int) -> None:
     for name, value, least in (
         ("data.global_batch", global_batch, 1),
         ("seed", seed, 0),
         ("prefetch", prefetch, 0),
+        ("threads", threads, 1),
     ):
         if value < least:
             raise UserError(f"{name} {value}: it must be at least {least}")

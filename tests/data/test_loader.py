@@ -145,6 +145,20 @@ def test_the_next_batch_goes_to_the_devices_while_the_step_runs(prefetch):
         assert loader.state["next_row"] == 4
 
 
+def test_threads_wait_for_a_source_at_the_same_time():
+    together, here = threading.Barrier(2), threading.current_thread()
+
+    class Waiting(Numbered):
+        def __getitem__(self, row):
+            if row % 2 == 0 and threading.current_thread() is not here:
+                together.wait(30)  # a batch's first row comes once that of another batch is asked for
+            return super().__getitem__(row)
+
+    options = {"global_batch": 2, "seed": 0, "sharding": sharding(1, 1, 1, 1, 1), "shuffle": False}
+    with Loader(Waiting(40), **options, threads=2) as loader:
+        assert [next(loader)["tokens"][0, 0] for _ in range(4)] == [0, 2, 4, 6]
+
+
 def test_close_ends_the_threads():
     before = set(threading.enumerate())
 
@@ -208,6 +222,7 @@ def test_a_damaged_state_is_refused(state, message):
         ({"global_batch": 0}, "data.global_batch 0: it must be at least 1"),
         ({"seed": -1}, "seed -1: it must be at least 0"),
         ({"prefetch": -1}, "prefetch -1: it must be at least 0"),
+        ({"threads": 0}, "threads 0: it must be at least 1"),
         ({"global_batch": 10, "mesh": (1, 2, 2, 2, 1)}, r"batch has shape \(10,\): dim 0"),
         (
             {"source": SyntheticTokens(seq_len=5, vocab_size=8, seed=0), "mesh": (1, 2, 2, 2, 1)},

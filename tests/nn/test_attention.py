@@ -1,6 +1,7 @@
 """Attention: every implementation against loops over single scores, and what each refuses."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -186,6 +187,16 @@ def test_the_layer_is_projection_norm_rotation_attention_projection(x64):
         segments=np.asarray(batch["segment_ids"]),
     )
     np.testing.assert_allclose(y, np.einsum("bshk,hkd->bsd", mixed, value(module.out.weight)), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "einsum", "xla"])
+def test_a_gpu_that_is_not_nvidia_s_runs_all_but_cudnn(implementation, monkeypatch):
+    client = SimpleNamespace(platform_version="rocm 60300")
+    device = SimpleNamespace(platform="gpu", client=client, compute_capability="gfx942")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    call((4, 2), {"implementation": implementation}, np.float32)
+    with pytest.raises(UserError, match="the devices are gpu, not NVIDIA GPUs"):
+        call((4, 2), {"implementation": "cudnn"}, np.float32)
 
 
 def test_cudnn_needs_whole_sequences():

@@ -9,6 +9,7 @@ import pytest
 import tiny
 from shardtrain.errors import UserError
 from shardtrain.gradients import batch_gradients
+from shardtrain.hlo import collectives
 from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
 from shardtrain.nn import Precision
@@ -20,7 +21,10 @@ from shardtrain.state import init_state
 def gradients(place, attention, schedule=None, compute=jnp.float32):
     options = {**tiny.SIZES, "attention": attention, "remat": "full", "precision": Precision(compute=compute)}
     model = ModelDef(lambda rngs: Llama(**options, rngs=rngs), schedule=schedule)
-    state, batch = init_state(model, optax.sgd(0.1), place), tiny.batch(place)
+    state = init_state(model, optax.sgd(0.1), place)
+    cuts = np.arange(tiny.ROWS)[:, None] % tiny.LENGTH  # each row has two segments, cut at a place of its own
+    segments = (np.arange(tiny.LENGTH) >= cuts).astype(np.int32)
+    batch = tiny.batch(place) | {"segment_ids": jax.device_put(segments, place.sharding(("batch", "seq")))}
 
     @jax.jit
     def run(state, batch):
@@ -37,6 +41,7 @@ def gradients(place, attention, schedule=None, compute=jnp.float32):
         ({"data": 2, "fsdp": 2, "tensor": 2}, None, {}),
         ({"context": 2, "tensor": 2}, None, {}),  # no device has all of a sequence
         ({"tensor": 4}, None, {"kv_heads": None}),  # half a group of queries on a device
+        ({"context": 2, "tensor": 2}, None, {"seq": None, "kv_heads": "context"}),  # as many pieces, other axes
         ({"pipe": 2, "data": 2, "tensor": 2}, "1f1b", {}),
         pytest.param({"pipe": 2}, "1f1b", {}, marks=pytest.mark.full),
         pytest.param({"pipe": 2, "data": 2, "tensor": 2}, "zb_h1", {}, marks=pytest.mark.full),
@@ -72,5 +77,13 @@ def test_a_kernel_sees_its_device_s_part_of_rows_and_heads():
     out = jax.jit(lambda q: place.per_device(kernel, (q, axes), out=axes))(q_BSHK)
     np.testing.assert_array_equal(out, -q_BSHK)
     assert set(seen) == {(2, 3, 2, 2)}
-    with pytest.raises(UserError, match=r"dim 2 \('heads'\) has size 6, which mesh axis tensor 4 does not divide"):
+    with pytest.raises(UserError, match=r"an array of kernel: dim 2 \('heads'\) has size 6, .* tensor 4 does not"):
         place.per_device(kernel, (q_BSHK[:, :, :6], axes), out=axes)
+
+
+def test_gradients_of_a_kernel_are_added_up_over_no_axis_that_splits_its_arrays():
+    place, axes = tiny.partitioner(data=2, tensor=4), ("batch", None, "heads", None)
+    array = jax.ShapeDtypeStruct((4, 3, 8, 2), jnp.float32, sharding=place.sharding(axes))
+    kernel = jax.grad(lambda q: place.per_device(jnp.tanh, (q, axes), out=axes).sum())
+    program = jax.jit(kernel, out_shardings=array.sharding).lower(array).compile()
+    assert not collectives(program.as_text(), place.mesh)
