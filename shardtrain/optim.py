@@ -94,7 +94,7 @@ def optimizer(
         tx = over_layers(tx, weights)
     if moments is not None:
         tx = with_moments(tx, weights, moments)
-    return tx if clip_norm is None else clipped(tx, clip_norm)
+    return tx if clip_norm is None else _clipped(tx, clip_norm)
 
 
 def state_shardings(tx: Transform, params: Any, weights: Any) -> Any:
@@ -192,7 +192,7 @@ class Clipped(optax.GradientTransformationExtraArgs):
     """Clips the gradient first; `update` takes its `grad_norm` from a caller who knows it."""
 
 
-def clipped(tx: Transform, clip_norm: float) -> Clipped:
+def _clipped(tx: Transform, clip_norm: float) -> Clipped:
     """As `optax.chain(optax.clip_by_global_norm(clip_norm), tx)`, without computing a norm twice.
 
     The clip has no state, so that of `tx` keeps its paths with or without it.

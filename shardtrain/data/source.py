@@ -17,7 +17,7 @@ class Source(Protocol):
     [S]) and `loss_mask` (float32 [S]); other models may use other names. All rows have the same names, shapes
     and dtypes. The name `row` is taken: the loader adds it.
 
-    An attribute `packed` may be False where each row is one segment. A run then hands `ModelDef(packed=False)` on, and
+    An attribute `packed` may be False where each row is one segment. A run then sets `ModelDef.packed` to it, and
     attention needs no mask of [B, S, S] to keep segments apart, with which fused attention on a GPU reads far more
     memory. Without the attribute rows count as packed.
     """
