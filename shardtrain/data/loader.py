@@ -36,8 +36,8 @@ class Loader:
             batches then begin at the next row that was not consumed.
         shuffle: False gives the rows in the source's order, in every epoch.
         prefetch: batches made and sent to the devices ahead, while steps run; 0 makes each when it is asked for.
-        threads: that make them, a batch each, at most `prefetch` at a time. More than one is for a source that waits, for
-            a network say; otherwise threads wait for the interpreter, and two deliver two thirds of what one does.
+        threads: that make them, a batch each, at most `prefetch` at a time. More than one is for a source that waits,
+            for a network say; otherwise they wait for the interpreter, and two deliver two thirds of what one does.
 
     `state` counts the batches that were returned, not those made ahead, and is the same in every process.
     Close a loader, or use it in a `with` statement, to end its threads. One thread uses it.
