@@ -33,8 +33,9 @@ from types import SimpleNamespace
 
 import jax
 
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 8)
+from shardtrain import select_devices
+
+select_devices("cpu", emulate=8)
 
 from loops import Timed, bare, fit, llama, loader, one_core
 

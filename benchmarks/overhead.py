@@ -20,8 +20,9 @@ from typing import Any
 
 import jax
 
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 8)
+from shardtrain import select_devices
+
+select_devices("cpu", emulate=8)
 
 import floor
 from programs import MESHES, TINY, Step, counts, failures, pair

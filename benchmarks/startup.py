@@ -132,9 +132,12 @@ def run_floor(path: str, cache: str) -> None:
 
     import jax
 
+    from shardtrain.cpu_order import order_collectives
+
     config: dict[str, Any] = json.loads(Path(path).read_text())
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", config["devices"]["emulate"])
+    order_collectives()
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

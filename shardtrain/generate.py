@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from shardtrain.cpu_order import ordered
 from shardtrain.errors import UserError
 from shardtrain.model_def import ModelDef
 from shardtrain.pipelined import pipelined_rows
@@ -68,7 +69,7 @@ def generate(
 
 
 def _next_token(model: ModelDef, partitioner: Partitioner, temperature: float) -> Any:
-    @partial(jax.jit, out_shardings=partitioner.sharding(()))
+    @partial(jax.jit, out_shardings=partitioner.sharding(()), compiler_options=ordered(partitioner.devices))
     def step(params: Any, model_state: Any, text_BS: jax.Array, last: jax.Array, key: jax.Array) -> jax.Array:
         with use(partitioner):
             rows, length = text_BS.shape

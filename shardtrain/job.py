@@ -14,6 +14,7 @@ import optax
 
 from shardtrain import lr_schedules
 from shardtrain.config import RunConfig, check_devices, thaw
+from shardtrain.cpu_order import ordered
 from shardtrain.errors import UserError
 from shardtrain.mesh import MeshSpec, select_devices
 from shardtrain.metrics import peak_flops, transformer_flops_per_token
@@ -68,7 +69,8 @@ class Job:
     ) -> Callable[[TrainState], TrainState]:
         if self.model.program is None:
             return lambda state: state
-        return jax.jit(move, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, wanted()))
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted())
+        return jax.jit(move, out_shardings=shardings, compiler_options=ordered(self.partitioner.devices))
 
     def init_state(self) -> TrainState:
         """A fresh sharded state from the config's seed."""

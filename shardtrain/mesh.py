@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from shardtrain.cpu_order import order_collectives, warn_if_late
 from shardtrain.errors import UserError
 
 #: Every mesh axis, from the slowest network to the fastest.
@@ -108,6 +109,7 @@ class MeshSpec:
         """
         devices = list(jax.devices() if devices is None else devices)
         spec = self.resolve(len(devices))
+        warn_if_late(devices)
         return Mesh(spec._arrange(devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
     def _arrange(self, devices: list[jax.Device]) -> np.ndarray:
@@ -138,6 +140,9 @@ def divisors(n: int) -> list[int]:
 def select_devices(platform: Platform = "auto", emulate: int | None = None, processes: int = 1) -> list[jax.Device]:
     """Start JAX on a platform and return the devices to train on.
 
+    Where they may be several CPU devices, `XLA_FLAGS` gets the scheduler that keeps their collectives in order
+    (`cpu_order.py`), unless it names one already.
+
     Args:
       platform: `cpu`, `cuda`, or `auto` for whatever JAX finds first. `emulate` implies `cpu`.
       emulate: number of CPU devices to pretend to have, all processes together. Takes effect only before JAX's backend
@@ -157,6 +162,8 @@ def select_devices(platform: Platform = "auto", emulate: int | None = None, proc
             jax.config.update("jax_num_cpu_devices", emulate // processes)
     if platform != "auto":
         jax.config.update("jax_platforms", platform)
+    if platform != "cuda":
+        order_collectives()
     try:
         devices = jax.devices()
     except (

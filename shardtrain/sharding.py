@@ -67,6 +67,11 @@ class Partitioner:
     mesh: Mesh
     rules: Rules = dataclasses.field(default_factory=make_rules)
 
+    @property
+    def devices(self) -> list[jax.Device]:
+        """Those of the mesh, all processes' together."""
+        return list(self.mesh.devices.flat)
+
     def size(self, logical: str) -> int:
         """Into how many pieces the mesh splits a dim with this logical axis."""
         return math.prod(self.mesh.shape[axis] for axis in self._row(logical))

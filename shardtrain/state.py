@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from shardtrain.cpu_order import ordered
 from shardtrain.layout import dotted, shardings_like
 from shardtrain.model_def import ModelDef, Tree
 from shardtrain.nn.param import Weight
@@ -96,7 +97,7 @@ def init_function(model: ModelDef, tx: optax.GradientTransformation, partitioner
             return TrainState(zero, params, other, tx.init(params), zero, zero)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, tx, partitioner))
-    return jax.jit(init, out_shardings=shardings)
+    return jax.jit(init, out_shardings=shardings, compiler_options=ordered(partitioner.devices))
 
 
 def _with_sharding(shapes: Any, shardings: Any) -> Any:

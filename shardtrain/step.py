@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from shardtrain.cpu_order import ordered
 from shardtrain.errors import UserError
 from shardtrain.gradients import batch_gradients
 from shardtrain.model_def import ModelDef
@@ -115,7 +116,7 @@ def make_train_step(
             return TrainState(state.step + 1, params, model_state, opt_state, skipped, in_row), metrics
 
     out = (shardings, partitioner.sharding(()))
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=dict(compiler_options or {}))
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=_options(partitioner, compiler_options))
     return CheckedStep(jitted, partitioner.mesh) if model.idle == "skip" else jitted
 
 
@@ -142,8 +143,12 @@ def make_eval_step(
                 return pipelined_sums(model, state.params, batch, partitioner)
             return batch_sums(model, loss, state, batch)
 
-    jitted = jax.jit(step, out_shardings=partitioner.sharding(()), compiler_options=dict(compiler_options or {}))
+    jitted = jax.jit(step, out_shardings=partitioner.sharding(()), compiler_options=_options(partitioner, compiler_options))
     return CheckedStep(jitted, partitioner.mesh) if model.idle == "skip" else jitted
+
+
+def _options(partitioner: Partitioner, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {**ordered(partitioner.devices), **(given or {})}
 
 
 def _check_loss(model: ModelDef, loss: LossFunction | None) -> None:

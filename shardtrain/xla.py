@@ -155,7 +155,7 @@ def set_environment(flags: Mapping[str, Value]) -> None:
     given = os.environ.get("XLA_FLAGS", "").split()
     if set(words) <= set(given):
         return
-    if _has_started():
+    if has_started():
         raise UserError(
             f"xla.environment is too late: JAX has started, and reads XLA_FLAGS only then; start a fresh process, or "
             f'set XLA_FLAGS="{" ".join(words)}" in its environment'
@@ -169,7 +169,8 @@ def set_environment(flags: Mapping[str, Value]) -> None:
     os.environ["XLA_FLAGS"] = " ".join([*given, *words])
 
 
-def _has_started() -> bool:
+def has_started() -> bool:
+    """Whether a backend of JAX runs already, so that what is read only at its start is too late."""
     config: Any = jax.config
     count = config.jax_num_cpu_devices
     try:  # refused with an error once a backend has started, which is the only public sign of it

@@ -5,11 +5,11 @@ import os
 # Tests compile much and compute little: less machine-code optimisation halves their time and changes no HLO pass.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
-import jax
 import pytest
 
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 8)
+from shardtrain import select_devices
+
+select_devices("cpu", emulate=8)
 
 REMATERIALIZATION = "Involuntary full rematerialization"
 #: Test names that may make XLA print it, each with the reason.

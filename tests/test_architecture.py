@@ -16,6 +16,7 @@ ROOMS = [
     "closing",
     "files",
     "xla",
+    "cpu_order",
     "compile_cache",
     "mesh",
     "sharding",

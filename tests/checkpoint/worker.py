@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from shardtrain import select_devices
 from shardtrain.checkpoint import Checkpointer
 from shardtrain.errors import UserError
 
@@ -64,6 +65,5 @@ def meet_a_file_size_limit(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", 8)
+    select_devices("cpu", emulate=8)
     {"train": train_until_killed, "limit": meet_a_file_size_limit}[sys.argv[1]](Path(sys.argv[2]))
