@@ -107,9 +107,11 @@ def _train(file: str, overrides: Sequence[str] | None, allow_changes: bool, proc
     from shardtrain.metrics import progress
     from shardtrain.run import Trainer
     from shardtrain.signals import stop_on_signals, stop_together
+    from shardtrain.stuck import explained
 
     config = load_config(file, overrides or ())
-    with (stop_together if processes > 1 else stop_on_signals)() as should_stop:
+    signals = stop_together if processes > 1 else stop_on_signals
+    with explained(lambda line: print(line, file=sys.stderr, flush=True)), signals() as should_stop:
         start = time.perf_counter()
         print("preparing data and state ...", file=sys.stderr, flush=True)
         run = Trainer.from_config(config, should_stop=should_stop, allow_changes=allow_changes, processes=processes)

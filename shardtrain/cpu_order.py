@@ -21,9 +21,9 @@ import jax
 
 from shardtrain.xla import has_started
 
-_FLAG, _VALUE = "xla_cpu_scheduler_type", "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
+FLAG, _VALUE = "xla_cpu_scheduler_type", "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
 #: Either of them in `XLA_FLAGS` is a choice of the user's, which stays.
-_SPELLINGS = (_FLAG, "xla_cpu_enable_concurrency_optimized_scheduler")
+_SPELLINGS = (FLAG, "xla_cpu_enable_concurrency_optimized_scheduler")
 
 _log = logging.getLogger(__name__)
 _warned = False
@@ -32,12 +32,12 @@ _warned = False
 def order_collectives() -> None:
     """Choose the scheduler for all programs of this process, unless `XLA_FLAGS` names one, or JAX has started."""
     if not _chosen() and not has_started():
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_FLAG}={_VALUE}".lstrip()
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{FLAG}={_VALUE}".lstrip()
 
 
 def ordered(devices: Sequence[jax.Device]) -> dict[str, Any]:
     """The compiler's options for a program of the library's on these devices: none unless they are needed."""
-    return {_FLAG: _VALUE} if _at_risk(devices) else {}
+    return {FLAG: _VALUE} if _at_risk(devices) else {}
 
 
 def warn_if_late(devices: Sequence[jax.Device]) -> None:
@@ -50,7 +50,7 @@ def warn_if_late(devices: Sequence[jax.Device]) -> None:
             "programs are safe, but others may hang. Call shardtrain.select_devices before any jax call, or start with "
             "XLA_FLAGS=--%s=%s",
             len(devices),
-            _FLAG,
+            FLAG,
             _VALUE,
         )
 

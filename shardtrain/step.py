@@ -116,7 +116,9 @@ def make_train_step(
             return TrainState(state.step + 1, params, model_state, opt_state, skipped, in_row), metrics
 
     out = (shardings, partitioner.sharding(()))
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=_options(partitioner, compiler_options))
+    jitted = jax.jit(
+        step, donate_argnums=0, out_shardings=out, compiler_options=_options(partitioner, compiler_options)
+    )
     return CheckedStep(jitted, partitioner.mesh) if model.idle == "skip" else jitted
 
 
@@ -143,7 +145,9 @@ def make_eval_step(
                 return pipelined_sums(model, state.params, batch, partitioner)
             return batch_sums(model, loss, state, batch)
 
-    jitted = jax.jit(step, out_shardings=partitioner.sharding(()), compiler_options=_options(partitioner, compiler_options))
+    jitted = jax.jit(
+        step, out_shardings=partitioner.sharding(()), compiler_options=_options(partitioner, compiler_options)
+    )
     return CheckedStep(jitted, partitioner.mesh) if model.idle == "skip" else jitted
 
 

@@ -17,6 +17,7 @@ ROOMS = [
     "files",
     "xla",
     "cpu_order",
+    "stuck",
     "compile_cache",
     "mesh",
     "sharding",

@@ -1,0 +1,93 @@
+"""A line for a run in which nothing moves: XLA ends such a process with a stack of C++ alone, or lets it wait for ever.
+
+On CPU devices a program that runs keeps a core busy. A process that uses none, while its main thread waits for JAX, waits
+for a collective that some device does not enter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+
+from shardtrain.cpu_order import FLAG
+from shardtrain.xla import has_started
+
+_IDLE = 0.2  # of a core; a progress bar takes a few hundredths
+#: A main thread in one of these waits for another thread of ours (for data, for a save), and not for devices.
+_THREADS = ("threading.py", "queue.py", "selectors.py", "subprocess.py")
+
+
+@contextlib.contextmanager
+def explained(say: Callable[[str], object], after_s: float = 25.0) -> Iterator[None]:
+    """Within the block, say so when nothing has moved for a while; again after twice as long, and so on.
+
+    By default a little after XLA's own warning (20 s), and before it ends the process (40 s).
+
+    Args:
+      say: takes the line, in a thread of its own.
+      after_s: how long this process must have been idle, in seconds.
+    """
+    over = threading.Event()
+    watch = threading.Thread(target=_watch, args=(say, after_s, over), name="stuck", daemon=True)
+    watch.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watch.join()
+
+
+def _watch(say: Callable[[str], object], after_s: float, over: threading.Event) -> None:
+    turn = after_s / 10
+    since, used = time.monotonic(), _cpu_seconds()
+    while not over.wait(turn):
+        before, used = used, _cpu_seconds()
+        place = _waits_at()
+        if used - before > _IDLE * turn or place is None:
+            since = time.monotonic()
+        elif (idle := time.monotonic() - since) >= after_s:
+            say(_explanation(idle, place))
+            after_s = 2 * idle
+
+
+def _cpu_seconds() -> float:
+    """Of all threads of this process."""
+    times = os.times()
+    return times.user + times.system
+
+
+def _waits_at() -> str | None:
+    """Where the main thread waits for CPU devices, as far as that can be told; `None` where it does not."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    if frame is None or not has_started() or jax.devices()[0].platform != "cpu":
+        return None
+    stack = traceback.extract_stack(frame)
+    if Path(stack[-1].filename).name in _THREADS:
+        return None
+    packages = Path(jax.__file__).parents[1]
+    ours = next((f for f in reversed(stack) if not Path(f.filename).is_relative_to(packages)), stack[-1])
+    return f"{ours.filename}:{ours.lineno}, in {ours.name}"
+
+
+def _explanation(idle: float, place: str) -> str:
+    here = (
+        f"nothing has moved for {idle:.0f} s: the CPU devices wait for each other in a collective (called at {place})"
+    )
+    if jax.process_count() > 1:
+        return (
+            f"{here}. Another process is busy with something else, has stopped, or runs another program: see what it "
+            "printed last. If none is, end them all and start again: the run resumes"
+        )
+    return (
+        f"{here}. XLA's CPU backend is known to do so where devices start two collectives in another order, and ends "
+        f"the process after 40 s; that is no fault of the model. Start again: the run resumes. If it happens again, see "
+        f"that XLA_FLAGS does not choose another {FLAG} than shardtrain does"
+    )
