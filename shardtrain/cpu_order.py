@@ -1,20 +1,20 @@
 """One order of collectives on all CPU devices: emulated ones, and those of several processes.
 
 XLA's CPU backend starts whatever is ready. Of two collectives that no data connects, one of them inside of a loop or a
-branch, each device may start another one first, and then each waits in its own for the others. Within a process XLA ends
-that after 40 s; several processes wait for ever. A barrier between the two (`optimization_barrier`) does not order them.
+branch, each device may start another one first, and then each waits in its own for the others. XLA ends such a process
+after 40 s; several processes wait for ever. A barrier between the two (`optimization_barrier`) does not order them.
 
 The scheduler that saves memory, in place of the one that favours concurrency, leaves each device hardly a choice: no
 start with it has been seen to hang (`benchmarks/soak.py`). So every program on several CPU devices is compiled with it:
-the user's own through the variable `XLA_FLAGS`, which XLA reads when JAX starts, and where that is too late at least the
-library's, through options of the compiler.
+the user's own through the variable `XLA_FLAGS`, which XLA reads when JAX starts; and where that is too late at least
+the library's, through options of the compiler.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,9 +35,9 @@ def order_collectives() -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{FLAG}={_VALUE}".lstrip()
 
 
-def ordered(devices: Sequence[jax.Device]) -> dict[str, Any]:
-    """The compiler's options for a program of the library's on these devices: none unless they are needed."""
-    return {FLAG: _VALUE} if _at_risk(devices) else {}
+def ordered(devices: Sequence[jax.Device], options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Options to compile a program of the library's with: `options`, and the scheduler where it is needed."""
+    return {**({FLAG: _VALUE} if _at_risk(devices) else {}), **(options or {})}
 
 
 def warn_if_late(devices: Sequence[jax.Device]) -> None:

@@ -116,9 +116,8 @@ def make_train_step(
             return TrainState(state.step + 1, params, model_state, opt_state, skipped, in_row), metrics
 
     out = (shardings, partitioner.sharding(()))
-    jitted = jax.jit(
-        step, donate_argnums=0, out_shardings=out, compiler_options=_options(partitioner, compiler_options)
-    )
+    options = ordered(partitioner.devices, compiler_options)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=options)
     return CheckedStep(jitted, partitioner.mesh) if model.idle == "skip" else jitted
 
 
@@ -145,14 +144,9 @@ def make_eval_step(
                 return pipelined_sums(model, state.params, batch, partitioner)
             return batch_sums(model, loss, state, batch)
 
-    jitted = jax.jit(
-        step, out_shardings=partitioner.sharding(()), compiler_options=_options(partitioner, compiler_options)
-    )
+    options = ordered(partitioner.devices, compiler_options)
+    jitted = jax.jit(step, out_shardings=partitioner.sharding(()), compiler_options=options)
     return CheckedStep(jitted, partitioner.mesh) if model.idle == "skip" else jitted
-
-
-def _options(partitioner: Partitioner, given: Mapping[str, Any] | None) -> dict[str, Any]:
-    return {**ordered(partitioner.devices), **(given or {})}
 
 
 def _check_loss(model: ModelDef, loss: LossFunction | None) -> None:

@@ -1,7 +1,7 @@
-"""A line for a run in which nothing moves: XLA ends such a process with a stack of C++ alone, or lets it wait for ever.
+"""A line for a run in which nothing moves: XLA ends such a process with a stack of C++, or lets it wait for ever.
 
-On CPU devices a program that runs keeps a core busy. A process that uses none, while its main thread waits for JAX, waits
-for a collective that some device does not enter.
+On CPU devices a program that runs keeps a core busy. A process that uses none, while its main thread waits for JAX,
+waits for a collective that some device does not enter.
 """
 
 from __future__ import annotations
@@ -88,6 +88,6 @@ def _explanation(idle: float, place: str) -> str:
         )
     return (
         f"{here}. XLA's CPU backend is known to do so where devices start two collectives in another order, and ends "
-        f"the process after 40 s; that is no fault of the model. Start again: the run resumes. If it happens again, see "
+        "the process after 40 s; that is no fault of the model. Start again: the run resumes. If it happens again, see "
         f"that XLA_FLAGS does not choose another {FLAG} than shardtrain does"
     )
