@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jax.sharding import NamedSharding
@@ -14,8 +14,13 @@ from shardtrain.data import Batch, Loader, Source, Tokenizer, open_source, split
 from shardtrain.errors import UserError
 
 
-def open_data(config: RunConfig, directory: Path) -> tuple[Source, Source | None, Tokenizer | None]:
+def open_data(
+    config: RunConfig, directory: Path, *, should_stop: Callable[[], bool] | None = None
+) -> tuple[Source, Source | None, Tokenizer | None]:
     """Training rows, held-out rows (or None) and tokenizer (or None); process 0 writes what has to be prepared.
+
+    Args:
+      should_stop: polled while text is tokenised; True ends that.
 
     Raises:
       UserError: the data is missing or unfit, or too little is held out for one evaluation batch.
@@ -33,6 +38,7 @@ def open_data(config: RunConfig, directory: Path) -> tuple[Source, Source | None
             tokenizer_vocab=data.vocab_size,
             directory=directory / "data",
             write=write,
+            should_stop=should_stop,
         )
 
     source, tokenizer = on_process_zero(lambda: open_it(write=True)) or open_it(write=False)
