@@ -15,7 +15,8 @@ class Source(Protocol):
 
     A language-model row of S tokens holds at least `tokens`, `targets`, `segment_ids`, `positions` (int32
     [S]) and `loss_mask` (float32 [S]); other models may use other names. All rows have the same names, shapes
-    and dtypes. The name `row` is taken: the loader adds it.
+    and dtypes. Tokens are in `0 .. vocab_size - 1`; targets are so too, or negative where the loss must ignore
+    them. The name `row` is taken: the loader adds it.
 
     An attribute `packed` may be False where each row is one segment. A run then sets `ModelDef.packed` to it, and
     attention needs no mask of [B, S, S] to keep segments apart, with which fused attention on a GPU reads far more

@@ -77,7 +77,22 @@ def test_processes_that_differ_in_data_read_different_rows(reports):
 
 def test_the_state_is_the_same_for_any_number_of_processes(reports):
     _, state = batches_of_one_process(BATCHES)
-    assert [report[mesh]["state"] for report in reports for mesh in report] == [state] * 4
+    meshes = ["pipe outermost", "data outermost"]
+    assert [report[mesh]["state"] for report in reports for mesh in meshes] == [state] * 4
     continued, _ = batches_of_one_process(1, state=reports[1]["pipe outermost"]["state"])
     whole, _ = batches_of_one_process(BATCHES + 1)
     np.testing.assert_array_equal(continued[0]["tokens"], whole[-1]["tokens"])
+
+
+def test_the_last_batch_of_all_processes_holds_each_row_that_is_left_once(reports):
+    """19 rows in batches of 8: of the last batch three count."""
+    masks = [{}, {}]
+    for process, report in enumerate(reports):
+        for start, content in report["ends"]["shards"][-1]["loss_mask"]:
+            masks[process] |= {start + row: sum(mask) for row, mask in enumerate(content)}
+    assert {row: weight for mask in masks for row, weight in mask.items()} == {
+        row: 4.0 if row < 3 else 0.0 for row in range(8)
+    }
+    read = [set(report["ends"]["read"]) for report in reports]
+    assert read[0] | read[1] == set(range(19))
+    assert [report["ends"]["state"]["next_row"] for report in reports] == [19, 19]
