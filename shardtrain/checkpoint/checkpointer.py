@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from shardtrain.checkpoint import agree, lifecycle, manifest, names, reading, store
+from shardtrain.checkpoint import agree, lifecycle, manifest, names, reading, store, unwaited
 from shardtrain.checkpoint.retention import expired
 from shardtrain.closing import close_all
 from shardtrain.errors import UserError
@@ -34,7 +34,8 @@ class Checkpointer:
     """The checkpoints of one run: all processes of the run make one and call it alike, on one shared disk.
 
     `save` returns after the copy to the host; the commit, the hashes and the retention happen in the
-    background. At most one save is under way: a `save` that comes before the last one has ended waits for it.
+    background. At most one save is under way: a `save` that comes before the last one has ended waits for it, and
+    so does the end of the program, which fails with code 1 where that save does.
     Process 0 alone hashes (all files, after the commit, which Orbax synchronises over the processes),
     renames, deletes, and picks the step to restore; when it fails it ends, and the supervisor restarts all.
 
@@ -89,6 +90,7 @@ class Checkpointer:
         except OSError as error:  # anything else, before a byte is written, is a bug
             raise self._failure(step, error) from error
         self._pending = self._worker.submit(self._finish, step, commit)
+        unwaited.remember(self)
         if not self._asynchronous:
             self.wait()
 
@@ -101,6 +103,7 @@ class Checkpointer:
         if self._pending is not None:
             self._pending.exception()  # interrupted here, it stays pending
             pending, self._pending = self._pending, None
+            unwaited.forget(self)
             pending.result()
 
     def latest(self) -> int | None:
