@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from shardtrain.checkpoint import Checkpointer, RunLock, load_weights, read_extra
+from shardtrain.checkpoint import Checkpointer, RunLock, load_weights
 from shardtrain.checkpoint.agree import on_process_zero
 from shardtrain.closing import close_all
 from shardtrain.compile_cache import use_cache
@@ -80,9 +80,8 @@ class Trainer(Loop):
                 compress=config.checkpoint.compress,
             )
             latest = checkpointer.latest()
-            if latest is not None and not allow_changes:
-                stored = read_extra(checkpointer.directory, latest)["config"]
-                check_same_run(stored, config, str(directory))
+            if latest is not None:
+                _require_continues(config, directory, checkpointer, latest, allow_changes)
             source, held_out, tokenizer = open_data(config, directory)
             job.model.packed = getattr(source, "packed", True)
             restored = (
@@ -204,6 +203,19 @@ def _cache_folder(chosen: str | None, directory: Path) -> Path | None:
     if chosen is None:
         return None
     return directory.parent / ".jax_cache" if chosen == "auto" else Path(chosen).expanduser().absolute()
+
+
+def _require_continues(
+    config: RunConfig, directory: Path, checkpointer: Checkpointer, step: int, allow_changes: bool
+) -> None:
+    """Refuse a config that cannot go on from a step of its run, before data and state are prepared."""
+    if config.run.steps < step:
+        raise UserError(
+            f"run.steps = {config.run.steps} is below step {step}, which the run in {directory} has reached; set "
+            f"run.steps to {step} or more, or another run.name to start anew"
+        )
+    if not allow_changes:
+        check_same_run(checkpointer.extra(step)["config"], config, str(directory), step)
 
 
 def _open_log(directory: Path, config: RunConfig, step: int) -> MetricsLog:
