@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib
 import logging
 import threading
@@ -13,7 +12,7 @@ from typing import Any
 
 import jax
 
-from shardtrain.checkpoint import Checkpointer, RunLock, load_weights
+from shardtrain.checkpoint import Checkpointer, RunLock
 from shardtrain.checkpoint.agree import on_process_zero
 from shardtrain.closing import close_all
 from shardtrain.compile_cache import use_cache
@@ -25,6 +24,7 @@ from shardtrain.generate import generate
 from shardtrain.job import Job, build
 from shardtrain.metrics import MetricsLog, plot_loss
 from shardtrain.run_data import eval_batches, open_data
+from shardtrain.start import Start
 from shardtrain.trainer import Callback, Loop
 
 _log = logging.getLogger(__name__)
@@ -84,15 +84,8 @@ class Trainer(Loop):
                 _require_continues(config, directory, checkpointer, latest, allow_changes)
             source, held_out, tokenizer = open_data(config, directory)
             job.model.packed = getattr(source, "packed", True)
-            restored = (
-                None
-                if latest is None
-                else checkpointer.restore(job.abstract_canonical(), latest, cast=config.checkpoint.cast)
-            )
-            state = job.init_state() if restored is None else job.live(restored.state)
-            if restored is None and config.init_from is not None:
-                state = _with_weights_of(config.init_from, state, job)
-            position = None if restored is None else restored.extra["data"]
+            start = Start.of(config, job, checkpointer, latest)
+            position = start.position
             if allow_changes and position is not None and position["fingerprint"] != source.fingerprint:
                 _log.warning("the data is not what the run was trained on so far: it begins at its first row")
                 position = None
@@ -105,9 +98,9 @@ class Trainer(Loop):
                 state=position,
                 shuffle=config.data.shuffle,
             )
-            log = on_process_zero(lambda: _open_log(directory, config, int(state.step)))
+            log = on_process_zero(lambda: _open_log(directory, config, int(start.state.step)))
             run = cls(
-                state,
+                start.state,
                 job.train_step(),
                 batches,
                 steps=config.run.steps,
@@ -124,6 +117,7 @@ class Trainer(Loop):
                 callbacks=callbacks,
                 max_skipped=config.run.max_skipped_steps,
                 should_stop=should_stop,
+                unevaluated=start.unevaluated_by(log),
             )
         except BaseException:
             if lock is not None:
@@ -224,12 +218,3 @@ def _open_log(directory: Path, config: RunConfig, step: int) -> MetricsLog:
     log.truncate(step)
     write_text(directory / "config.yaml", config.to_yaml())
     return log
-
-
-def _with_weights_of(path: str, state: Any, job: Job) -> Any:
-    place = Path(path)
-    is_step = place.name.isdigit() and not (place / "checkpoints").is_dir()
-    step = int(place.name) if is_step else None
-    folder, cast = place.parent if is_step else place, job.config.checkpoint.cast
-    params = load_weights(folder, job.abstract_canonical().params, step, cast=cast)
-    return job.live(dataclasses.replace(job.canonical(state), params=params))

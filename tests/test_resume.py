@@ -115,7 +115,7 @@ def test_more_steps_need_the_decay_that_the_run_began_with(undisturbed, tmp_path
     more = (tmp_path / "run", f"run.steps={STEPS + 2}")
     refused = train(*more, "optimizer.schedule={type: cosine, warmup_steps: 4}")
     assert refused.code == 2
-    assert f"pass optimizer.schedule.decay_steps={STEPS} to continue" in refused.err
+    assert f"set optimizer.schedule.decay_steps={STEPS} to keep that plan" in refused.err
     result = train(*more)
     assert result.code == 0
     assert PREPARED.fullmatch(result.err)

@@ -108,6 +108,11 @@ class Checkpointer:
             unwaited.forget(self)
             pending.result()
 
+    @property
+    def kept(self) -> int | None:
+        """The newest step that is committed and verified by now."""
+        return max(lifecycle.sealed(self.directory), default=None)
+
     def latest(self) -> int | None:
         """The newest step that verifies, after cleaning up what a crash left; None in a fresh run.
 
