@@ -27,7 +27,6 @@ from commands import (
 from shardtrain import load_config
 from shardtrain.checkpoint import RunLock
 from shardtrain.run import Trainer
-from shardtrain.signals import stop_on_signals
 
 STEPS = 60
 ENDLESS = "run.steps=1000000"
@@ -84,18 +83,6 @@ def test_a_signal_saves_and_tells_how_to_resume(undisturbed, tmp_path, number):
     run = fit(directory, f"run.steps={step + 2}")
     assert run.resumed_from == step
     assert losses(directory)[:STEPS] == undisturbed.losses[: step + 2]
-
-
-@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_asks_and_the_second_interrupts(first):
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with stop_on_signals() as should_stop:
-        assert not should_stop(1)
-        signal.raise_signal(first)
-        assert should_stop(2)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert before == {number: signal.getsignal(number) for number in before}
 
 
 @pytest.mark.full
