@@ -17,6 +17,10 @@ class Saver(Protocol):
         """Blocks until it has ended, and raises what went wrong."""
 
 
+_ADVICE = (
+    "The program had ended while this was saved: call Checkpointer.close before, or use the Checkpointer in a `with` "
+    "statement"
+)
 _savers: set[Saver] = set()
 _failed = False
 
@@ -42,6 +46,7 @@ def _wait() -> None:
                 print(f"error: {error}", file=sys.stderr)
             else:
                 traceback.print_exception(error)
+            print(_ADVICE, file=sys.stderr)
 
 
 def _fail() -> None:
@@ -53,5 +58,6 @@ def _fail() -> None:
 
 atexit.register(_fail)
 # By the time of `atexit`, thread pools are closed, and Orbax needs one until the end of a save: it would fail, loudly.
+# (So it does in the first releases of Python 3.12, which start no thread once the main one has ended.)
 getattr(threading, "_register_atexit", atexit.register)(_wait)
 os.register_at_fork(after_in_child=_savers.clear)  # the threads that save are not in the child
