@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jax.sharding import NamedSharding
 
 from shardtrain.checkpoint.agree import on_process_zero
 from shardtrain.config import RunConfig
-from shardtrain.data import Batch, Loader, Source, Tokenizer, open_source, split
-from shardtrain.errors import UserError
+from shardtrain.data import Batch, Loader, Rows, Source, Tokenizer, open_source, split
+from shardtrain.data.rows import check_last_batch
 
 
-def open_data(config: RunConfig, directory: Path) -> tuple[Source, Source | None, Tokenizer | None]:
+def open_data(
+    config: RunConfig, directory: Path, *, should_stop: Callable[[], bool] | None = None
+) -> tuple[Source, Source | None, Tokenizer | None]:
     """Training rows, held-out rows (or None) and tokenizer (or None); process 0 writes what has to be prepared.
 
+    Args:
+      should_stop: polled while text is tokenised; True ends that.
+
     Raises:
-      UserError: the data is missing or unfit, or too little is held out for one evaluation batch.
+      UserError: the data is missing or unfit, or rows that fill up an evaluation's last batch would count.
     """
     data = config.data
 
@@ -33,23 +37,25 @@ def open_data(config: RunConfig, directory: Path) -> tuple[Source, Source | None
             tokenizer_vocab=data.vocab_size,
             directory=directory / "data",
             write=write,
+            should_stop=should_stop,
         )
 
     source, tokenizer = on_process_zero(lambda: open_it(write=True)) or open_it(write=False)
     if data.held_out == 0:
         return source, None, tokenizer
     source, held_out = split(source, data.held_out)
-    if len(held_out) < data.global_batch:
-        raise UserError(
-            f"data.held_out {data.held_out} leaves {len(held_out)} rows for evaluation, fewer than one global batch of "
-            f"{data.global_batch}; use more data, a larger fraction, or 0 for no evaluation"
-        )
+    rows = _evaluated(held_out, config)
+    check_last_batch(rows, rows[0], len(rows), data.global_batch)
     return source, held_out, tokenizer
 
 
 def eval_batches(source: Source, config: RunConfig, sharding: NamedSharding) -> Iterator[Batch]:
-    """The same `eval.batches` global batches each time, or as many as the held-out rows give."""
-    size = config.data.global_batch
-    count = min(config.eval.batches, len(source) // size)  # at most once over the held-out rows
-    with Loader(source, global_batch=size, seed=0, sharding=sharding, shuffle=False) as loader:
-        yield from itertools.islice(loader, count)
+    """The same at most `eval.batches` global batches each time; where that is all held-out rows, each counts once."""
+    rows, size = _evaluated(source, config), config.data.global_batch
+    with Loader(rows, global_batch=size, seed=0, sharding=sharding, shuffle=False, epochs=1) as loader:
+        yield from loader
+
+
+def _evaluated(held_out: Source, config: RunConfig) -> Source:
+    """The rows that an evaluation reads."""
+    return Rows(held_out, 0, min(len(held_out), config.eval.batches * config.data.global_batch))

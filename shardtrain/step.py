@@ -154,7 +154,16 @@ def _check_loss(model: ModelDef, loss: LossFunction | None) -> None:
 
 
 def evaluate(eval_step: Callable[[TrainState, Batch], Sums], state: TrainState, batches: Any) -> dict[str, float]:
-    """Means over all batches of every sum that `eval_step` returns; `loss` among them."""
+    """Means over all batches of every sum that `eval_step` returns; `loss` among them.
+
+    Raises:
+      UserError: no batches, or a `Loader` that never ends.
+    """
+    if getattr(batches, "endless", False):
+        raise UserError(
+            "evaluate got a Loader, which never ends; give the Loader epochs=1 (each row counts once), or the batches "
+            "that you want: itertools.islice(loader, 20)"
+        )
     total: Sums | None = None
     for batch in batches:
         # Fetched each time: at most one evaluation step is in flight.

@@ -12,6 +12,8 @@ from pathlib import Path
 from shardtrain.checkpoint import lifecycle
 from shardtrain.config.errors import Problem
 from shardtrain.config.schema import Data, Devices, Model, Optimizer, Run, Sample, Xla
+from shardtrain.data.listing import each
+from shardtrain.data.prepare import is_kept
 from shardtrain.errors import UserError, did_you_mean
 from shardtrain.nn.remat import ACTIVATIONS, check_names, remat_names
 from shardtrain.optim import OPTIMIZERS
@@ -163,10 +165,21 @@ def check_sample(sample: Sample, data: Data) -> Iterator[Problem]:
         yield Problem("sample.prompt", sample.prompt, rule, "set sample.prompt=null")
 
 
-def check_data_path(data: Data) -> Iterator[Problem]:
-    """Files exist: each path is a file, a folder that is not empty, or a pattern that matches something."""
-    paths = (data.path,) if isinstance(data.path, str) else data.path or ()
-    for path in paths if data.type in ("text", "tokens") else ():
+def check_data_path(data: Data, run: Run) -> Iterator[Problem]:
+    """Files exist: each path is a file, a folder that is not empty, or a pattern that matches something.
+
+    A run that has kept the tokens of its text does not need it any more.
+    """
+    if data.type not in ("text", "tokens") or not data.path:
+        return  # `check_data` says that it is missing
+    try:
+        paths = each(data.path)
+    except UserError as error:
+        rule, _, fix = str(error).partition(": ")[2].partition("; ")
+        yield Problem("data.path", data.path, rule, fix)
+        return
+    kept = data.type == "text" and is_kept(Path(run.dir or f"runs/{run.name}") / "data")
+    for path in [] if kept else paths:
         where = Path(path).expanduser()
         if where.is_dir() and next(where.iterdir(), None) is None:
             yield Problem("data.path", path, "the folder is empty", "put files there, or name another folder")

@@ -10,12 +10,14 @@ A new dataset is one file with a class that follows `Source`, and one line in `c
 
 from shardtrain.data.catalog import FACTORIES, Request, open_source
 from shardtrain.data.corpus import corpus_documents
-from shardtrain.data.document import Document
+from shardtrain.data.document import Document, Text
+from shardtrain.data.listing import text_files
 from shardtrain.data.loader import Batch, Loader, State
 from shardtrain.data.prepare import Kept, load_tokenizer, prepare
 from shardtrain.data.source import Row, Rows, Source, split, window
 from shardtrain.data.synthetic import SyntheticTokens
-from shardtrain.data.text import text_documents, text_files
+from shardtrain.data.text import text_documents
+from shardtrain.data.text_file import TextFile
 from shardtrain.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, encode_documents
 from shardtrain.data.tokens import TokenFile, TokenWindows, open_tokens, write_tokens
 
@@ -33,6 +35,8 @@ __all__ = [
     "Source",
     "State",
     "SyntheticTokens",
+    "Text",
+    "TextFile",
     "TokenFile",
     "TokenWindows",
     "Tokenizer",

@@ -5,13 +5,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from shardtrain.data.corpus import corpus_documents
-from shardtrain.data.document import Document
-from shardtrain.data.prepare import Kept, prepare
+from shardtrain.data.document import Text
+from shardtrain.data.listing import Paths, each
+from shardtrain.data.prepare import Kept, is_kept, prepare
 from shardtrain.data.source import Source
 from shardtrain.data.synthetic import SyntheticTokens
-from shardtrain.data.text import Paths, check_unchanged, text_documents
+from shardtrain.data.text import check_unchanged, text_documents
 from shardtrain.data.tokenizer import ByteTokenizer, Tokenizer, check_bpe_vocab
 from shardtrain.data.tokens import TokenWindows, open_tokens
+from shardtrain.data.watch import ShouldStop, Watch
 from shardtrain.errors import UserError, did_you_mean
 
 
@@ -28,6 +30,7 @@ class Request:
     tokenizer_vocab: int | None
     directory: Path | None
     write: bool
+    watch: Watch = dataclasses.field(default_factory=Watch)
 
     def refuse(self, *names: str) -> None:
         """Raises UserError where a setting was given that this type does not use."""
@@ -43,6 +46,7 @@ class Request:
         """Returns the path; raises UserError where none was given."""
         if self.path is None:
             raise UserError(f"data.path is missing: data.type {self.type} reads files; name where they are")
+        each(self.path)
         return self.path
 
 
@@ -55,9 +59,13 @@ def _corpus(request: Request) -> Opened:
 
 
 def _text(request: Request) -> Opened:
-    paths = request.need_path()
-    kept = _prepare(request, lambda: text_documents(paths))
-    check_unchanged(paths, kept.documents)
+    if request.directory is None or not is_kept(request.directory):
+        request.need_path()
+    elif request.path is not None:
+        each(request.path)
+    kept = _prepare(request, lambda: text_documents(request.need_path()))
+    if request.path is not None:
+        check_unchanged(request.path, kept.documents, request.watch)
     return _windows(request, kept)
 
 
@@ -66,7 +74,7 @@ def _tokens(request: Request) -> Opened:
     path = request.need_path()
     if not isinstance(path, str | Path):
         raise UserError(f"data.path {path!r}: data.type tokens reads one file; concatenate them into one")
-    return TokenWindows(open_tokens(path), request.seq_len), None
+    return TokenWindows(open_tokens(path, request.watch), request.seq_len), None
 
 
 def _synthetic(request: Request) -> Opened:
@@ -93,6 +101,7 @@ def open_source(
     tokenizer_vocab: int | None = None,
     directory: str | Path | None = None,
     write: bool = True,
+    should_stop: ShouldStop | None = None,
 ) -> Opened:
     """Opens the rows that a config asks for, and the tokenizer where there is one.
 
@@ -106,19 +115,20 @@ def open_source(
         tokenizer_vocab: for `bpe` (`data.vocab_size` in a config); the model's when not given.
         directory: where `corpus` and `text` keep their tokens (`prepare.py`).
         write: whether this process may write there; with several, true in just one.
+        should_stop: polled several times a second while text is tokenised or tokens are checked; True ends it.
 
-    Raises UserError for anything wrong with these, or with the data.
+    Raises UserError for anything wrong with these, or with the data, and where `should_stop` said so.
     """
     if type not in FACTORIES:
         raise UserError(f"data.type {type!r} does not exist; {did_you_mean(type, FACTORIES)}")
-    kept = Path(directory) if directory is not None else None
-    request = Request(type, seq_len, vocab_size, seed, path, tokenizer, tokenizer_vocab, kept, write)
+    kept, watch = Path(directory) if directory is not None else None, Watch(should_stop)
+    request = Request(type, seq_len, vocab_size, seed, path, tokenizer, tokenizer_vocab, kept, write, watch)
     source, text_tokenizer = FACTORIES[type](request)
     _check_vocab(source.vocab_size, request)
     return source, text_tokenizer
 
 
-def _prepare(request: Request, documents: Callable[[], Iterable[Document]]) -> Kept:
+def _prepare(request: Request, documents: Callable[[], Iterable[Text]]) -> Kept:
     if request.directory is None:
         raise UserError(f"directory is missing: data.type {request.type} keeps its tokens in one")
     tokenizer = request.tokenizer or "bpe"
@@ -142,6 +152,7 @@ def _prepare(request: Request, documents: Callable[[], Iterable[Document]]) -> K
         tokenizer=tokenizer,
         tokenizer_vocab=vocab,
         write=request.write,
+        watch=request.watch,
     )
 
 

@@ -16,15 +16,18 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from shardtrain.data.source import Row, Source
-from shardtrain.errors import UserError
+from shardtrain.data.arguments import check_divides, check_sharding, check_sizes, check_source, restore
+from shardtrain.data.rows import MASK, RowCheck, check_last_batch
+from shardtrain.data.source import Source
 
 Batch = dict[str, jax.Array]
 State = dict[str, int | str]
 
 
 class Loader:
-    """An endless iterator over global batches: dicts of arrays [B, ...], and `row` int32 [B] = 0 .. B - 1.
+    """An iterator over global batches: dicts of arrays [B, ...], and `row` int32 [B] = 0 .. B - 1.
+
+    It is endless, unless `epochs` are given.
 
     Args:
         source: where the rows come from.
@@ -38,11 +41,14 @@ class Loader:
         prefetch: batches made and sent to the devices ahead, while steps run; 0 makes each when it is asked for.
         threads: that make them, a batch each, at most `prefetch` at a time. More than one is for a source that waits,
             for a network say; otherwise they wait for the interpreter, and two deliver two thirds of what one does.
+        epochs: the loader ends after so many times over the source, of which each row counts once: rows that fill up
+            the last batch have a `loss_mask` of 0. With 1, and `shuffle` False, what `evaluate` wants.
 
     `state` counts the batches that were returned, not those made ahead, and is the same in every process.
     Close a loader, or use it in a `with` statement, to end its threads. One thread uses it.
 
-    Raises UserError for an empty source, sizes that do not divide, and a state of other data.
+    Raises UserError for what is no source, an empty one, sizes that do not divide, and a state of other data; also
+    while it runs, for a row that is not as the others, or holds ids that are not in the source's vocabulary.
     """
 
     def __init__(
@@ -56,16 +62,20 @@ class Loader:
         shuffle: bool = True,
         prefetch: int = 2,
         threads: int = 1,
+        epochs: int | None = None,
     ):
+        check_source(source)
+        check_sizes(source, global_batch, seed, prefetch, threads, epochs)
+        check_sharding(sharding)
         self._source, self._global_batch, self._sharding = source, global_batch, sharding
-        _check_sizes(source, global_batch, seed, prefetch, threads)
-        self._next_row = 0 if state is None else _restore(state, source)
+        self._next_row = 0 if state is None else restore(state, source)
         self._local_rows = self._rows_of_this_process()
         import grain  # only here: it imports Orbax, too, which takes 0.2 s
 
         order = grain.MapDataset.range(len(source))  # of numbers alone: Grain walks and measures what passes it
         self._order = (order.seed(seed).shuffle() if shuffle else order).repeat()
-        self._check_first_row()
+        self._end = None if epochs is None else max(self._next_row, epochs * len(source))
+        self._rows = self._check_first_row()
         self._prefetch = prefetch
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="loader")
         self._ahead: deque[Future[Batch]] = deque()
@@ -81,6 +91,11 @@ class Loader:
         }
 
     @property
+    def endless(self) -> bool:
+        """Whether it never ends."""
+        return self._end is None
+
+    @property
     def ready(self) -> bool:
         """Whether the next batch lies on the devices, so that `next` returns at once."""
         return bool(self._ahead) and self._ahead[0].done()
@@ -89,6 +104,9 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
+        if self._next_row == self._end:
+            self.close()
+            raise StopIteration
         if self._closed:
             raise ValueError("this loader is closed")
         self._make_ahead(max(1, self._prefetch))
@@ -97,7 +115,7 @@ class Loader:
         except BaseException:
             self.close()  # a loader that went on after an error would leave a batch out
             raise
-        self._next_row += self._global_batch
+        self._next_row = self._until(self._next_row + self._global_batch)
         self._make_ahead(self._prefetch)
         return batch
 
@@ -121,12 +139,18 @@ class Loader:
     def _make_ahead(self, batches: int) -> None:
         while len(self._ahead) < batches:
             first = self._next_row + len(self._ahead) * self._global_batch
+            if self._until(first) == self._end:
+                return
             self._ahead.append(self._threads.submit(self._batch, first))
 
     def _batch(self, first: int) -> Batch:
         """The batch that begins at row `first` of the endless list, on the devices."""
-        rows = [self._row(first + int(row)) for row in self._local_rows]
-        local = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        numbers = first + self._local_rows
+        fill = numbers >= (math.inf if self._end is None else self._end)
+        chosen = [int(self._order[int(number)]) for number in np.where(fill, first, numbers)]
+        local = self._rows.stack([self._source[row] for row in chosen], chosen)
+        if fill.any():
+            local[MASK][fill] = 0
         local["row"] = self._local_rows.astype(np.int32)
         return {name: self._to_devices(leaf) for name, leaf in local.items()}
 
@@ -150,65 +174,22 @@ class Loader:
         """Which rows of each batch to read: by device, never by process index (DESIGN.md, contracts)."""
         B = self._global_batch
         sharding = self._sharding_of(1)
-        _check_divides(sharding, (B,), "data.global_batch")
+        check_divides(sharding, (B,), "data.global_batch")
         held = np.zeros(B, bool)
         for index in sharding.addressable_devices_indices_map((B,)).values():
             held[index] = True
         return np.flatnonzero(held)
 
-    def _row(self, number: int) -> Row:
-        """A row of the endless list."""
-        return self._source[int(self._order[number])]
+    def _until(self, row: int) -> int:
+        """A row of the endless list, or the end."""
+        return row if self._end is None else min(row, self._end)
 
-    def _check_first_row(self) -> None:
+    def _check_first_row(self) -> RowCheck:
         # Also makes Grain build its lazy parts here, before there are threads.
-        row = self._row(self._next_row + int(self._local_rows[0]))
-        if "row" in row:
-            raise UserError("a source's rows must not have the name 'row': the loader adds it; rename it")
-        for name, leaf in row.items():
+        rows = RowCheck(self._source, int(self._order[self._next_row + int(self._local_rows[0])]))
+        for name, leaf in rows.first.items():
             shape = (self._global_batch, *leaf.shape)
-            _check_divides(self._sharding_of(len(shape)), shape, f"rows' {name!r}, a batch of which")
-
-
-def _check_sizes(source: Source, global_batch: int, seed: int, prefetch: int, threads: int) -> None:
-    for name, value, least in (
-        ("data.global_batch", global_batch, 1),
-        ("seed", seed, 0),
-        ("prefetch", prefetch, 0),
-        ("threads", threads, 1),
-    ):
-        if value < least:
-            raise UserError(f"{name} {value}: it must be at least {least}")
-    # Grain's shuffle computes in 32 bits and would return wrong rows without an error.
-    if not 1 <= len(source) < 1 << 32:
-        raise UserError(f"a source of {len(source)} rows: it must have at least 1 and fewer than {1 << 32}")
-
-
-def _check_divides(sharding: NamedSharding, shape: tuple[int, ...], what: str) -> None:
-    for dim, axes in enumerate(sharding.spec):
-        names = (axes,) if isinstance(axes, str) else tuple(axes or ())
-        parts = math.prod(sharding.mesh.shape[name] for name in names)
-        if shape[dim] % parts:
-            raise UserError(
-                f"{what} has shape {shape}: dim {dim} of size {shape[dim]} must divide by the mesh axes "
-                f"{' x '.join(f'{name} {sharding.mesh.shape[name]}' for name in names)} = {parts}; "
-                f"use a multiple of {parts}, or a smaller mesh axis"
-            )
-
-
-def _restore(state: Mapping[str, Any], source: Source) -> int:
-    missing = {"epoch", "next_row", "fingerprint"} - set(state)
-    if missing:
-        raise UserError(f"data state {dict(state)}: {', '.join(sorted(missing))} missing; use another checkpoint")
-    if state["fingerprint"] != source.fingerprint:
-        raise UserError(
-            f"the data is not what this run was trained on: it was\n  {state['fingerprint']}\nand is now\n  "
-            f"{source.fingerprint}\nput the data and its settings back as they were, or start a new run"
-        )
-    next_row = int(state["next_row"])
-    if next_row < 0 or state["epoch"] != next_row // len(source):
-        raise UserError(
-            f"data state {dict(state)}: row {next_row} is not in that epoch of a source of {len(source)} "
-            f"rows; the checkpoint is damaged, use another"
-        )
-    return next_row
+            check_divides(self._sharding_of(len(shape)), shape, f"rows' {name!r}, a batch of which")
+        if self._end is not None:
+            check_last_batch(self._source, rows.first, self._end - self._next_row, self._global_batch)
+        return rows

@@ -10,18 +10,25 @@ standard library, cannot change a run on the built-in corpus.
 """
 
 import dataclasses
+import functools
+import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from shardtrain.data.document import Document
+from shardtrain.data.document import Text
+from shardtrain.data.sample import sample
 from shardtrain.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, encode_documents
 from shardtrain.data.tokens import TokenFile, open_tokens, write_tokens
+from shardtrain.data.watch import Watch
+from shardtrain.data.words import PIECE, pieces
 from shardtrain.errors import UserError
 from shardtrain.files import read_json, require_writable, sha256, write_json, write_text
 
 FORMAT_VERSION = 1
+_RECORD = "source.json"
+Documents = Callable[[], Iterable[Text]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,35 +42,43 @@ class Kept:
 
 def prepare(
     directory: Path,
-    documents: Callable[[], Iterable[Document]],
+    documents: Documents,
     *,
     kind: str,
     tokenizer: str,
     tokenizer_vocab: int,
     write: bool = True,
     wait_s: float = 600,
+    watch: Watch | None = None,
 ) -> Kept:
     """Tokenises the documents into `directory`, or opens what a run has kept there.
 
     Of several processes that share the directory, one is called with `write`; the others wait up to `wait_s`
-    seconds until it has finished, and read.
+    seconds until it has finished, and read. No more than a few pieces of a text lie in memory at a time; `watch` is
+    polled at each.
 
     Raises UserError where other settings were kept, where a kept file is damaged, where `directory` cannot be
-    made, and after a wait in vain.
+    made, after a wait in vain, and where `watch` was asked to stop.
     """
+    watch = watch or Watch()
     request = {"type": kind, "tokenizer": tokenizer, "vocab_size": tokenizer_vocab}
-    record = directory / "source.json"
+    record = directory / _RECORD
     if not write:
-        _wait(record, wait_s)
+        _wait(record, wait_s, watch)
     elif not record.exists():
         require_writable(directory, "its data")
-        _tokenise(directory, documents, request)
-    return _open(directory, request)
+        _tokenise(directory, documents, request, watch)
+    return _open(directory, request, watch)
+
+
+def is_kept(directory: Path) -> bool:
+    """Whether `prepare` has finished in `directory`; from then on the text itself is not needed."""
+    return (directory / _RECORD).exists()
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
     """Opens the tokenizer that `prepare` kept in `directory`. Raises UserError where it is damaged."""
-    record = read_json(directory / "source.json")
+    record = read_json(directory / _RECORD)
     if record.get("tokenizer") == "byte":
         return ByteTokenizer()
     path = directory / "tokenizer.json"
@@ -72,29 +87,46 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     return BPETokenizer.load(path)
 
 
-def _tokenise(directory: Path, documents: Callable[[], Iterable[Document]], request: dict[str, Any]) -> None:
-    digests: dict[str, str] = {}
+def _tokenise(directory: Path, documents: Documents, request: dict[str, Any], watch: Watch) -> None:
     record = {"format_version": FORMAT_VERSION, **request}
     tokenizer: Tokenizer
     if request["tokenizer"] == "byte":
         tokenizer = ByteTokenizer()
     else:
-        tokenizer = BPETokenizer.train((d.text for d in documents()), request["vocab_size"])
+        learnt = sample(lambda: (piece for document in documents() for piece in pieces(document.parts())), watch)
+        tokenizer = BPETokenizer.train(learnt, request["vocab_size"], watch)
         write_text(directory / "tokenizer.json", tokenizer.to_json())
         record["tokenizer_sha256"] = sha256(directory / "tokenizer.json")
-
-    def texts() -> Iterator[str]:
-        for document in documents():
-            digests[document.name] = document.digest
-            yield document.text
-
-    path = directory / "tokens.bin"
-    write_tokens(path, encode_documents(tokenizer, texts()), tokenizer.vocab_size)
-    write_json(directory / "source.json", {**record, "tokens_digest": open_tokens(path).digest, "documents": digests})
+    path, digests = directory / "tokens.bin", dict[str, str]()
+    write_tokens(path, encode_documents(tokenizer, _texts(documents, digests, watch)), tokenizer.vocab_size)
+    digest = open_tokens(path, watch).digest
+    write_json(directory / _RECORD, {**record, "tokens_digest": digest, "documents": digests})
 
 
-def _open(directory: Path, request: dict[str, Any]) -> Kept:
-    record = read_json(directory / "source.json")
+def _texts(documents: Documents, digests: dict[str, str], watch: Watch) -> Iterator[Iterator[str]]:
+    """Yields the parts of each text, and writes down its digest once they were read."""
+    total = functools.cache(lambda: sum(document.size for document in documents()))
+    done = 0
+
+    def progress() -> str:
+        return f"tokenised {done / 1e6:.0f} of {total() / 1e6:.0f} MB"
+
+    def parts(document: Text) -> Iterator[str]:
+        nonlocal done
+        read = hashlib.sha256()
+        for part in document.parts(read):
+            for start in range(0, len(part), PIECE):
+                piece = part[start : start + PIECE]
+                yield piece
+                done += len(piece.encode())
+                watch(progress)
+        digests[document.name] = read.hexdigest()
+
+    yield from map(parts, documents())
+
+
+def _open(directory: Path, request: dict[str, Any], watch: Watch) -> Kept:
+    record = read_json(directory / _RECORD)
     asked = {"format_version": FORMAT_VERSION, **request}
     differing = [f"data.{k}: kept {record.get(k)!r}, now {v!r}" for k, v in asked.items() if record.get(k) != v]
     if differing:
@@ -102,15 +134,16 @@ def _open(directory: Path, request: dict[str, Any]) -> Kept:
             f"{directory} keeps the data of a run that was started otherwise ({'; '.join(differing)}): "
             f"set these as they were, or start a new run (another run.name)"
         )
-    tokens = open_tokens(directory / "tokens.bin")
+    tokens = open_tokens(directory / "tokens.bin", watch)
     if tokens.digest != record.get("tokens_digest"):
         raise _damaged(tokens.path)
     return Kept(tokens, load_tokenizer(directory), record.get("documents", {}))
 
 
-def _wait(record: Path, seconds: float) -> None:
+def _wait(record: Path, seconds: float, watch: Watch) -> None:
     deadline = time.monotonic() + seconds
     while not record.exists():
+        watch("waiting for process 0 to prepare the data ...")
         if time.monotonic() > deadline:
             raise UserError(
                 f"{record} did not appear in {seconds:g} s: process 0 writes it, and the run directory must "

@@ -4,18 +4,23 @@ Byte-level BPE: Sennrich et al. 2016 (arXiv:1508.07909) over bytes as in GPT-2, 
 """
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models
 
+from shardtrain.data.learning import learn
+from shardtrain.data.watch import Watch
+from shardtrain.data.words import have_our_words, pieces, words
 from shardtrain.errors import UserError
 
 SEPARATOR = "<|endoftext|>"
 BYTES = 256
+_TOGETHER = 4  # pieces that are encoded at once, in as many threads: enough to keep some cores busy for 0.1 s
 
 
 class Tokenizer(Protocol):
@@ -40,6 +45,10 @@ class Tokenizer(Protocol):
         """Text to int32 ids, without separators."""
         ...
 
+    def encode_parts(self, parts: Iterable[str]) -> Iterator[np.ndarray]:
+        """Yields the ids of a text that comes in parts, cut anywhere: those of the whole, in pieces."""
+        ...
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Ids to text. Separators and ids beyond the vocabulary stand for no text."""
         ...
@@ -55,6 +64,10 @@ class ByteTokenizer:
     def encode(self, text: str) -> np.ndarray:
         """Text to int32 ids, one for each byte."""
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+    def encode_parts(self, parts: Iterable[str]) -> Iterator[np.ndarray]:
+        """Yields the ids of a text that comes in parts."""
+        return map(self.encode, parts)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Ids to text; bytes that are not UTF-8 become U+FFFD."""
@@ -74,20 +87,20 @@ class BPETokenizer:
         self.separator = separator
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
-        """Learns merges until the vocabulary is full, or the text (when short) has no more pairs."""
+    def train(cls, texts: Iterable[str], vocab_size: int, watch: Watch | None = None) -> "BPETokenizer":
+        """Learns merges until the vocabulary is full, or the text (when short) has no more pairs.
+
+        Args:
+            texts: read once, by another thread.
+            vocab_size: bytes, merges and the separator.
+            watch: polled meanwhile; what it raises ends the wait at once.
+        """
         check_bpe_vocab(vocab_size)
         tokenizer = tokenizers.Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.pre_tokenizer = words()
         tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[SEPARATOR],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all bytes: no text is ever unknown
-            show_progress=False,
-        )
-        tokenizer.train_from_iterator(texts, trainer)
-        return cls(tokenizer)
+        whole = (piece for text in texts for piece in pieces([text]))
+        return cls(learn(tokenizer, whole, vocab_size, [SEPARATOR], watch or Watch()))
 
     @classmethod
     def load(cls, path: Path) -> "BPETokenizer":
@@ -113,15 +126,29 @@ class BPETokenizer:
         # The batch form is the one that does not compute character offsets: twice as fast.
         return np.array(self._tokenizer.encode_batch_fast([text])[0].ids, np.int32)
 
+    def encode_parts(self, parts: Iterable[str]) -> Iterator[np.ndarray]:
+        """Yields the ids of a text that comes in parts. A tokenizer with words other than ours gets the whole text."""
+        ours = have_our_words(self._tokenizer)
+        texts = pieces(parts) if ours else iter(["".join(parts)])
+        while several := list(itertools.islice(texts, _TOGETHER)):
+            for encoding in self._tokenizer.encode_batch_fast(several):
+                yield np.array(encoding.ids, np.int32)
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Ids to text; bytes that are not UTF-8 become U+FFFD."""
         return self._tokenizer.decode([int(i) for i in ids])
 
 
-def encode_documents(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[np.ndarray]:
-    """Yields the ids of each text in turn, ended by the separator."""
+def encode_documents(tokenizer: Tokenizer, texts: Iterable[str | Iterable[str]]) -> Iterator[np.ndarray]:
+    """Yields the ids of each text in turn, in pieces, the last of which is the separator.
+
+    Args:
+        tokenizer: for all of them.
+        texts: each a string, or its parts, cut anywhere.
+    """
     for text in texts:
-        yield np.append(tokenizer.encode(text), np.int32(tokenizer.separator))
+        yield from tokenizer.encode_parts([text] if isinstance(text, str) else text)
+        yield np.array([tokenizer.separator], np.int32)
 
 
 def check_bpe_vocab(vocab_size: int) -> None:

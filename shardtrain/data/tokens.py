@@ -18,6 +18,7 @@ from typing import ClassVar
 import numpy as np
 
 from shardtrain.data.source import Row, check_row, window
+from shardtrain.data.watch import Watch
 from shardtrain.errors import UserError
 from shardtrain.files import atomic, read_json, write_json
 
@@ -107,8 +108,8 @@ def write_tokens(path: str | os.PathLike[str], chunks: Iterable[np.ndarray], voc
     return count
 
 
-def open_tokens(path: str | os.PathLike[str]) -> TokenFile:
-    """Opens a token file, reading it once from end to end to check every id and to fingerprint it.
+def open_tokens(path: str | os.PathLike[str], watch: Watch | None = None) -> TokenFile:
+    """Opens a token file, reading it once from end to end to check every id and to fingerprint it, polling `watch`.
 
     Raises UserError, with the file and the offset, for a missing file or sidecar, a sidecar that does not
     follow the layout, an empty file, a size that is not the sidecar's, and an id at or above the vocabulary.
@@ -126,7 +127,7 @@ def open_tokens(path: str | os.PathLike[str]) -> TokenFile:
             f"{sidecar(path).name} belongs to another; copy or write both again"
         )
     ids = np.memmap(path, dtype, mode="r").view(np.ndarray)  # slices of which are made faster
-    return TokenFile(path, ids, vocab_size, _scan(path, ids, vocab_size))
+    return TokenFile(path, ids, vocab_size, _scan(path, ids, vocab_size, watch or Watch()))
 
 
 def _read_sidecar(path: Path) -> tuple[np.dtype, int, int]:
@@ -158,7 +159,7 @@ def _read_sidecar(path: Path) -> tuple[np.dtype, int, int]:
     return _DTYPES[fields["dtype"]], fields["count"], fields["vocab_size"]
 
 
-def _scan(path: Path, ids: np.ndarray, vocab_size: int) -> str:
+def _scan(path: Path, ids: np.ndarray, vocab_size: int, watch: Watch) -> str:
     """Checks every id and returns the digest, in one parallel pass at about the speed of the disk."""
     step = _SCAN_BYTES // ids.itemsize
 
@@ -168,7 +169,15 @@ def _scan(path: Path, ids: np.ndarray, vocab_size: int) -> str:
         return hashlib.sha256(chunk.data).digest()
 
     with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return hashlib.sha256(b"".join(pool.map(scan, range(0, len(ids), step)))).hexdigest()
+        whole = hashlib.sha256()
+        try:
+            for number, digest in enumerate(pool.map(scan, range(0, len(ids), step)), 1):
+                whole.update(digest)
+                watch(f"checked {number * _SCAN_BYTES / 1e6:.0f} of {ids.nbytes / 1e6:.0f} MB of tokens")
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+        return whole.hexdigest()
 
 
 def _check_range(ids: np.ndarray, vocab_size: int, path: Path, start: int, itemsize: int) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from shardtrain.config import load_config
+from shardtrain.data import open_source
 
 
 @pytest.mark.parametrize(
@@ -69,6 +70,19 @@ def test_missing_data(problems, path):
 @pytest.mark.parametrize("path", ["base.yaml", "base.*", ".", "[base.yaml, '*.yaml']"])
 def test_data_that_is_there(base, path):
     load_config(base, ["data.type=text", f"data.path={path}"])
+
+
+@pytest.mark.parametrize(("path", "rule"), [("''", "needs their path"), ("[]", "their path"), ("['']", "it is empty")])
+def test_an_empty_path(problems, path, rule):
+    problem = problems("data.type=text", f"data.path={path}")["data.path"]
+    assert rule in problem.rule
+
+
+def test_a_run_that_has_kept_its_tokens_needs_no_text(base, problems, tmp_path):
+    overrides = ["data.type=text", "data.path=nowhere", f"run.dir={tmp_path}/run"]
+    assert set(problems(*overrides)) == {"data.path"}
+    open_source("text", seq_len=4, vocab_size=300, path=base, directory=tmp_path / "run" / "data")
+    load_config(base, overrides)
 
 
 def test_files_need_not_be_here_when_nobody_asks(base):

@@ -94,6 +94,24 @@ def test_text_files_may_move_or_go_but_not_change(texts, kept):
     assert opened(kept, path=texts)[0].fingerprint == first.fingerprint
 
 
+def test_what_a_run_has_kept_needs_no_text(texts, kept, caplog):
+    first, _ = opened(kept, path=texts)
+    gone = texts.parent / "gone"
+    for path in (gone, f"{gone}/*.txt", [texts, gone]):
+        caplog.clear()
+        assert opened(kept, path=path)[0].fingerprint == first.fingerprint
+        missing = gone if isinstance(path, list) else path
+        warning = f"data.path {missing}: no file is there any more; the run goes on with its kept tokens"
+        assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [warning]
+    assert opened(kept, path=None)[0].fingerprint == first.fingerprint
+    caplog.clear()
+    (texts / "b.txt").write_bytes("zebra".encode("utf-16"))
+    assert opened(kept, path=texts)[0].fingerprint == first.fingerprint
+    assert "b.txt: not UTF-8" in caplog.text
+    with pytest.raises(UserError, match=r"data.path is missing"):
+        opened(kept.parent / "other", path=None)
+
+
 @pytest.mark.parametrize("name", ["tokens.bin", "tokenizer.json"])
 def test_a_damaged_kept_file_is_named(texts, kept, name):
     opened(kept, path=texts)

@@ -1,0 +1,54 @@
+"""Of how much text BPE learns: of all of it, unless its different words would take too much memory."""
+
+import itertools
+import re
+from collections.abc import Callable, Iterable
+
+from shardtrain.data.watch import Watch
+
+DIFFERENT_BYTES = 6_000_000
+"""Learning takes about 100 bytes of memory for each byte of the different words. In English so many are reached at
+some 20 MB of text, without spaces at once."""
+_LONG_SPACE = re.compile(r"\s{16,}")
+
+
+def sample(pieces: Callable[[], Iterable[str]], watch: Watch, limit: int = DIFFERENT_BYTES) -> Iterable[str]:
+    """Every piece of a text; or every second, fourth, eighth, ..., so that all different words fit into `limit` bytes.
+
+    Args:
+        pieces: yields the text from its start.
+        watch: polled at each piece.
+    """
+    held, size = [], 0
+    for piece in pieces():
+        held.append(piece)
+        size += len(piece.encode())
+        watch("reading the text ...")
+        if size > limit:
+            break
+    else:
+        return held
+    every = 1
+    while not _fits(pieces(), every, limit, watch):
+        every *= 2
+    return itertools.islice(pieces(), 0, None, every)
+
+
+def _fits(pieces: Iterable[str], every: int, limit: int, watch: Watch) -> bool:
+    seen: set[int] = set()
+    size = read = 0
+    for number, piece in enumerate(pieces):
+        read += len(piece)
+        watch(f"counted the words of {read / 1e6:.0f} MB")
+        if number % every == 0:
+            new = [word for word in _rough_words(piece) if hash(word) not in seen]
+            seen.update(map(hash, new))
+            size += len("".join(new).encode())
+            if size > limit:
+                return False
+    return True
+
+
+def _rough_words(piece: str) -> set[str]:
+    """About the words that a piece is cut into, faster; runs of white space among them."""
+    return {*piece.split(), *_LONG_SPACE.findall(piece)}
