@@ -113,7 +113,13 @@ def _train(file: str, overrides: Sequence[str] | None, allow_changes: bool, proc
     with (stop_together if processes > 1 else stop_on_signals)() as stop:
         start = time.perf_counter()
         say("preparing data and state ...", sys.stderr)
-        run = Trainer.from_config(config, should_stop=stop, allow_changes=allow_changes, processes=processes)
+        run = Trainer.from_config(
+            config,
+            should_stop=stop,
+            interrupted=lambda: stop.asked,
+            allow_changes=allow_changes,
+            processes=processes,
+        )
         stop.run = run
         say(f"prepared in {time.perf_counter() - start:.1f} s", sys.stderr)
         if run.step >= run.steps:

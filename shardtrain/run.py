@@ -52,6 +52,7 @@ class Trainer(Loop):
         *,
         callbacks: Sequence[Callback] = (),
         should_stop: Callable[[int], bool] = lambda step: False,
+        interrupted: Callable[[], bool] = lambda: False,
         allow_changes: bool = False,
         processes: int = 1,
     ) -> Trainer:
@@ -60,6 +61,8 @@ class Trainer(Loop):
         Installs no signal handler and initialises no distributed runtime; those belong to the program around it.
 
         Args:
+          callbacks, should_stop: see `Loop`.
+          interrupted: polled while text is tokenised, on this process alone; True ends that with an error.
           allow_changes: go on in the directory of a run with another model, data, optimizer or seed.
           processes: of the run, where `jax.distributed` joins several.
 
@@ -82,7 +85,7 @@ class Trainer(Loop):
             latest = checkpointer.latest()
             if latest is not None:
                 _require_continues(config, directory, checkpointer, latest, allow_changes)
-            source, held_out, tokenizer = open_data(config, directory)
+            source, held_out, tokenizer = open_data(config, directory, should_stop=interrupted)
             job.model.packed = getattr(source, "packed", True)
             start = Start.of(config, job, checkpointer, latest)
             position = start.position

@@ -51,7 +51,7 @@ class Stop:
 
     def _plan(self) -> str:
         if self.run is None:
-            return "stopping after the first step, once all is prepared and compiled; send it again to stop at once"
+            return "stopping while data is prepared, else after the first step; send it again to stop at once"
         return f"saving after this step, then stopping; send it again to stop at once and lose {self._lost()}"
 
     def _lost(self) -> str:

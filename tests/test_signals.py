@@ -59,6 +59,22 @@ def test_a_signal_in_a_compilation_is_acknowledged_at_once(tmp_path, monkeypatch
     assert saved(tmp_path / "run") == [1]
 
 
+def test_a_signal_ends_the_preparation_of_data(tmp_path):
+    """Within a second or so, of a text that takes minutes."""
+    (tmp_path / "text.txt").write_text("".join(f"word{i} " for i in range(4_000_000)))
+    text = "data={type: text, path: text.txt, vocab_size: 32768, seq_len: 16, global_batch: 8}"
+    command = ("train", CONFIG, "run.dir=run", text, "model.vocab_size=32768", *ENDLESS)
+    with start(command, folder=tmp_path) as (process,):
+        process.until(lambda: (tmp_path / "run/lock").exists())
+        time.sleep(3)
+        process.send(signal.SIGTERM)
+        begun = time.monotonic()
+        assert process.end() == 2, process.output
+        assert time.monotonic() - begun < 10
+    assert "SIGTERM: stopping while data is prepared" in process.output
+    assert "error: stopped while preparing data" in process.output
+
+
 def test_a_second_signal_says_what_is_lost_and_ends_at_once(tmp_path):
     command = ("train", CONFIG, "run.dir=run", *EVALUATES, "checkpoint.every=3")
     with start(command, folder=tmp_path) as (process,):
