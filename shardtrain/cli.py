@@ -108,28 +108,36 @@ def _train(file: str, overrides: Sequence[str] | None, allow_changes: bool, proc
     from shardtrain.run import Trainer
     from shardtrain.signals import stop_on_signals, stop_together
     from shardtrain.stuck import explained
+    from shardtrain.terminal import say
 
     config = load_config(file, overrides or ())
     signals = stop_together if processes > 1 else stop_on_signals
-    with explained(lambda line: print(line, file=sys.stderr, flush=True)), signals() as should_stop:
+    with explained(lambda line: say(line, sys.stderr)), signals() as stop:
         start = time.perf_counter()
-        print("preparing data and state ...", file=sys.stderr, flush=True)
-        run = Trainer.from_config(config, should_stop=should_stop, allow_changes=allow_changes, processes=processes)
-        print(f"prepared in {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+        say("preparing data and state ...", sys.stderr)
+        run = Trainer.from_config(
+            config,
+            should_stop=stop,
+            interrupted=lambda: stop.asked,
+            allow_changes=allow_changes,
+            processes=processes,
+        )
+        stop.run = run
+        say(f"prepared in {time.perf_counter() - start:.1f} s", sys.stderr)
         if run.step >= run.steps:
             run.fit()
-            print(f"the run in {run.directory} is finished: {run.step} of {run.steps} steps; nothing to do")
+            say(f"the run in {run.directory} is finished: {run.step} of {run.steps} steps; nothing to do")
         elif jax.process_index() == 0:
             with progress(run.steps, run.step) as run.display:
                 for line in summary(run):
                     run.display.message(line)
                 run.fit()
             if run.stopped_early:
-                print(f"stopped and saved after step {run.step}; to resume:\n  {resume_command()}")
+                say(f"stopped and saved after step {run.step}; to resume:\n  {resume_command()}")
             else:
-                print(f"done: {run.step} steps; results in {run.directory}")
+                say(f"done: {run.step} steps; results in {run.directory}")
                 if (sample := run.directory / "sample.txt").exists():
-                    print(sample.read_text().rstrip())
+                    say(sample.read_text().rstrip())
         else:
             run.fit()
 

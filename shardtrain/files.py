@@ -16,11 +16,22 @@ TEMPORARY = ".tmp"
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Has an error of the system name the file: what fails at a write or a flush, as on a full disk, names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
     """Opens `path` for writing under a temporary name; it appears, synced, only if the block succeeds."""
     temporary = path.with_name(path.name + TEMPORARY)
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

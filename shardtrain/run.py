@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib
 import logging
 import threading
@@ -13,7 +12,7 @@ from typing import Any
 
 import jax
 
-from shardtrain.checkpoint import Checkpointer, RunLock, load_weights, read_extra
+from shardtrain.checkpoint import Checkpointer, RunLock
 from shardtrain.checkpoint.agree import on_process_zero
 from shardtrain.closing import close_all
 from shardtrain.compile_cache import use_cache
@@ -25,6 +24,7 @@ from shardtrain.generate import generate
 from shardtrain.job import Job, build
 from shardtrain.metrics import MetricsLog, plot_loss
 from shardtrain.run_data import eval_batches, open_data
+from shardtrain.start import Start
 from shardtrain.trainer import Callback, Loop
 
 _log = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ class Trainer(Loop):
         *,
         callbacks: Sequence[Callback] = (),
         should_stop: Callable[[int], bool] = lambda step: False,
+        interrupted: Callable[[], bool] = lambda: False,
         allow_changes: bool = False,
         processes: int = 1,
     ) -> Trainer:
@@ -60,6 +61,8 @@ class Trainer(Loop):
         Installs no signal handler and initialises no distributed runtime; those belong to the program around it.
 
         Args:
+          callbacks, should_stop: see `Loop`.
+          interrupted: polled while text is tokenised, on this process alone; True ends that with an error.
           allow_changes: go on in the directory of a run with another model, data, optimizer or seed.
           processes: of the run, where `jax.distributed` joins several.
 
@@ -80,20 +83,12 @@ class Trainer(Loop):
                 compress=config.checkpoint.compress,
             )
             latest = checkpointer.latest()
-            if latest is not None and not allow_changes:
-                stored = read_extra(checkpointer.directory, latest)["config"]
-                check_same_run(stored, config, str(directory))
-            source, held_out, tokenizer = open_data(config, directory)
+            if latest is not None:
+                _require_continues(config, directory, checkpointer, latest, allow_changes)
+            source, held_out, tokenizer = open_data(config, directory, should_stop=interrupted)
             job.model.packed = getattr(source, "packed", True)
-            restored = (
-                None
-                if latest is None
-                else checkpointer.restore(job.abstract_canonical(), latest, cast=config.checkpoint.cast)
-            )
-            state = job.init_state() if restored is None else job.live(restored.state)
-            if restored is None and config.init_from is not None:
-                state = _with_weights_of(config.init_from, state, job)
-            position = None if restored is None else restored.extra["data"]
+            start = Start.of(config, job, checkpointer, latest)
+            position = start.position
             if allow_changes and position is not None and position["fingerprint"] != source.fingerprint:
                 _log.warning("the data is not what the run was trained on so far: it begins at its first row")
                 position = None
@@ -106,9 +101,9 @@ class Trainer(Loop):
                 state=position,
                 shuffle=config.data.shuffle,
             )
-            log = on_process_zero(lambda: _open_log(directory, config, int(state.step)))
+            log = on_process_zero(lambda: _open_log(directory, config, int(start.state.step)))
             run = cls(
-                state,
+                start.state,
                 job.train_step(),
                 batches,
                 steps=config.run.steps,
@@ -125,6 +120,7 @@ class Trainer(Loop):
                 callbacks=callbacks,
                 max_skipped=config.run.max_skipped_steps,
                 should_stop=should_stop,
+                unevaluated=start.unevaluated_by(log),
             )
         except BaseException:
             if lock is not None:
@@ -206,18 +202,22 @@ def _cache_folder(chosen: str | None, directory: Path) -> Path | None:
     return directory.parent / ".jax_cache" if chosen == "auto" else Path(chosen).expanduser().absolute()
 
 
+def _require_continues(
+    config: RunConfig, directory: Path, checkpointer: Checkpointer, step: int, allow_changes: bool
+) -> None:
+    """Refuse a config that cannot go on from a step of its run, before data and state are prepared."""
+    if config.run.steps < step:
+        raise UserError(
+            f"run.steps = {config.run.steps} is below step {step}, which the run in {directory} has reached; set "
+            f"run.steps to {step} or more, or another run.name to start anew"
+        )
+    if not allow_changes:
+        check_same_run(checkpointer.extra(step)["config"], config, str(directory), step)
+
+
 def _open_log(directory: Path, config: RunConfig, step: int) -> MetricsLog:
     """The metrics up to `step`, and the config beside them."""
     log = MetricsLog(directory, tensorboard=config.log.tensorboard)
     log.truncate(step)
     write_text(directory / "config.yaml", config.to_yaml())
     return log
-
-
-def _with_weights_of(path: str, state: Any, job: Job) -> Any:
-    place = Path(path)
-    is_step = place.name.isdigit() and not (place / "checkpoints").is_dir()
-    step = int(place.name) if is_step else None
-    folder, cast = place.parent if is_step else place, job.config.checkpoint.cast
-    params = load_weights(folder, job.abstract_canonical().params, step, cast=cast)
-    return job.live(dataclasses.replace(job.canonical(state), params=params))

@@ -1,50 +1,133 @@
-"""Ctrl-C and SIGTERM as a wish to stop, polled by the loop. The command line's business, never the library's."""
+"""Ctrl-C, SIGTERM and SIGHUP as a wish to stop, polled by the loop. The command line's business, never the library's.
+
+A thread listens, because Python's own handlers run between two bytecodes of the main thread, and a compilation or a
+long step is one: the first signal is acknowledged at once, and a second one ends the process at once.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
+import socket
+import sys
+import threading
 from collections.abc import Callable, Iterator
-from types import FrameType
 
 from jax.experimental import multihost_utils
+from rich.console import Console
 
-ShouldStop = Callable[[int], bool]
+from shardtrain.terminal import say
+from shardtrain.trainer import Loop
+
+
+class Stop:
+    """The wish to stop; the loop calls it with the number of a step.
+
+    Attributes:
+      run: what would be saved, once there is one.
+      asked: whether a signal has come to this process.
+    """
+
+    def __init__(self) -> None:
+        self.run: Loop | None = None
+        self.asked = False
+
+    def __call__(self, step: int) -> bool:
+        """Whether to stop after this step."""
+        return self.asked
+
+    def receive(self, number: int) -> None:
+        """Act upon a signal, on the thread that listens."""
+        name = signal.Signals(number).name
+        if not self.asked:
+            self.asked = True
+            say(f"{name}: {self._plan()}", sys.stderr)
+        elif number != signal.SIGHUP:  # a terminal that closes may send several
+            say(f"{name} again: stopped at once, losing {self._lost()}", sys.stderr)
+            Console().show_cursor()  # which a live display hides
+            os._exit(128 + number)
+
+    def _plan(self) -> str:
+        if self.run is None:
+            return "stopping while data is prepared, else after the first step; send it again to stop at once"
+        return f"saving after this step, then stopping; send it again to stop at once and lose {self._lost()}"
+
+    def _lost(self) -> str:
+        if self.run is None or self.run.checkpointer is None:
+            return "what was prepared"
+        kept = self.run.checkpointer.kept or 0
+        return "nothing" if self.run.step == kept else f"the steps since {kept}, up to {self.run.step}"
+
+
+class StopTogether(Stop):
+    """The wish of one of several processes, which JAX's preemption service has all of them agree on.
+
+    It listens for SIGTERM in C++ once `jax.distributed.initialize` ran (a Python handler would silence it), so the
+    other signals are passed on as SIGTERM. Every process polls equally often; they stop at the same poll.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._polls = itertools.count(1)
+        self._agreed = False
+
+    def __call__(self, step: int) -> bool:
+        """Whether to stop after this step; the same for all processes."""
+        if multihost_utils.reached_preemption_sync_point(next(self._polls)):
+            self._agreed = True
+            if not self.asked:
+                self.asked = True
+                say(f"one of the processes is to stop: {self._plan()}", sys.stderr)
+        return self._agreed
+
+    def receive(self, number: int) -> None:
+        """Act upon a signal other than SIGTERM, on the thread that listens."""
+        super().receive(number)
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def stop_on_signals() -> Iterator[ShouldStop]:
-    """Of a single process: the first SIGINT or SIGTERM asks the loop to stop, a second one interrupts at once."""
-    asked = False
+def stop_on_signals() -> Iterator[Stop]:
+    """Of a single process: the first signal asks the loop to save and stop, a second one ends the process."""
+    stop = Stop()
+    with _listening(stop.receive, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)):
+        yield stop
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
 
-    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+@contextlib.contextmanager
+def stop_together() -> Iterator[Stop]:
+    """Of several processes: the same. But SIGTERM is JAX's alone: it is acknowledged once all agree, and only asks."""
+    stop = StopTogether()
+    with _listening(stop.receive, (signal.SIGINT, signal.SIGHUP)):
+        yield stop
+
+
+@contextlib.contextmanager
+def _listening(receive: Callable[[int], None], signals: tuple[signal.Signals, ...]) -> Iterator[None]:
+    """Calls `receive` with the number of each signal, on a thread of its own."""
+    hears, tells = socket.socketpair()
+    tells.setblocking(False)
+    thread = threading.Thread(target=_listen, args=(hears, receive, signals), name="signals", daemon=True)
+    # `nohup` has SIGHUP ignored.
+    numbers = [n for n in signals if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+    old_pipe = signal.set_wakeup_fd(tells.fileno(), warn_on_full_buffer=False)
+    old = {number: signal.signal(number, lambda number, frame: None) for number in numbers}
+    thread.start()
     try:
-        yield lambda step: asked
+        yield
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(old_pipe)
+        tells.close()  # which ends the thread
+        thread.join()
+        hears.close()
 
 
-@contextlib.contextmanager
-def stop_together() -> Iterator[ShouldStop]:
-    """Of several processes: JAX's preemption service agrees on the step after which all of them stop.
-
-    It listens for SIGTERM in C++ once `jax.distributed.initialize` ran (a Python handler would silence it), so SIGINT
-    is passed on as SIGTERM. Every process polls at every step.
-    """
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    old = signal.signal(signal.SIGINT, handle)
-    try:
-        yield lambda step: bool(multihost_utils.reached_preemption_sync_point(step))
-    finally:
-        signal.signal(signal.SIGINT, old)
+def _listen(hears: socket.socket, receive: Callable[[int], None], signals: tuple[signal.Signals, ...]) -> None:
+    while numbers := hears.recv(16):
+        for number in numbers:
+            if number in signals:
+                receive(number)

@@ -2,82 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
+import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
-import jax
-import numpy as np
-
+from shardtrain.arrivals import Arrivals, Step
+from shardtrain.arrivals import Speed as Speed
+from shardtrain.callbacks import Callback as Callback
+from shardtrain.callbacks import Display, Values, join
 from shardtrain.checkpoint import Checkpointer
 from shardtrain.data import Loader
-from shardtrain.errors import UserError
-from shardtrain.metrics import Background, MetricsLog, memory_bytes, mfu
+from shardtrain.metrics import Background, MetricsLog
 from shardtrain.nn.model import Batch
 from shardtrain.state import TrainState
 from shardtrain.step import evaluate
+from shardtrain.unlearned import Unlearned
 
-Values = dict[str, float]
-_MEMORY_S = 0.1  # how old the memory reported of a step may be
-
-
-class Callback:
-    """A user's own metrics. Override what you need; what is returned joins the step's line in `metrics.jsonl`."""
-
-    def on_step(self, step: int, metrics: Mapping[str, float]) -> Mapping[str, float]:
-        """After the metrics of `step` have arrived, one step late."""
-        return {}
-
-    def on_eval(self, step: int, state: TrainState) -> Mapping[str, float]:
-        """After an evaluation, with the state after `step`; copy what you keep of it, the next step donates it."""
-        return {}
+_log = logging.getLogger(__name__)
 
 
-class Display(Protocol):
-    """Where progress is shown: messages by the thread that trains, steps by another."""
-
-    def update(self, step: int, values: Mapping[str, float]) -> None:
-        """Show the metrics of a step."""
-
-    def message(self, text: str) -> None:
-        """Show a line."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Speed:
-    """What turns seconds into tokens/s and MFU.
-
-    Attributes:
-      tokens_per_step: tokens of the global batch.
-      flops_per_token: model FLOPs, forward and backward; `None` when unknown.
-      peak_flops: of all devices together, FLOP/s; `None` when unknown (CPU): then no MFU is reported.
-    """
-
-    tokens_per_step: int
-    flops_per_token: float | None = None
-    peak_flops: float | None = None
-
-    def values(self, seconds: float) -> Values:
-        """`step_time_s`, `tokens_per_s` and, where known, `mfu`."""
-        rate = self.tokens_per_step / seconds
-        values = {"step_time_s": seconds, "tokens_per_s": rate}
-        if self.flops_per_token and self.peak_flops:
-            values["mfu"] = mfu(rate, self.flops_per_token, self.peak_flops, 1)
-        return values
-
-
-@dataclasses.dataclass
-class _Step:
-    """A dispatched step: `metrics` arrive from the devices, `values` are what is written of it."""
-
-    number: int
-    metrics: Mapping[str, jax.Array]
-    values: Values = dataclasses.field(default_factory=dict)
+class _StoppedError(Exception):
+    """An evaluation was broken off."""
 
 
 class Loop:
     """Runs a train step over batches, with checkpoints, evaluation and metrics around it.
+
+    Where a step is saved and evaluated, the save comes first. An evaluation that did not end, because the run was asked
+    to stop or because it died, is made by the run that resumes from that step.
 
     Args:
       state: where to start; its `step` counts on.
@@ -89,8 +42,12 @@ class Loop:
       checkpointer: where states go, every `checkpoint_every` steps and at the end; `extra` is stored with them.
       eval_step, eval_batches: held-out evaluation, every `eval_every` steps and at the end.
       log: metrics on disk, every `log_every` steps, with each evaluation and at the end.
-      max_skipped: so many non-finite steps in a row end the run.
-      should_stop: polled after every step with its number; True saves and ends the run early.
+      max_skipped: so many non-finite steps in a row, counted from the start of this loop, end the run. No checkpoint is
+        written amid such a row, but for one at the end of the run, or when it is asked to stop.
+      should_stop: polled with the step's number after every step and before every batch of an evaluation; True saves
+        and ends the run early.
+      unevaluated: the metrics of the step that `state` comes from, if its evaluation is still to be made: what the
+        checkpoint's `extra` has under this name.
     """
 
     def __init__(
@@ -114,22 +71,21 @@ class Loop:
         callbacks: Sequence[Callback] = (),
         max_skipped: int = 10,
         should_stop: Callable[[int], bool] = lambda step: False,
+        unevaluated: Values | None = None,
     ):
         self.state, self.train_step, self.batches = state, train_step, batches
-        self.steps, self.speed, self.max_skipped, self.should_stop = steps, speed, max_skipped, should_stop
+        self.steps, self.speed, self.should_stop = steps, speed, should_stop
         self.canonical = canonical
-        self.checkpointer, self.checkpoint_every, self.extra = (
-            checkpointer,
-            checkpoint_every,
-            dict(extra or {}),
-        )
+        self.checkpointer, self.checkpoint_every, self.extra = checkpointer, checkpoint_every, dict(extra or {})
         self.eval_step, self.eval_batches, self.eval_every = eval_step, eval_batches, eval_every
         self.log, self.log_every, self.display, self.callbacks = log, log_every, display, tuple(callbacks)
         self.step = int(state.step)
         self.stopped_early = False
-        self._saved = self.step if self.step else None
-        self._clock = self._memory_due = 0.0
-        self._memory: int | None = None
+        self._unevaluated = unevaluated
+        self._saved = self.step or None
+        self._can_evaluate = eval_step is not None and eval_batches is not None
+        self._unlearned = Unlearned(max_skipped, self.step, self._warn)
+        self._arrivals = Arrivals(speed)
 
     def fit(self) -> TrainState:
         """Train to the last step, or until `should_stop`; returns the final state.
@@ -137,58 +93,102 @@ class Loop:
         Raises:
           UserError: too many non-finite steps in a row, or a save that failed.
         """
-        if self.step < self.steps:
-            with Background("report") as reports:
+        with Background("report") as reports:
+            if self._unevaluated is not None:
+                flight = Step(self.step, {}, dict(self._unevaluated))
+                flight.values |= self._evaluate_unless_stopped()
+                self._finish(flight, reports)
+            if self.step < self.steps and not self.stopped_early:
                 self._train(reports)
-            if self.checkpointer is not None:
-                self.checkpointer.wait()
+        if self.checkpointer is not None:
+            self.checkpointer.wait()
+        self._unlearned.sum_up()
         return self.state
 
     def _train(self, reports: Background) -> None:
         batches = iter(self.batches)
         batch = next(batches)
         train_step = self._compile(batch)
-        flight: _Step | None = None
-        self._clock = time.perf_counter()
+        flight: Step | None = None
+        self._arrivals.restart()
         while True:
             self.state, metrics = train_step(self.state, batch)
             self.step += 1
             # The step before is fetched only now, while this one runs: two in flight, never more.
-            flight, previous = _Step(self.step, metrics), flight
+            flight, previous = Step(self.step, self._with_those_of_callbacks(metrics)), flight
             if previous is not None:
                 self._finish(previous, reports)
             last = self.step >= self.steps
-            self.stopped_early = not last and self.should_stop(self.step)
-            if last or _due(self.step, self.eval_every):
-                flight.values |= self._evaluate(flight)
-            if last or self.stopped_early or _due(self.step, self.checkpoint_every):
-                # Written down before its state is: a run that resumes from this step never writes its line again.
-                self._finish(flight, reports)
+            evaluates = self._can_evaluate and (last or _due(self.step, self.eval_every))
+            stop = (evaluates or not last) and self._asked_to_stop()
+            saves = last or stop or _due(self.step, self.checkpoint_every)
+            if saves or evaluates:
+                self._pause(flight, reports, saves, evaluates)
                 flight = None
-                if self.log is not None:
-                    reports.submit(self.log.flush)
-                reports.flush()
-                self.save()
-                self._clock = time.perf_counter()
             if last or self.stopped_early:
-                break
+                return
             batch = next(batches)
+
+    def _pause(self, flight: Step, reports: Background, saves: bool, evaluates: bool) -> None:
+        """Save, evaluate and finish a step before the next one is sent."""
+        self._arrivals.wait_for(flight)
+        if saves and not self.stopped_early and flight.number < self.steps:
+            saves = not self._unlearned.keeps_from_saving(flight)
+        unevaluated = dict(flight.values) if evaluates else None
+        if evaluates and not self.stopped_early and not self._unlearned.too_many(flight):
+            if saves:
+                self._save(reports, unevaluated)
+            flight.values |= self._evaluate_unless_stopped()
+        # Written down before its state is, or held in it: no run that resumes from this step lacks its line.
+        self._finish(flight, reports)
+        if saves or self.stopped_early:
+            self._save(reports, unevaluated)
+        self._arrivals.restart()
 
     def evaluate(self) -> Values:
         """Held-out means, as `eval_loss` and so on."""
-        if self.eval_step is None or self.eval_batches is None:
-            return {}
-        means = evaluate(self.eval_step, self.state, self.eval_batches())
-        values = {f"eval_{name}": value for name, value in means.items()}
-        for callback in self.callbacks:
-            values |= callback.on_eval(self.step, self.state)
-        return values
+        return self._evaluate(self.eval_batches()) if self.eval_batches is not None and self._can_evaluate else {}
 
     def save(self) -> None:
         """Store the present state, once."""
+        self._store(None)
+
+    def _save(self, reports: Background, unevaluated: Values | None) -> None:
+        """Store the present state after all lines of the steps before are written."""
+        if self.log is not None:
+            reports.submit(self.log.flush)
+        reports.flush()
+        self._store(unevaluated)
+
+    def _store(self, unevaluated: Values | None) -> None:
         if self.checkpointer is not None and self._saved != self.step:
-            self.checkpointer.save(self.step, self.canonical(self.state), {**self.extra, "data": self.batches.state})
+            extra = {**self.extra, "data": self.batches.state, "unevaluated": unevaluated}
+            self.checkpointer.save(self.step, self.canonical(self.state), extra)
             self._saved = self.step
+
+    def _evaluate(self, batches: Iterable[Batch]) -> Values:
+        means = evaluate(self.eval_step, self.state, batches)
+        values = {f"eval_{name}": value for name, value in means.items()}
+        for callback in self.callbacks:
+            join(values, callback.on_eval(self.step, self.state), callback, "on_eval")
+        return values
+
+    def _evaluate_unless_stopped(self) -> Values:
+        try:
+            return self._evaluate(self._until_stopped(self.eval_batches())) if self.eval_batches else {}
+        except _StoppedError:
+            self._message(f"the evaluation of step {self.step} was interrupted; the resumed run makes it")
+            return {}
+
+    def _until_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            if self._asked_to_stop():
+                raise _StoppedError
+            yield batch
+
+    def _asked_to_stop(self) -> bool:
+        self.stopped_early = self.stopped_early or self.should_stop(self.step)
+        return self.stopped_early
 
     def _compile(self, batch: Batch) -> Any:
         start = time.perf_counter()
@@ -197,42 +197,22 @@ class Loop:
         self._message(f"compiled in {time.perf_counter() - start:.1f} s")
         return compiled
 
-    def _evaluate(self, flight: _Step) -> Values:
-        self._arrive(flight)
-        values = self.evaluate()
-        self._clock = time.perf_counter()
-        return values
+    def _with_those_of_callbacks(self, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+        if not self.callbacks:
+            return metrics
+        metrics = dict(metrics)
+        for callback in self.callbacks:
+            join(metrics, callback.on_state(self.step, self.state), callback, "on_state")
+        return metrics
 
-    def _arrive(self, flight: _Step) -> None:
-        """Wait for a step's metrics and time it, once."""
-        if "loss" in flight.values:
-            return
-        # Reading waits for one device alone; the others of this process may be far behind it.
-        metrics = jax.block_until_ready(flight.metrics)
-        # Of what is there already, `np.asarray` takes 2 us each on CPU; `jax.device_get` takes 15, `float` 6.
-        flight.values |= {name: float(np.asarray(value)) for name, value in metrics.items()}
-        now = time.perf_counter()
-        flight.values |= self.speed.values(now - self._clock)
-        self._clock = now
-        if now >= self._memory_due:  # asking takes 50 us on CPU, 5% of a short step
-            self._memory, self._memory_due = memory_bytes(), now + _MEMORY_S
-        if self._memory is not None:
-            flight.values["memory_bytes"] = float(self._memory)
-
-    def _finish(self, flight: _Step, reports: Background) -> None:
+    def _finish(self, flight: Step, reports: Background) -> None:
         """Show and store a step, in the background."""
-        self._arrive(flight)
+        self._arrivals.wait_for(flight)
         values = flight.values
         for callback in self.callbacks:
-            values |= callback.on_step(flight.number, values)
+            join(values, callback.on_step(flight.number, values), callback, "on_step")
         reports.submit(self._report, flight.number, values)
-        if values["skipped_in_row"] >= self.max_skipped:
-            kept = "" if self._saved is None else f"; the checkpoint of step {self._saved} is intact"
-            raise UserError(
-                f"loss or gradient was not finite for {int(values['skipped_in_row'])} steps in a row, up to step "
-                f"{flight.number} (limit run.max_skipped_steps={self.max_skipped}); the weights are those of the last "
-                f"finite step{kept}: lower optimizer.lr, add warm-up or look at the data"
-            )
+        self._unlearned.check(flight, self._saved)
 
     def _report(self, step: int, values: Values) -> None:
         last = step == self.steps
@@ -240,6 +220,9 @@ class Loop:
             self.log.write(step, values)
         if self.display is not None:
             self.display.update(step, values)
+
+    def _warn(self, text: str) -> None:
+        _log.warning(text) if self.display is None else self.display.message(text)
 
     def _message(self, text: str) -> None:
         if self.display is not None:

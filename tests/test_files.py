@@ -1,11 +1,15 @@
 """Files that are whole or absent."""
 
+import contextlib
 import hashlib
+import resource
 
 import pytest
 
+from shardtrain.checkpoint import RunLock
 from shardtrain.errors import UserError
 from shardtrain.files import atomic, read_json, require_writable, sha256, write_json, write_text
+from shardtrain.metrics import MetricsLog
 
 
 def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(tmp_path):
@@ -30,3 +34,34 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot write checkpoints in .*file/x: Not a directory; choose another"):
         require_writable(tmp_path / "file" / "x", "checkpoints")
+
+
+@contextlib.contextmanager
+def full_disk():
+    """One that takes no byte: the kernel refuses them at a limit of the file size."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+def test_a_write_to_a_full_disk_names_the_file(tmp_path):
+    with full_disk(), pytest.raises(OSError, match=r"File too large: .*/sample\.txt'"):
+        write_text(tmp_path / "sample.txt", "a text")
+    with full_disk(), pytest.raises(OSError, match=r"File too large: .*/run/lock'"):
+        RunLock(tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("tensorboard", [False, True])
+def test_metrics_that_a_full_disk_refuses_name_their_file(tmp_path, tensorboard):
+    with MetricsLog(tmp_path, tensorboard=tensorboard) as log:
+        with full_disk(), pytest.raises(OSError, match=r"File too large: .*/metrics\.jsonl'"):
+            log.write(1, {"loss": 1.0})
+        if tensorboard:
+            log.write(2, {"loss": 1.0})
+            log.write(3, {"loss": 1.0})  # whose event waits for up to a second
+            with full_disk(), pytest.raises(OSError, match=r"File too large: .*/tensorboard'"):
+                log.flush()

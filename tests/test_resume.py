@@ -115,7 +115,7 @@ def test_more_steps_need_the_decay_that_the_run_began_with(undisturbed, tmp_path
     more = (tmp_path / "run", f"run.steps={STEPS + 2}")
     refused = train(*more, "optimizer.schedule={type: cosine, warmup_steps: 4}")
     assert refused.code == 2
-    assert f"pass optimizer.schedule.decay_steps={STEPS} to continue" in refused.err
+    assert f"set optimizer.schedule.decay_steps={STEPS} to keep that plan" in refused.err
     result = train(*more)
     assert result.code == 0
     assert PREPARED.fullmatch(result.err)
@@ -123,6 +123,45 @@ def test_more_steps_need_the_decay_that_the_run_began_with(undisturbed, tmp_path
     assert losses(tmp_path / "run")[:STEPS] == undisturbed.losses
     lr = [row["lr"] for row in metrics(tmp_path / "run")]
     np.testing.assert_allclose(lr[STEPS:], [1e-3] * 2, rtol=1e-6)  # the decay has ended
+
+
+def test_fewer_steps_than_the_run_has_made_are_refused_in_one_line(undisturbed, tmp_path):
+    shutil.copytree(undisturbed.directory, tmp_path / "run")
+    result = train(tmp_path / "run", "run.steps=11", "optimizer.schedule={type: cosine, warmup_steps: 4}")
+    assert result.code == 2
+    (line,) = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert f"run.steps = 11 is below step {STEPS}, which the run in {tmp_path / 'run'} has reached" in line
+    assert result.err.splitlines()[-1] == line
+
+
+def test_a_longer_decay_is_planned_anew_on_demand(undisturbed, tmp_path):
+    """From where the old one had ended, to the end of the new one; the steps before are as they were."""
+    shutil.copytree(undisturbed.directory, tmp_path / "run")
+    more = (tmp_path / "run", "run.steps=16", "optimizer.schedule={type: cosine, warmup_steps: 4}")
+    assert "it jumps from 0.001 to 0.00325 at step 12" in train(*more).err
+    assert train(*more, "--allow-changes").code == 0
+    lr = [row["lr"] for row in metrics(tmp_path / "run")]
+    assert lr[STEPS] == pytest.approx(0.00325)
+    assert losses(tmp_path / "run")[:STEPS] == undisturbed.losses
+
+
+def test_a_constant_rate_goes_on_for_more_steps(tmp_path):
+    constant = ("optimizer.schedule={type: constant, warmup_steps: 4}", "data.held_out=0")
+    whole = fit(tmp_path / "whole", "run.steps=9", *constant)
+    fit(tmp_path / "run", "run.steps=6", *constant)
+    longer = fit(tmp_path / "run", "run.steps=9", *constant)
+    assert longer.resumed_from == 6
+    assert losses(longer.directory) == losses(whole.directory)
+
+
+def test_a_run_that_goes_on_needs_no_init_from(undisturbed, tmp_path):
+    shutil.copytree(undisturbed.directory, tmp_path / "other")
+    begun = fit(tmp_path / "run", f"init_from={tmp_path / 'other'}", stop_after=2)
+    shutil.rmtree(tmp_path / "other")
+    assert fit(tmp_path / "run", f"init_from={tmp_path / 'other'}", stop_after=4).resumed_from == 2
+    shutil.rmtree(begun.directory / "checkpoints")
+    with pytest.raises(UserError, match=r"init_from = .*other\n.*no such directory"):
+        fit(tmp_path / "run", f"init_from={tmp_path / 'other'}")
 
 
 def test_another_seed_is_another_run(undisturbed, tmp_path):

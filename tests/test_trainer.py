@@ -1,53 +1,19 @@
 """The loop: how many steps are in flight, what is reported when, what ends it."""
 
 import threading
-from functools import cache
-from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from loops import first_state, parts, trainer
 
 import tiny
+from commands import assert_same_bits
 from shardtrain.checkpoint import Checkpointer
-from shardtrain.data import Loader, SyntheticTokens
 from shardtrain.errors import UserError
 from shardtrain.metrics import MetricsLog, read
-from shardtrain.model_def import ModelDef
-from shardtrain.models.mlp import MLP
-from shardtrain.optim import optimizer
-from shardtrain.state import abstract_state, init_state
-from shardtrain.step import make_train_step
-from shardtrain.trainer import Callback, Loop, Speed
-
-
-class Watched:
-    """A real step that keeps a diary of dispatches, and of metrics as the loop asks for them."""
-
-    def __init__(self):
-        self.diary, self.count = [], 0
-
-    def lower(self, state, batch):
-        return self
-
-    def compile(self):
-        return self
-
-    def __call__(self, state, batch):
-        state, metrics = parts().step(state, batch)
-        self.count += 1
-        self.diary.append(("sent", self.count))
-        return state, {name: Metric(value, self.diary, self.count) for name, value in metrics.items()}
-
-
-class Metric:
-    def __init__(self, value, diary, number):
-        self.value, self.diary, self.number = value, diary, number
-
-    def __float__(self):
-        if ("fetched", self.number) not in self.diary:
-            self.diary.append(("fetched", self.number))
-        return float(self.value)
+from shardtrain.trainer import Callback
 
 
 class Recorder(Callback):
@@ -73,27 +39,6 @@ class Screen:
 
     def message(self, text):
         assert threading.current_thread() is threading.main_thread()
-
-
-@cache
-def parts() -> SimpleNamespace:
-    """What all tests share: above all the step, compiled once."""
-    place = tiny.partitioner(fsdp=2)
-    model = ModelDef(lambda rngs: MLP(n_layers=1, d_model=8, d_ff=8, vocab_size=64, rngs=rngs))
-    tx = optimizer("sgd", model.weights, lr=0.1)
-    source = SyntheticTokens(seq_len=tiny.LENGTH, vocab_size=64, seed=0)
-    state = jax.device_get(init_state(model, tx, place))
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, tx, place))
-    batch = tiny.batch(place, rows=8)
-    step = make_train_step(model, tx, place).lower(jax.device_put(state, shardings), batch).compile()
-    return SimpleNamespace(place=place, source=source, state=state, shardings=shardings, step=step)
-
-
-def trainer(steps: int, **options) -> Loop:
-    shared = parts()
-    batches = Loader(shared.source, global_batch=8, seed=0, sharding=shared.place.sharding(("batch", "seq")))
-    state = jax.device_put(jax.tree.map(np.copy, shared.state), shared.shardings)  # the step donates it
-    return Loop(state, Watched(), batches, steps=steps, speed=Speed(8 * tiny.LENGTH, 1e6, 1e12), **options)
 
 
 def test_at_most_two_steps_are_in_flight_and_metrics_come_one_step_late():
@@ -160,3 +105,47 @@ def test_the_lines_up_to_a_step_are_written_before_it_is_saved(tmp_path):
         with loop.batches:
             loop.fit()
     assert written == [(2, [1, 2]), (4, [1, 2, 3, 4])]
+
+
+class Reader(Callback):
+    """Reads the state, and computes with it without reading."""
+
+    def __init__(self, reads):
+        self.reads, self.states, self.lines = reads, [], []
+
+    def on_state(self, step, state):
+        assert int(state.step) == step
+        if self.reads:
+            self.states.append(jax.device_get(state))
+        return {"size": jnp.abs(state.params["norm"]["scale"]).sum()}
+
+    def on_step(self, step, metrics):
+        self.lines.append(metrics["size"])
+        return {}
+
+
+def test_a_callback_sees_the_state_that_each_step_makes():
+    states, batches = [], trainer(1).batches
+    state = first_state()
+    with batches:
+        for _, batch in zip(range(4), batches, strict=False):
+            state, _ = parts().step(state, batch)
+            states.append(jax.device_get(state))
+    sizes = [np.abs(state.params["norm"]["scale"]).sum() for state in states]
+    for reads in (True, False):
+        reader = Reader(reads)
+        loop = trainer(4, callbacks=[reader])
+        with loop.batches:
+            assert_same_bits(jax.device_get(loop.fit()), states[-1])
+        np.testing.assert_allclose(reader.lines, sizes, rtol=1e-6)
+        if reads:
+            assert_same_bits(reader.states, states)
+
+
+@pytest.mark.parametrize("hook", ["on_state", "on_step"])
+def test_a_callback_cannot_replace_what_the_step_reports(hook):
+    mine = Callback()
+    setattr(mine, hook, lambda step, given: {"loss": 0.0})
+    loop = trainer(4, callbacks=[mine])
+    with loop.batches, pytest.raises(UserError, match=f"Callback.{hook} returned loss, which the step has already"):
+        loop.fit()

@@ -12,6 +12,8 @@ from shardtrain.errors import UserError
 T = TypeVar("T")
 
 _NOTHING, _REFUSED = -1, -2
+_CALM, _FOUND, _RAISED = range(3)
+_WORDS = 1024  # bytes of a message that goes to all processes
 
 
 def by_process_zero(decide: Callable[[], int | None]) -> int | None:
@@ -51,3 +53,27 @@ def on_process_zero(make: Callable[[], T]) -> T | None:
 
     by_process_zero(decide)
     return made
+
+
+def first_found(look: Callable[[], str | None]) -> str | None:
+    """Runs `look` on every process, and returns on each what the first of them found that found anything, or None.
+
+    Raises:
+        UserError: `look` raised it, on any process.
+    """
+    if jax.process_count() == 1:
+        return look()
+    try:
+        words = look()
+        kind = _CALM if words is None else _FOUND
+    except UserError as error:
+        kind, words = _RAISED, str(error)
+    mine = np.zeros(1 + _WORDS, np.uint8)
+    text = (words or "").encode()[:_WORDS]
+    mine[0], mine[1 : 1 + len(text)] = kind, np.frombuffer(text, np.uint8)
+    all_of_them = multihost_utils.process_allgather(mine)
+    loud = max(all_of_them, key=lambda theirs: theirs[0])  # of several, the first
+    answer = loud[1:].tobytes().rstrip(b"\0").decode(errors="ignore")
+    if loud[0] == _RAISED:
+        raise UserError(answer)
+    return answer if loud[0] == _FOUND else None

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from shardtrain.checkpoint import agree, lifecycle, manifest, names, reading, store
+from shardtrain.checkpoint import lifecycle, manifest, names, reading, store, trust, unwaited
 from shardtrain.checkpoint.retention import expired
 from shardtrain.closing import close_all
 from shardtrain.errors import UserError
@@ -34,9 +34,11 @@ class Checkpointer:
     """The checkpoints of one run: all processes of the run make one and call it alike, on one shared disk.
 
     `save` returns after the copy to the host; the commit, the hashes and the retention happen in the
-    background. At most one save is under way: a `save` that comes before the last one has ended waits for it.
-    Process 0 alone hashes (all files, after the commit, which Orbax synchronises over the processes),
-    renames, deletes, and picks the step to restore; when it fails it ends, and the supervisor restarts all.
+    background. At most one save is under way: a `save` that comes before the last one has ended waits for it, and
+    so does the end of the program, which fails with code 1 where that save does.
+    Process 0 alone hashes what was saved (after the commit, which Orbax synchronises over the processes),
+    renames, deletes, and picks the step to restore, of which each process then verifies its share of the files;
+    when it fails it ends, and the supervisor restarts all.
 
     Args:
         directory: where the steps go; made if missing.
@@ -66,6 +68,7 @@ class Checkpointer:
         self._asynchronous, self._compress = asynchronous, compress
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._verified: int | None = None  # by `latest`, and not restored since
         require_writable(self.directory, "checkpoints")
 
     def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
@@ -89,6 +92,7 @@ class Checkpointer:
         except OSError as error:  # anything else, before a byte is written, is a bug
             raise self._failure(step, error) from error
         self._pending = self._worker.submit(self._finish, step, commit)
+        unwaited.remember(self)
         if not self._asynchronous:
             self.wait()
 
@@ -101,7 +105,13 @@ class Checkpointer:
         if self._pending is not None:
             self._pending.exception()  # interrupted here, it stays pending
             pending, self._pending = self._pending, None
+            unwaited.forget(self)
             pending.result()
+
+    @property
+    def kept(self) -> int | None:
+        """The newest step that is committed and verified by now."""
+        return max(lifecycle.sealed(self.directory), default=None)
 
     def latest(self) -> int | None:
         """The newest step that verifies, after cleaning up what a crash left; None in a fresh run.
@@ -110,10 +120,11 @@ class Checkpointer:
             UserError: checkpoints exist, and none can be trusted.
         """
         self.wait()
-        return agree.by_process_zero(lambda: lifecycle.newest_trusted(self.directory))
+        self._verified = trust.newest(self.directory)
+        return self._verified
 
     def restore(self, abstract: Any, step: int | None = None, *, cast: bool = False) -> Restored | None:
-        """Verifies a step and loads it; None in a fresh run.
+        """Verifies a step and loads it; None in a fresh run. What `latest` has just found is not hashed again.
 
         Args:
             abstract: the state's tree with `jax.ShapeDtypeStruct` leaves that carry shardings, on any mesh.
@@ -123,11 +134,23 @@ class Checkpointer:
         Raises:
             UserError: no step can be trusted; or paths, shapes or dtypes differ (each is named).
         """
-        chosen = self.latest() if step is None else self._require_intact(step)
-        if chosen is None:
+        if step is None:
+            step = self.latest()
+        if step is None:
             return None
-        state, extra = reading.read_state(self.directory / str(chosen), abstract, cast=cast)
-        return Restored(chosen, state, extra)
+        self._require_intact(step)
+        self._verified = None  # what lies on a disk for long is not trusted for ever
+        state, extra = reading.read_state(self.directory / str(step), abstract, cast=cast)
+        return Restored(step, state, extra)
+
+    def extra(self, step: int) -> dict[str, Any]:
+        """The record saved with a step, which is verified as `restore` does it.
+
+        Raises:
+            UserError: the step cannot be trusted.
+        """
+        self._require_intact(step)
+        return reading.intact_extra(self.directory / str(step))
 
     def close(self) -> None:
         """Waits for the save under way, and ends the background thread.
@@ -180,14 +203,10 @@ class Checkpointer:
                 "restore it first, or move the newer steps away"
             )
 
-    def _require_intact(self, step: int) -> int | None:
-        self.wait()
-
-        def decide() -> int:
-            lifecycle.require_intact(self.directory, step)
-            return step
-
-        return agree.by_process_zero(decide)
+    def _require_intact(self, step: int) -> None:
+        if step != self._verified:
+            self.wait()
+            trust.require_intact(self.directory, step)
 
 
 def _free_space(directory: Path) -> str:

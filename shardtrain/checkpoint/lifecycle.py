@@ -3,7 +3,8 @@
 ======================================  =============================================================
 uncommitted (Orbax's temporary name)    removed
 ``N.deleting`` (retention interrupted)  removed
-``N`` without manifest                  died before the hashes were written: renamed ``N.unverified``
+``N`` without manifest                  died before the hashes were written: renamed ``N.unverified``;
+                                        the newest of these is kept, the others are removed
 ``N`` that differs from its manifest    corrupt: renamed ``N.corrupt``
 ======================================  =============================================================
 
@@ -62,11 +63,11 @@ def clean(directory: Path) -> None:
         path.unlink()
 
 
-def newest_trusted(directory: Path) -> int | None:
-    """Cleans up, and returns the newest step that verifies; None when the run never had a trusted one.
+def prepare(directory: Path) -> None:
+    """Cleans up, and sets aside each step without a manifest: of those, only the newest stays on the disk.
 
     Raises:
-        UserError: checkpoints exist or existed, and none of them can be trusted.
+        UserError: there are several, and no step has a manifest.
     """
     clean(directory)
     with_manifest = sealed(directory)
@@ -80,14 +81,23 @@ def newest_trusted(directory: Path) -> int | None:
     for step in without:
         target = rename(directory, step, UNVERIFIED)
         _log.warning("step %d in %s has no manifest (interrupted): set aside as %s", step, directory, target.name)
-    problems = []
-    for step in reversed(with_manifest):
-        problem = manifest.problem(directory, step)
-        if problem is None:
-            return step
-        problems.append(problem)
-        target = rename(directory, step, CORRUPT)
-        _log.warning("checkpoint %d in %s is corrupt: %s; set aside as %s", step, directory, problem, target.name)
+    for path in sorted(_unverified(directory), key=_age)[:-1]:
+        _log.warning("removing %s: each interrupted save leaves such a copy, and only the newest is kept", path)
+        shutil.rmtree(path)
+
+
+def set_corrupt_aside(directory: Path, step: int, problem: str) -> None:
+    """Renames a step that differs from its manifest, so that an older one is used."""
+    target = rename(directory, step, CORRUPT)
+    _log.warning("checkpoint %d in %s is corrupt: %s; set aside as %s", step, directory, problem, target.name)
+
+
+def require_none_corrupt(directory: Path, problems: list[str]) -> None:
+    """Checks, where no step can be trusted, that there never was one.
+
+    Raises:
+        UserError: there are corrupt ones; `problems` are what was found just now.
+    """
     corrupt = [path.name for path in set_aside(directory) if f".{CORRUPT}" in path.name]
     if corrupt:
         raise UserError(
@@ -95,19 +105,25 @@ def newest_trusted(directory: Path) -> int | None:
             f"({'; '.join(problems[:3]) or 'set aside earlier'}). A run never starts again from step 0 by itself: "
             "restore an intact step with its manifest from a backup, or choose another run.name"
         )
-    return None
 
 
-def require_intact(directory: Path, step: int, *, hash_up_to: int | None = None) -> None:
-    """Checks one step that was asked for by number; renames nothing. `hash_up_to` is `manifest.problem`'s.
+def require_sealed(directory: Path, step: int) -> None:
+    """Checks that a step that was asked for by number has a manifest.
 
     Raises:
-        UserError: it does not exist, has no manifest, or differs from it.
+        UserError: it does not exist, or has none.
     """
     if step not in sealed(directory):
         reason = "has no manifest" if step in committed(directory) else "does not exist"
         raise UserError(f"step {step} in {directory} {reason}; the verifiable steps are {sealed(directory)}")
-    problem = manifest.problem(directory, step, hash_up_to)
+
+
+def require_no_problem(directory: Path, step: int, problem: str | None) -> None:
+    """Checks that a step that was asked for by number agrees with its manifest; renames nothing.
+
+    Raises:
+        UserError: there is a problem.
+    """
     if problem is not None:
         others = [other for other in sealed(directory) if other != step]
         raise UserError(f"checkpoint {step} in {directory} is corrupt: {problem}; the others are {others}")
@@ -141,6 +157,16 @@ def _delete(directory: Path, doomed: Path) -> None:
         manifest.path_of(directory, step).unlink(missing_ok=True)
     if doomed.exists():
         shutil.rmtree(doomed)
+
+
+def _unverified(directory: Path) -> list[Path]:
+    return [path for path in set_aside(directory) if f".{UNVERIFIED}" in path.name and path.is_dir()]
+
+
+def _age(path: Path) -> tuple[int, int]:
+    """Of ``N.unverified-k``: the step, and how often it was set aside before."""
+    step, label = path.name.split(".")
+    return int(step), int(label.partition("-")[2] or 1)
 
 
 def _is_step(name: str) -> bool:

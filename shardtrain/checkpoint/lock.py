@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 from shardtrain.errors import UserError
+from shardtrain.files import naming
 
 
 class RunLock:
@@ -40,8 +41,9 @@ class RunLock:
                 f"the run directory {self.path.parent} is being written by {_holder(self.path)}; "
                 "stop that process, or choose another run.name or run.dir"
             ) from error
-        os.ftruncate(self._descriptor, 0)
-        os.write(self._descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+        with naming(self.path):
+            os.ftruncate(self._descriptor, 0)
+            os.write(self._descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
 
     def release(self) -> None:
         """Lets another process in. Calling it again does nothing."""

@@ -1,17 +1,15 @@
 """Reading a step that is known to be intact: compare first, then load straight into the shardings wanted."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from shardtrain.checkpoint import agree, lifecycle, manifest, names, store
+from shardtrain.checkpoint import lifecycle, manifest, names, store, trust
 from shardtrain.checkpoint.compare import ArrayInfo, differences, hint, summary
 from shardtrain.errors import UserError
 
 _METADATA_BYTES = 2**20  # larger files hold array data, not metadata
-_log = logging.getLogger(__name__)
 
 
 def read_state(path: Path, abstract: Any, *, cast: bool) -> tuple[Any, dict]:
@@ -45,8 +43,11 @@ def load_weights(directory: Path | str, abstract_params: Any, step: int | None =
         UserError: no intact step; or paths, shapes or dtypes differ (each is named).
     """
     folder = locate(directory)
-    chosen = agree.by_process_zero(lambda: _newest_intact(folder) if step is None else _intact(folder, step))
-    path = folder / str(chosen)
+    if step is None:
+        step = trust.newest_intact(folder)
+    else:
+        trust.require_intact(folder, step)
+    path = folder / str(step)
     wanted = {name: names.restorable(name, leaf) for name, leaf in names.flatten({"params": abstract_params}).items()}
     saved = {name: info for name, info in _describe(path).arrays.items() if name.startswith("params.")}
     _require_fit(path, saved, wanted, cast)
@@ -63,6 +64,15 @@ def read_extra(directory: Path | str, step: int) -> dict:
     return describe(directory, step).record["extra"]
 
 
+def intact_extra(path: Path) -> dict:
+    """The record saved with a step that is known to be intact.
+
+    Raises:
+        UserError: it was written by a newer shardtrain.
+    """
+    return _describe(path).record["extra"]
+
+
 def describe(directory: Path | str, step: int) -> store.Description:
     """What a step holds, after verifying its small files and the sizes of all.
 
@@ -70,7 +80,9 @@ def describe(directory: Path | str, step: int) -> store.Description:
         UserError: no such step, a corrupt one, or one written by a newer shardtrain.
     """
     folder = locate(directory)
-    lifecycle.require_intact(folder, step, hash_up_to=_METADATA_BYTES)
+    lifecycle.require_sealed(folder, step)
+    problem = manifest.problem(folder, step, hash_up_to=_METADATA_BYTES)
+    lifecycle.require_no_problem(folder, step, problem)
     return _describe(folder / str(step))
 
 
@@ -105,17 +117,3 @@ def _require_fit(path: Path, saved: dict[str, ArrayInfo], wanted: dict[str, jax.
     if lines := differences(saved, model, cast=cast):
         differing = summary(lines) + hint(saved, model)
         raise UserError(f"the checkpoint {path} does not fit this model (checkpoint != model):\n{differing}")
-
-
-def _intact(folder: Path, step: int) -> int:
-    lifecycle.require_intact(folder, step)
-    return step
-
-
-def _newest_intact(folder: Path) -> int:
-    for step in reversed(lifecycle.sealed(folder)):
-        problem = manifest.problem(folder, step)
-        if problem is None:
-            return step
-        _log.warning("checkpoint %d in %s is corrupt: %s; trying an older one", step, folder, problem)
-    raise UserError(f"no intact checkpoint in {folder}")

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from shardtrain.config import replan
 from shardtrain.config.errors import ConfigError, Problem
 from shardtrain.config.resolve import resolve
 from shardtrain.config.schema import RunConfig, Section
@@ -33,29 +34,44 @@ def changes(old: RunConfig | Mapping[str, Any], new: RunConfig) -> list[str]:
     return list(_differences(old, new))
 
 
-def check_same_run(old: RunConfig | Mapping[str, Any], new: RunConfig, source: str) -> None:
+def check_same_run(old: RunConfig | Mapping[str, Any], new: RunConfig, source: str, step: int = 0) -> None:
     """Refuse to continue a run with the config of another one.
+
+    Args:
+      old: the config that is stored with the run, as for `changes`.
+      source: the run, as messages name it.
+      step: that the run has reached.
 
     Raises:
       ConfigError: names each differing key, both values, and the override that keeps the run's.
     """
-    problems = []
-    for key, (before, after) in _differences(old, new).items():
-        started = "without it" if before is _ABSENT else f"with {json.dumps(before)}"
-        rule = f"the run was started {started}; another value makes another run"
-        if key == "optimizer.schedule.decay_steps" and after == new.run.steps:
-            rule += " (the default follows run.steps)"
-        keep = f"leave {key} out" if before is _ABSENT else f"pass {key}={json.dumps(before)}"
-        value = None if after is _ABSENT else after
-        problems.append(Problem(key, value, rule, f"{keep} to continue, or another run.name to start anew"))
+    before, after = _completed(old).get("optimizer", {}), new.to_dict()["optimizer"]
+    problems = [
+        replan.problem(before, after, step)
+        if key == replan.KEY and replan.applies(before, after)
+        else _another_run(key, *pair)
+        for key, pair in _differences(old, new).items()
+    ]
     if problems:
-        raise ConfigError(problems, f"another run than the one in {source}: the config")
+        raise ConfigError(
+            problems, f"another run than the one in {source} (--allow-changes goes on all the same): the config"
+        )
+
+
+def _another_run(key: str, before: Any, after: Any) -> Problem:
+    started = "without it" if before is _ABSENT else f"with {json.dumps(before)}"
+    keep = f"leave {key} out" if before is _ABSENT else f"pass {key}={json.dumps(before)}"
+    return Problem(
+        key,
+        None if after is _ABSENT else after,
+        f"the run was started {started}; another value makes another run",
+        f"{keep} to continue, or another run.name to start anew, or --allow-changes to go on with the new value",
+    )
 
 
 def _differences(old: RunConfig | Mapping[str, Any], new: RunConfig) -> dict[str, tuple[Any, Any]]:
     free = FREE if ":" in new.model.type else FREE + FREE_OF_BUILTIN
-    before = old.to_dict() if isinstance(old, RunConfig) else _completed(old)
-    found = _compare(before, new.to_dict(), "")
+    found = _compare(_completed(old), new.to_dict(), "")
     return {key: pair for key, pair in found if _under(key, IDENTITY) and not _under(key, free)}
 
 
@@ -68,8 +84,10 @@ def _compare(before: Any, after: Any, path: str) -> Iterator[tuple[str, tuple[An
         yield path, (before, after)
 
 
-def _completed(old: Mapping[str, Any]) -> dict[str, Any]:
+def _completed(old: RunConfig | Mapping[str, Any]) -> dict[str, Any]:
     """Plain data with today's defaults; a section that is no longer valid stays as it is."""
+    if isinstance(old, RunConfig):
+        return old.to_dict()
     sections = resolve(validate_sections(old)[0])
     valid = {name: part.model_dump(mode="json") for name, part in sections.items() if isinstance(part, Section)}
     return {**old, **valid}

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from shardtrain.checkpoint import lifecycle
 from shardtrain.config.errors import Problem
 from shardtrain.config.schema import Data, Devices, Model, Optimizer, Run, Sample, Xla
 from shardtrain.data.listing import each
@@ -187,9 +188,10 @@ def check_data_path(data: Data, run: Run) -> Iterator[Problem]:
             yield Problem("data.path", path, "there is no such file or folder", f"check the path{here}")
 
 
-def check_init_from(init_from: str) -> Iterator[Problem]:
-    """The run to start from exists."""
-    if not Path(init_from).is_dir():
+def check_init_from(init_from: str, run: Run) -> Iterator[Problem]:
+    """The run to start from exists, unless this one has checkpoints already and goes on from them."""
+    own = Path(run.dir or f"runs/{run.name}") / "checkpoints"
+    if not Path(init_from).is_dir() and not (own.is_dir() and lifecycle.sealed(own)):
         fix = "name a run directory, or a step below its checkpoints/"
         yield Problem("init_from", init_from, "there is no such directory", fix)
 

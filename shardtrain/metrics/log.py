@@ -19,7 +19,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from shardtrain.errors import UserError
-from shardtrain.files import atomic
+from shardtrain.files import atomic, naming
 
 FILE = "metrics.jsonl"
 _FLUSH_S = 1.0  # what a kill may cost TensorBoard, at the most
@@ -32,13 +32,16 @@ class MetricsLog:
     Each line goes to the operating system before `write` returns; TensorBoard's events follow within a second, or with
     `flush`. A last line that a kill tore is dropped on opening. One writer per directory: the caller's lock sees to
     that.
+
+    Attributes:
+        last: the last line; its `step` is -1 when there is none.
     """
 
     def __init__(self, directory: Path | str, *, tensorboard: bool = True):
         self._path = Path(directory) / FILE
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.touch()
-        self._last, self._file = self._open(None)
+        self.last, self._file = self._open(None)
         self._events = _Events(self._path.parent / "tensorboard") if tensorboard else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -47,14 +50,16 @@ class MetricsLog:
         Raises:
             ValueError: `step` is not above the last line's (see `truncate`), or is also among the values.
         """
-        if step <= self._last:
-            raise ValueError(f"step {step} after step {self._last} in {self._path}: truncate({step - 1}) first")
+        if step <= self.last["step"]:
+            raise ValueError(f"step {step} after step {self.last['step']} in {self._path}: truncate({step - 1}) first")
         if "step" in values:
             raise ValueError("'step' is an argument, not one of the values")
         plain = {key: _number(value) for key, value in values.items()}
-        self._file.write(json.dumps({"step": step, **plain}, allow_nan=False) + "\n")
-        self._file.flush()
-        self._last = step
+        line = {"step": step, **plain}
+        with naming(self._path):
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+        self.last = line
         if self._events:
             self._events.write(step, {key: float(value) for key, value in plain.items()})
 
@@ -63,8 +68,9 @@ class MetricsLog:
 
         The file is replaced whole or not at all; TensorBoard is told to forget those steps.
         """
-        self._file.close()
-        self._last, self._file = self._open(step)
+        with naming(self._path):
+            self._file.close()
+        self.last, self._file = self._open(step)
         if self._events:
             self._events.forget_from(step + 1)
 
@@ -75,7 +81,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the files; the log is of no use afterwards."""
-        self._file.close()
+        with naming(self._path):
+            self._file.close()
         if self._events:
             self._events.close()
 
@@ -85,14 +92,14 @@ class MetricsLog:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open(self, step: int | None) -> tuple[int, TextIO]:
-        """Keep only whole lines up to `step` (None: all); return the last step and the file to append to."""
-        lines = [(row["step"], line) for row, line in _lines(self._path) if step is None or row["step"] <= step]
+    def _open(self, step: int | None) -> tuple[dict[str, Any], TextIO]:
+        """Keep only whole lines up to `step` (None: all); return the last one and the file to append to."""
+        lines = [(row, line) for row, line in _lines(self._path) if step is None or row["step"] <= step]
         kept = b"".join(line for _, line in lines)
         if kept != self._path.read_bytes():
             with atomic(self._path) as file:
                 file.write(kept)
-        return (lines[-1][0] if lines else -1), self._path.open("a", encoding="utf-8")
+        return (lines[-1][0] if lines else {"step": -1}), self._path.open("a", encoding="utf-8")
 
 
 def read(directory: Path | str) -> list[dict[str, float]]:
@@ -141,6 +148,7 @@ class _Events:
     def __init__(self, directory: Path):
         directory.mkdir(parents=True, exist_ok=True)
         # The name holds the time in whole seconds, and an existing file would be overwritten.
+        self._directory = directory
         self._writer = EventsWriter(str(directory / "events"), f".{os.getpid()}.{time.time_ns()}")
         self._flushed = 0.0
 
@@ -152,13 +160,16 @@ class _Events:
         self._add(Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START)))
 
     def flush(self) -> None:
-        self._writer.flush()  # which also calls fsync: milliseconds, or many on a disk that is shared
+        with naming(self._directory):
+            self._writer.flush()  # which also calls fsync: milliseconds, or many on a disk that is shared
         self._flushed = time.monotonic()
 
     def close(self) -> None:
-        self._writer.close()
+        with naming(self._directory):
+            self._writer.close()
 
     def _add(self, event: Event) -> None:
-        self._writer.write_event(event)
+        with naming(self._directory):
+            self._writer.write_event(event)
         if time.monotonic() - self._flushed >= _FLUSH_S:
             self.flush()

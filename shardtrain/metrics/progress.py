@@ -4,7 +4,6 @@ Both show the values that they are given and know a name for; what is absent (MF
 """
 
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +15,8 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from shardtrain.terminal import Steady
 
 _QUIET_S = 30.0  # plain output never stays silent for longer than this
 
@@ -48,18 +49,9 @@ def progress(
 
     Use it as a context manager. `console` defaults to standard output; `clock` gives seconds.
     """
-    console = console or _Console(highlight=False)
+    console = console or Console(file=Steady(sys.stdout), highlight=False)  # type: ignore[arg-type]
     eta = _Eta(total, clock)
     return _Live(total, start, console, eta) if console.is_terminal else _Plain(total, console, eta, clock)
-
-
-class _Console(Console):
-    """Standard output whose reader may leave (`| head`, or `| tee` under Ctrl-C): the run goes on, and still saves."""
-
-    def on_broken_pipe(self) -> None:
-        """Say the rest to nobody."""
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Plain:

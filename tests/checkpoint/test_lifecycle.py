@@ -6,8 +6,9 @@ import shutil
 import numpy as np
 import pytest
 
-from shardtrain.checkpoint import Checkpointer, load_weights
+from shardtrain.checkpoint import Checkpointer, load_weights, manifest
 from shardtrain.errors import UserError
+from shardtrain.files import sha256
 
 
 @pytest.fixture
@@ -203,3 +204,32 @@ def test_an_old_step_outlives_a_newer_one_that_does_not_read_back(run, make_stat
         checkpointer.close()
     assert listing(run)[:2] == ["1", "1.manifest.json"]
     assert listing(run)[-2:] == ["4.corrupt", "4.corrupt.manifest.json"]
+
+
+def test_of_the_copies_without_manifest_only_the_newest_stays(run, make_state, caplog):
+    """Each interrupted save leaves one, as large as a step."""
+    for step, kept in ((3, "3.unverified"), (3, "3.unverified-2"), (10, "10.unverified")):
+        with Checkpointer(run) as checkpointer:
+            if str(step) not in listing(run):
+                checkpointer.save(step, make_state(step), {})
+                checkpointer.wait()
+            (run / f"{step}.manifest.json").unlink()
+            assert checkpointer.latest() == 2
+        assert [name for name in listing(run) if "unverified" in name] == [kept]
+    assert "removing " in caplog.text
+    assert "3.unverified-2" in caplog.text
+
+
+@pytest.mark.parametrize("step", [None, 3])
+def test_to_restore_the_newest_hashes_each_file_once(run, make_abstract, monkeypatch, step):
+    hashed = []
+    monkeypatch.setattr(manifest, "sha256", lambda path: hashed.append(path.name) or sha256(path))
+    files = sorted(path.name for path in files_of(run, 3) if path.name != "3.manifest.json")
+    with Checkpointer(run) as checkpointer:
+        if step is not None:
+            assert checkpointer.latest() == step
+            assert checkpointer.extra(step) == {"step": step}
+        assert checkpointer.restore(make_abstract(), step).extra == {"step": 3}
+        assert sorted(hashed) == files
+        checkpointer.restore(make_abstract(), 3)  # another time, long after
+        assert sorted(hashed) == sorted(2 * files)

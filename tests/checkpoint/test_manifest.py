@@ -5,6 +5,7 @@ import pytest
 
 from shardtrain.checkpoint import manifest
 from shardtrain.errors import UserError
+from shardtrain.files import sha256
 
 
 @pytest.fixture
@@ -87,3 +88,20 @@ def test_a_file_that_may_not_be_read_is_not_called_corrupt(open_path):
             manifest.problem(open_path, 1)
     finally:
         os.seteuid(0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 9])
+def test_shares_hash_each_file_once_together(step, monkeypatch, count):
+    hashed = []
+    monkeypatch.setattr(manifest, "sha256", lambda path: hashed.append(path.name) or sha256(path))
+    for index in range(count):
+        assert manifest.problem(step, 7, share=(index, count)) is None
+    assert sorted(hashed) == ["data", "empty", "index", "meta"]
+
+
+def test_a_share_finds_what_lies_in_it_and_what_is_missing_anywhere(step, damage):
+    damage(step / "7/state/index", "flip", np.random.default_rng(0))  # the second largest
+    assert manifest.problem(step, 7, share=(0, 2)) is None
+    assert "7/state/index" in manifest.problem(step, 7, share=(1, 2))
+    (step / "7/meta").unlink()
+    assert "7/meta is missing" in manifest.problem(step, 7, share=(0, 2))

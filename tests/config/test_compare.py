@@ -2,6 +2,7 @@
 
 import pytest
 
+from shardtrain import lr_schedules
 from shardtrain.config import ConfigError, changes, check_same_run, load_config
 
 
@@ -68,6 +69,38 @@ def test_more_steps_continue_a_run_that_keeps_its_schedule(base):
     assert problem.value == 300
     assert "run.steps" in problem.rule
     assert changes(old, load_config(base, ["run.steps=300", "optimizer.schedule.decay_steps=200"])) == []
+
+
+PLANS = ["type: cosine", "type: linear", "type: wsd", "type: wsd, decay_start: 150"]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("step", [200, 180, 40])
+def test_more_steps_of_a_decay_say_how_to_keep_and_how_to_plan_it_anew(base, plan, step):
+    """With numbers: what the rate would stay at, and what it would jump to."""
+    schedule = f"optimizer.schedule={{{plan}, warmup_steps: 20}}"
+    old, new = load_config(base, [schedule]), load_config(base, [schedule, "run.steps=400"])
+    before, after = (
+        lr_schedules.schedule(lr=config.optimizer.lr, **config.optimizer.schedule.model_dump()) for config in (old, new)
+    )
+    with pytest.raises(ConfigError, match="--allow-changes") as caught:
+        check_same_run(old.to_dict(), new, "runs/test", step)
+    (problem,) = caught.value.problems
+    assert "planned to decay until step 200" in problem.rule
+    assert f"optimizer.schedule.decay_steps=200 to keep that plan (it stays at {before(200):.3g}" in problem.fix
+    if before(step) == after(step):
+        assert f"at step {step} it is the same in both" in problem.fix
+    else:
+        assert f"it jumps from {before(step):.3g} to {after(step):.3g} at step {step}" in problem.fix
+    keeps = load_config(base, [schedule, "run.steps=400", "optimizer.schedule.decay_steps=200"])
+    check_same_run(old.to_dict(), keeps, "runs/test", step)
+
+
+@pytest.mark.parametrize("plan", ["type: constant", *(f"{plan}, decay_steps: 250" for plan in PLANS)])
+def test_more_steps_of_a_plan_that_does_not_follow_them_just_go_on(base, plan):
+    schedule = f"optimizer.schedule={{{plan}}}"
+    old, new = load_config(base, [schedule]), load_config(base, [schedule, "run.steps=400"])
+    check_same_run(old.to_dict(), new, "runs/test", 200)
 
 
 def test_only_the_author_knows_what_an_option_of_another_class_means(base, own_model):

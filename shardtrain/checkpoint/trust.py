@@ -1,0 +1,72 @@
+"""Which step is trusted: one decision of all processes, each of which hashes its share of the files, once."""
+
+import functools
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from shardtrain.checkpoint import agree, lifecycle, manifest
+from shardtrain.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+
+def newest(directory: Path) -> int | None:
+    """Cleans up, and returns the newest step that verifies; None when the run never had a trusted one.
+
+    Raises:
+        UserError: checkpoints exist or existed, and none of them can be trusted.
+    """
+    agree.by_process_zero(lambda: lifecycle.prepare(directory))
+    problems: list[str] = []
+    for step in _newest_first(directory):
+        problem = _problem(directory, step)
+        if problem is None:
+            return step
+        problems.append(problem)
+        agree.by_process_zero(functools.partial(lifecycle.set_corrupt_aside, directory, step, problem))
+    agree.by_process_zero(lambda: lifecycle.require_none_corrupt(directory, problems))
+    return None
+
+
+def newest_intact(directory: Path) -> int:
+    """The newest step that verifies, of a directory that is not ours to change; warns of each newer one.
+
+    Raises:
+        UserError: there is none.
+    """
+    for step in _newest_first(directory):
+        problem = _problem(directory, step)
+        if problem is None:
+            return step
+        _log.warning("checkpoint %d in %s is corrupt: %s; trying an older one", step, directory, problem)
+    raise UserError(f"no intact checkpoint in {directory}")
+
+
+def require_intact(directory: Path, step: int) -> None:
+    """Checks one step that was asked for by number; renames nothing.
+
+    Raises:
+        UserError: it does not exist, has no manifest, or differs from it.
+    """
+    agree.by_process_zero(lambda: lifecycle.require_sealed(directory, step))
+    lifecycle.require_no_problem(directory, step, _problem(directory, step))
+
+
+def _problem(directory: Path, step: int) -> str | None:
+    share = (jax.process_index(), jax.process_count())
+    return agree.first_found(lambda: manifest.problem(directory, step, share=share))
+
+
+def _newest_first(directory: Path) -> Iterator[int]:
+    """The steps with a manifest, as process 0 sees them."""
+    step = agree.by_process_zero(functools.partial(_newest_below, directory, None))
+    while step is not None:
+        yield step
+        step = agree.by_process_zero(functools.partial(_newest_below, directory, step))
+
+
+def _newest_below(directory: Path, limit: int | None) -> int | None:
+    return max((step for step in lifecycle.sealed(directory) if limit is None or step < limit), default=None)

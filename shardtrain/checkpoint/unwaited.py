@@ -1,0 +1,63 @@
+"""The end of a program that has not waited for its last save: Python then waits for it, or the program fails."""
+
+import atexit
+import os
+import sys
+import threading
+import traceback
+from typing import Protocol
+
+from shardtrain.errors import UserError
+
+
+class Saver(Protocol):
+    """Has a save under way."""
+
+    def wait(self) -> None:
+        """Blocks until it has ended, and raises what went wrong."""
+
+
+_ADVICE = (
+    "The program had ended while this was saved: call Checkpointer.close before, or use the Checkpointer in a `with` "
+    "statement"
+)
+_savers: set[Saver] = set()
+_failed = False
+
+
+def remember(saver: Saver) -> None:
+    """Has the end of the program wait for `saver`, which is kept alive until then."""
+    _savers.add(saver)
+
+
+def forget(saver: Saver) -> None:
+    """Somebody has waited for `saver`."""
+    _savers.discard(saver)
+
+
+def _wait() -> None:
+    global _failed
+    for saver in list(_savers):
+        try:
+            saver.wait()
+        except BaseException as error:
+            _failed = True
+            if isinstance(error, UserError):
+                print(f"error: {error}", file=sys.stderr)
+            else:
+                traceback.print_exception(error)
+            print(_ADVICE, file=sys.stderr)
+
+
+def _fail() -> None:
+    if _failed:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # what `atexit` calls cannot set the exit code in another way
+
+
+atexit.register(_fail)
+# By the time of `atexit`, thread pools are closed, and Orbax needs one until the end of a save: it would fail, loudly.
+# (So it does in the first releases of Python 3.12, which start no thread once the main one has ended.)
+getattr(threading, "_register_atexit", atexit.register)(_wait)
+os.register_at_fork(after_in_child=_savers.clear)  # the threads that save are not in the child
