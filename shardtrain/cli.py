@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
@@ -11,7 +12,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +20,10 @@ import shardtrain
 from shardtrain.cli_checkpoint import checkpoint_app
 from shardtrain.cli_schedule import schedule
 from shardtrain.errors import UserError
+
+if TYPE_CHECKING:
+    from shardtrain.config import RunConfig
+    from shardtrain.roll_call import RollCall
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(checkpoint_app, name="checkpoint")
@@ -85,30 +90,46 @@ def train(
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Number of processes of the run.")] = 1,
     process: Annotated[int, typer.Option(min=0, help="Number of this process.")] = 0,
+    join_timeout: Annotated[
+        float, typer.Option(min=1, metavar="SECONDS", help="How long processes wait for those that are late.")
+    ] = 120,
     debug: Debug = False,
 ) -> None:
     """Train, or resume where the run directory holds checkpoints. Ctrl-C saves; the same command goes on."""
     gc.set_threshold(100_000)  # imports and tracing make many objects and little garbage: a tenth of a warm start
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if processes == 1 and not process and coordinator is None:
-        _train(file, overrides, allow_changes, processes)
+        from shardtrain.config import load_config
+
+        _train(load_config(file, overrides or ()), allow_changes, processes)
     else:
         from shardtrain.processes import join, last_act
 
-        join(coordinator, processes, process)  # before the config's own model is imported, which may use JAX
+        others = join(coordinator, processes, process, join_timeout)  # before a model is imported, which may use JAX
         with last_act(report):
-            _train(file, overrides, allow_changes, processes)
+            _train(_same_config(file, overrides or (), others), allow_changes, processes)
 
 
-def _train(file: str, overrides: Sequence[str] | None, allow_changes: bool, processes: int) -> None:
+def _same_config(file: str, overrides: Sequence[str], others: RollCall) -> RunConfig:
+    """The config, once it is read on all processes and is the same."""
+    from shardtrain.alike import asked, together
+    from shardtrain.config import load_config
+
+    with contextlib.closing(others):
+        return together(
+            lambda: load_config(file, overrides),
+            lambda config: asked(config.to_dict(), config.model.load()),
+            others.exchange,
+        )
+
+
+def _train(config: RunConfig, allow_changes: bool, processes: int) -> None:
     import jax
 
-    from shardtrain.config import load_config
     from shardtrain.metrics import progress
     from shardtrain.run import Trainer
     from shardtrain.signals import stop_on_signals, stop_together
 
-    config = load_config(file, overrides or ())
     with (stop_together if processes > 1 else stop_on_signals)() as should_stop:
         start = time.perf_counter()
         print("preparing data and state ...", file=sys.stderr, flush=True)

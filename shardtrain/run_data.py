@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from jax.sharding import NamedSharding
 
-from shardtrain.checkpoint.agree import on_process_zero
+from shardtrain.alike import asked, software
+from shardtrain.checkpoint.agree import on_all, on_process_zero
 from shardtrain.config import RunConfig
 from shardtrain.data import Batch, Loader, Source, Tokenizer, open_source, split
 from shardtrain.errors import UserError
@@ -17,9 +19,31 @@ from shardtrain.errors import UserError
 def open_data(config: RunConfig, directory: Path) -> tuple[Source, Source | None, Tokenizer | None]:
     """Training rows, held-out rows (or None) and tokenizer (or None); process 0 writes what has to be prepared.
 
+    Several processes also compare what they were started with, whoever has started them: from here on they compute
+    together, and a difference would train wrongly or never end.
+
     Raises:
-      UserError: the data is missing or unfit, or too little is held out for one evaluation batch.
+      UserError: the data is missing or unfit, or too little is held out for one evaluation batch; or on another process
+        something else was asked for, opened or installed.
     """
+    return on_all(lambda: _open(config, directory), lambda opened: _told(config, opened))
+
+
+Opened = tuple[Source, Source | None, Tokenizer | None]
+
+
+def _told(config: RunConfig, opened: Opened) -> dict[str, Any]:
+    source, held_out, tokenizer = opened
+    return {
+        **software(),
+        **asked(config.to_dict(), config.model.load()),
+        "rows": f"{len(source)}, {source.fingerprint}",
+        "held-out rows": None if held_out is None else f"{len(held_out)}, {held_out.fingerprint}",
+        "tokenizer": None if tokenizer is None else tokenizer.fingerprint,
+    }
+
+
+def _open(config: RunConfig, directory: Path) -> Opened:
     data = config.data
 
     def open_it(write: bool) -> tuple[Source, Tokenizer | None]:

@@ -1,12 +1,13 @@
 """One decision for all processes: two that looked at the disk themselves might restore different steps."""
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from shardtrain.alike import together
 from shardtrain.errors import UserError
 
 T = TypeVar("T")
@@ -51,3 +52,20 @@ def on_process_zero(make: Callable[[], T]) -> T | None:
 
     by_process_zero(decide)
     return made
+
+
+def on_all(make: Callable[[], T], said: Callable[[T], Mapping[str, Any]]) -> T:
+    """What `make` makes, once it is made on every process and all say the same of it (see `alike.together`).
+
+    Raises:
+        UserError: `make` raised it on any process, or the processes differ.
+    """
+    return make() if jax.process_count() == 1 else together(make, said, _exchange)
+
+
+def _exchange(text: str) -> list[str]:
+    """The text of every process, by its number: first the lengths, then the bytes, padded to the longest."""
+    content = np.frombuffer(text.encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(content.size))
+    rows = multihost_utils.process_allgather(np.pad(content, (0, int(max(lengths)) - content.size)))
+    return [row[:length].tobytes().decode() for row, length in zip(rows, lengths, strict=True)]
