@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import platform
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -86,10 +87,18 @@ def software() -> dict[str, str]:
 
 
 def asked(config: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    """A resolved config as plain data, without what may differ, and the source of the model's class."""
+    """A resolved config as plain data, without what may differ, and the sources of what it names.
+
+    Args:
+      model: the model's class.
+    """
     keys = {key: value for key, value in _flat(config) if key not in FREE}
-    file = inspect.getsourcefile(model)
-    return keys | {"source of the model": _ABSENT if file is None else _digest(Path(file).read_bytes())}
+    paths = [value for value in keys.values() if isinstance(value, str) and ":" in value]
+    modules = {path: sys.modules.get(path.partition(":")[0]) for path in paths}  # those of import paths
+    named = {path: module.__file__ for path, module in modules.items() if module is not None}
+    files = {"the model": inspect.getsourcefile(model), **named}
+    sources = {name: _ABSENT if file is None else _digest(Path(file).read_bytes()) for name, file in files.items()}
+    return keys | {f"source of {name}": digest for name, digest in sources.items()}
 
 
 def _flat(value: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

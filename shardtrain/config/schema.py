@@ -191,7 +191,7 @@ class Sample(Section):
 class Pipeline(Section):
     """How a batch flows through the stages, once mesh.pipe > 1."""
 
-    schedule: str = "1f1b"  # a name that `shardtrain schedule --compare` shows, or a .csv file
+    schedule: str = "1f1b"  # of `shardtrain schedule --compare`, a .csv file, or package.module:function
     microbatches: Count = 8
     chunks: Count = 1  # stages on each rank
     backward: Literal["remat", "save"] = "remat"  # compute each stage again in its backward pass, or keep its residuals
