@@ -20,6 +20,7 @@ import shardtrain
 from shardtrain.cli_checkpoint import checkpoint_app
 from shardtrain.cli_schedule import schedule
 from shardtrain.errors import UserError
+from shardtrain.streams import safe_streams
 
 if TYPE_CHECKING:
     from shardtrain.config import RunConfig
@@ -39,13 +40,36 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 def main() -> None:
     """Entry point: a user's mistake is one message and exit code 2."""
-    sys.path.append(os.getcwd())  # `type: my_model:MyModel` finds a file beside the user, as under `python -m`
+    with safe_streams() as output:
+        code = _run()
+        sys.stdout.flush()
+        # What `train` made is on the disk. The other commands are what they print.
+        if not code and output is not None and output.lost is not None and sys.argv[1:2] != ["train"]:
+            code = 2
+            if not isinstance(output.lost, BrokenPipeError):  # as `| head` leaves
+                print(f"error: standard output cannot be written: {output.lost.strerror}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Run the command; its exit code."""
     try:
+        sys.path.append(_here())  # `type: my_model:MyModel` finds a file beside the user, as under `python -m`
         app()
+    except SystemExit as end:  # how typer ends
+        return int(end.code or 0)
     except (UserError, OSError) as error:
         if "--debug" in sys.argv:
             raise
-        sys.exit(report(error))
+        return report(error)
+    return 0
+
+
+def _here() -> str:
+    try:
+        return os.getcwd()
+    except OSError as error:
+        raise UserError(f"the current directory cannot be used: {error.strerror}; cd to one that exists") from error
 
 
 def report(error: BaseException) -> int:
@@ -56,8 +80,8 @@ def report(error: BaseException) -> int:
     if isinstance(error, UserError):
         print(f"error: {error}", file=sys.stderr)
     else:  # a full disk, missing permissions
-        where = f" {error.filename}" if error.filename else ""
-        print(f"error: {error.strerror or error}:{where}; correct that and run the same command again", file=sys.stderr)
+        where = f": {error.filename}" if error.filename else ""
+        print(f"error: {error.strerror or error}{where}; correct that and run the same command again", file=sys.stderr)
     return 2
 
 
@@ -148,7 +172,7 @@ def _train(config: RunConfig, allow_changes: bool, processes: int) -> None:
             else:
                 print(f"done: {run.step} steps; results in {run.directory}")
                 if (sample := run.directory / "sample.txt").exists():
-                    print(sample.read_text().rstrip())
+                    print(sample.read_text(encoding="utf-8").rstrip())
         else:
             run.fit()
 

@@ -80,8 +80,9 @@ def cuda_capability(device: jax.Device) -> float | None:
     AMD's GPUs have names there (`gfx942`). The client's version would not do: that of compile-only devices
     (`jax.experimental.topologies`) does not say CUDA.
     """
-    capability = getattr(device, "compute_capability", None) if device.platform in ("gpu", "cuda") else None
-    return float(capability) if re.fullmatch(r"\d+\.\d+", str(capability)) else None
+    capability = str(getattr(device, "compute_capability", ""))
+    is_gpu = device.platform in ("gpu", "cuda")
+    return float(capability) if is_gpu and re.fullmatch(r"\d+\.\d+", capability) else None
 
 
 def compiler_options(

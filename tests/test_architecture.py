@@ -16,6 +16,7 @@ ROOMS = [
     "import_path",
     "closing",
     "files",
+    "streams",
     "alike",
     "xla",
     "compile_cache",

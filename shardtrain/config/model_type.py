@@ -56,7 +56,7 @@ class ModelType:
         Raises:
           pydantic.ValidationError: an option that is missing, unknown or of another type.
         """
-        model = self.schema.model_validate_json(json.dumps(given))
+        model = self.schema.model_validate_json(plain_json(given, "model"))
         skipped = {
             key
             for key, field in self.schema.model_fields.items()
@@ -70,6 +70,19 @@ class ModelType:
         model = self.schema.model_validate_json(json.dumps(options))
         fields = self.schema.model_fields.items()
         return {str(info.alias): getattr(model, key) for key, info in fields if key in model.model_fields_set}
+
+
+def plain_json(value: Any, path: str) -> str:
+    """Plain data as JSON.
+
+    Raises:
+      ConfigError: it holds something else (an array, a path), or has no end.
+    """
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        fix = "write text, numbers, true, false, null, and lists and mappings of them"
+        raise ConfigError([Problem(path, None, f"must be plain data: {error}", fix)]) from error
 
 
 def _builtin(name: str) -> type:

@@ -166,17 +166,22 @@ def check_data_path(data: Data) -> Iterator[Problem]:
     """Files exist: each path is a file, a folder that is not empty, or a pattern that matches something."""
     paths = (data.path,) if isinstance(data.path, str) else data.path or ()
     for path in paths if data.type in ("text", "tokens") else ():
-        where = Path(path).expanduser()
-        if where.is_dir() and next(where.iterdir(), None) is None:
+        where = os.path.expanduser(path)
+        try:
+            is_empty = os.path.isdir(where) and not os.listdir(where)
+        except OSError as error:
+            yield Problem("data.path", path, f"the folder cannot be read: {error.strerror}", "make it readable")
+            continue
+        if is_empty:
             yield Problem("data.path", path, "the folder is empty", "put files there, or name another folder")
-        elif not where.exists() and not glob.glob(str(where), recursive=True):
-            here = "" if where.is_absolute() else f"; it is relative to the current directory, {Path.cwd()}"
+        elif not os.path.exists(where) and not glob.glob(where, recursive=True):
+            here = "" if os.path.isabs(where) else f"; it is relative to the current directory, {Path.cwd()}"
             yield Problem("data.path", path, "there is no such file or folder", f"check the path{here}")
 
 
 def check_init_from(init_from: str) -> Iterator[Problem]:
     """The run to start from exists."""
-    if not Path(init_from).is_dir():
+    if not os.path.isdir(init_from):
         fix = "name a run directory, or a step below its checkpoints/"
         yield Problem("init_from", init_from, "there is no such directory", fix)
 

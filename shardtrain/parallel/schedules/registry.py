@@ -34,6 +34,7 @@ class Entry:
     chunks: int
 
 
+_MOST_CELLS = 2**24
 _ENTRIES: dict[str, Entry] = {}
 
 #: Every registered schedule by its name.
@@ -107,6 +108,11 @@ def make(name: str, ranks: int, microbatches: int, chunks: int = 1) -> Schedule:
     for what, size in sizes.items():
         if size < 1:
             raise UserError(f"pipeline {what} {size} must be 1 or more")
+    if (cells := ranks * chunks * (microbatches + ranks)) > _MOST_CELLS:
+        raise UserError(
+            f"pipeline ranks {ranks} x chunks {chunks} x (microbatches {microbatches} + ranks) = {cells:,} is above "
+            f"{_MOST_CELLS:,}, the largest table of a schedule; use fewer"
+        )
     schedule = from_csv(name) if name.endswith(".csv") else get(name).build(ranks, microbatches, chunks)
     if not isinstance(schedule, Schedule):
         raise UserError(
