@@ -60,6 +60,11 @@ def _open(config: RunConfig, directory: Path) -> Opened:
         )
 
     source, tokenizer = on_process_zero(lambda: open_it(write=True)) or open_it(write=False)
+    if config.sample.prompt is not None and tokenizer is None:
+        raise UserError(
+            f"sample.prompt {config.sample.prompt!r} needs a tokenizer, and data.type {data.type} has none; set "
+            "sample.prompt=null"
+        )
     if data.held_out == 0:
         return source, None, tokenizer
     source, held_out = split(source, data.held_out)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from shardtrain.config.errors import Problem
 from shardtrain.config.schema import Data, Devices, Model, Optimizer, Run, Sample, Xla
+from shardtrain.data.catalog import check_type
 from shardtrain.errors import UserError, did_you_mean
 from shardtrain.nn.remat import ACTIVATIONS, check_names, remat_names
 from shardtrain.optim import OPTIMIZERS
@@ -22,7 +23,8 @@ POSITIVE = (
     *("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size", "sliding_window"),
     *("loss_chunk", "rope_theta", "norm_eps", "logit_soft_cap"),
 )
-TEXT_TYPES = ("corpus", "text")
+#: Types without a tokenizer. (Whether one of the user's own has one, is known once it is open.)
+TOKEN_TYPES = ("tokens", "synthetic")
 
 
 def check_devices_section(devices: Devices) -> Iterator[Problem]:
@@ -78,6 +80,15 @@ def check_heads(model: Model) -> Iterator[Problem]:
         yield Problem("model.n_kv_heads", groups, f"must divide model.n_heads = {heads}", fix)
 
 
+def check_data_type(data: Data) -> Iterator[Problem]:
+    """There is such a type; one of the user's own takes the settings that are given."""
+    try:
+        check_type(data.type, path=data.path, tokenizer=data.tokenizer, tokenizer_vocab=data.vocab_size)
+    except UserError as error:
+        rule, _, fix = str(error).partition("; ")
+        yield Problem("data.type", data.type, rule, fix)
+
+
 def check_data(data: Data) -> Iterator[Problem]:
     """Settings that the data's type does not use, or needs."""
     if data.type in ("text", "tokens") and not data.path:
@@ -85,10 +96,10 @@ def check_data(data: Data) -> Iterator[Problem]:
         yield Problem("data.path", data.path, rule, "set data.path to where they are")
     if data.type == "tokens" and isinstance(data.path, tuple):
         yield Problem("data.path", data.path, "data.type tokens reads one file", "join the files into one")
-    if data.type not in ("text", "tokens") and data.path is not None:
+    if data.type in ("corpus", "synthetic") and data.path is not None:
         rule = f"data.type {data.type} reads no files"
         yield Problem("data.path", data.path, rule, "set data.path=null, or data.type to text or tokens")
-    if data.type not in TEXT_TYPES and data.tokenizer is not None:
+    if data.type in TOKEN_TYPES and data.tokenizer is not None:
         rule = f"data.type {data.type} is no text, so there is nothing to tokenize"
         yield Problem("data.tokenizer", data.tokenizer, rule, "set data.tokenizer=null")
 
@@ -157,7 +168,7 @@ def check_schedule(optimizer: Optimizer) -> Iterator[Problem]:
 
 def check_sample(sample: Sample, data: Data) -> Iterator[Problem]:
     """A prompt needs a tokenizer."""
-    if sample.prompt is not None and data.type not in TEXT_TYPES:
+    if sample.prompt is not None and data.type in TOKEN_TYPES:
         rule = f"text needs a tokenizer, and data.type {data.type} has none"
         yield Problem("sample.prompt", sample.prompt, rule, "set sample.prompt=null")
 
