@@ -19,7 +19,7 @@ from typing import Any
 
 from shardtrain.errors import UserError
 
-_GREETING, _MOST_BYTES = "shardtrain 1", 2**24
+_GREETING, _MOST_BYTES = "shardtrain 1", 2**28
 _PAUSE_S, _GRACE_S = 0.2, 10.0
 #: How long one that is there may take to read its config.
 _TALK_S = 300.0
@@ -77,7 +77,8 @@ class RollCall:
                 answer = self._peers[0].receive(_TALK_S + _GRACE_S)
             if isinstance(answer, str):
                 raise UserError(answer)
-            return list(answer)
+            texts, whose = answer
+            return [texts[index] for index in whose]
         said, deadline = [text], time.monotonic() + _TALK_S
         try:
             for number, peer in sorted(self._peers.items()):
@@ -86,7 +87,8 @@ class RollCall:
         except UserError as error:
             _tell(self._peers.values(), str(error))
             raise
-        _tell(self._peers.values(), said)
+        texts = list(dict.fromkeys(said))  # one, when all goes well: what goes out would else grow with their square
+        _tell(self._peers.values(), [texts, [texts.index(each) for each in said]])
         return said
 
     def close(self) -> None:
