@@ -13,6 +13,7 @@ from shardtrain.config.errors import Problem
 from shardtrain.config.schema import Data, Devices, Model, Optimizer, Run, Sample, Xla
 from shardtrain.data.catalog import check_type
 from shardtrain.errors import UserError, did_you_mean
+from shardtrain.mesh import divisors
 from shardtrain.nn.remat import ACTIVATIONS, check_names, remat_names
 from shardtrain.optim import OPTIMIZERS
 
@@ -76,7 +77,7 @@ def check_heads(model: Model) -> Iterator[Problem]:
         rule = f"without model.head_dim a head has d_model / n_heads = {width} / {heads} dims: no whole number"
         yield Problem("model.n_heads", heads, rule, "choose n_heads that divides d_model, or set model.head_dim")
     if isinstance(groups, int) and groups > 0 and heads % groups:
-        fix = f"use one of {[d for d in range(1, heads + 1) if heads % d == 0]}"
+        fix = f"use one of {divisors(heads)}"
         yield Problem("model.n_kv_heads", groups, f"must divide model.n_heads = {heads}", fix)
 
 

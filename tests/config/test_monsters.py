@@ -55,6 +55,14 @@ def test_a_monster_is_refused_in_a_few_lines_and_at_once(tmp_path, name):
     assert "\0" not in str(found.value)
 
 
+@pytest.mark.parametrize("override", ["devices.emulate", "mesh.fsdp", "mesh.pipe", "data.global_batch", "data.seq_len"])
+def test_a_monstrous_number_is_judged_at_once(override):
+    begun = time.monotonic()
+    with pytest.raises(ConfigError):
+        load_config(CONFIG, [f"{override}=9223372036854775807", "pipeline.microbatches=3"], check_files=False)
+    assert time.monotonic() - begun < 10
+
+
 def test_a_pipe_that_nobody_writes_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.yaml")
     with pytest.raises(ConfigError, match="cannot be read: it is a pipe or a device"):
