@@ -1,5 +1,6 @@
 """Processes that were started with something else: found out before the first step, on each of them."""
 
+import os
 import re
 
 import numpy as np
@@ -92,7 +93,7 @@ def test_another_release_is_told_on_each_process(tmp_path, folders, monkeypatch)
     fake.mkdir(parents=True)
     (fake / "METADATA").write_text("Metadata-Version: 2.1\nName: optax\nVersion: 9.9\n")
     with start(first, folder=folders[0]) as (zero,):
-        monkeypatch.setenv("PYTHONPATH", str(fake.parent))
+        monkeypatch.setenv("PYTHONPATH", str(fake.parent), prepend=os.pathsep)
         with start(second, folder=folders[1]) as (one,):
             assert [zero.end(60), one.end(60)] == [2, 2]
             for output in (zero.output, one.output):
