@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
@@ -11,7 +12,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +20,11 @@ import shardtrain
 from shardtrain.cli_checkpoint import checkpoint_app
 from shardtrain.cli_schedule import schedule
 from shardtrain.errors import UserError
+from shardtrain.streams import safe_streams
+
+if TYPE_CHECKING:
+    from shardtrain.config import RunConfig
+    from shardtrain.roll_call import RollCall
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(checkpoint_app, name="checkpoint")
@@ -34,13 +40,36 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 def main() -> None:
     """Entry point: a user's mistake is one message and exit code 2."""
-    sys.path.append(os.getcwd())  # `type: my_model:MyModel` finds a file beside the user, as under `python -m`
+    with safe_streams() as output:
+        code = _run()
+        sys.stdout.flush()
+        # What `train` made is on the disk. The other commands are what they print.
+        if not code and output is not None and output.lost is not None and sys.argv[1:2] != ["train"]:
+            code = 2
+            if not isinstance(output.lost, BrokenPipeError):  # as `| head` leaves
+                print(f"error: standard output cannot be written: {output.lost.strerror}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Run the command; its exit code."""
     try:
+        sys.path.append(_here())  # `type: my_model:MyModel` finds a file beside the user, as under `python -m`
         app()
+    except SystemExit as end:  # how typer ends
+        return int(end.code or 0)
     except (UserError, OSError) as error:
         if "--debug" in sys.argv:
             raise
-        sys.exit(report(error))
+        return report(error)
+    return 0
+
+
+def _here() -> str:
+    try:
+        return os.getcwd()
+    except OSError as error:
+        raise UserError(f"the current directory cannot be used: {error.strerror}; cd to one that exists") from error
 
 
 def report(error: BaseException) -> int:
@@ -51,8 +80,8 @@ def report(error: BaseException) -> int:
     if isinstance(error, UserError):
         print(f"error: {error}", file=sys.stderr)
     else:  # a full disk, missing permissions
-        where = f" {error.filename}" if error.filename else ""
-        print(f"error: {error.strerror or error}:{where}; correct that and run the same command again", file=sys.stderr)
+        where = f": {error.filename}" if error.filename else ""
+        print(f"error: {error.strerror or error}{where}; correct that and run the same command again", file=sys.stderr)
     return 2
 
 
@@ -85,36 +114,51 @@ def train(
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Number of processes of the run.")] = 1,
     process: Annotated[int, typer.Option(min=0, help="Number of this process.")] = 0,
+    join_timeout: Annotated[
+        float, typer.Option(min=1, metavar="SECONDS", help="How long processes wait for those that are late.")
+    ] = 120,
     debug: Debug = False,
 ) -> None:
     """Train, or resume where the run directory holds checkpoints. Ctrl-C saves; the same command goes on."""
     gc.set_threshold(100_000)  # imports and tracing make many objects and little garbage: a tenth of a warm start
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if processes == 1 and not process and coordinator is None:
-        _train(file, overrides, allow_changes, processes)
+        from shardtrain.config import load_config
+
+        _train(load_config(file, overrides or ()), allow_changes, processes)
     else:
         from shardtrain.processes import join, last_act
 
-        join(coordinator, processes, process)  # before the config's own model is imported, which may use JAX
+        others = join(coordinator, processes, process, join_timeout)  # before a model is imported, which may use JAX
         with last_act(report):
-            _train(file, overrides, allow_changes, processes)
+            _train(_same_config(file, overrides or (), others), allow_changes, processes)
 
 
-def _train(file: str, overrides: Sequence[str] | None, allow_changes: bool, processes: int) -> None:
+def _same_config(file: str, overrides: Sequence[str], others: RollCall) -> RunConfig:
+    """The config, once it is read on all processes and is the same."""
+    from shardtrain.alike import asked, together
+    from shardtrain.config import load_config
+
+    with contextlib.closing(others):
+        return together(
+            lambda: load_config(file, overrides),
+            lambda config: asked(config.to_dict(), config.model.load()),
+            others.exchange,
+        )
+
+
+def _train(config: RunConfig, allow_changes: bool, processes: int) -> None:
     import jax
 
-    from shardtrain.config import load_config
     from shardtrain.metrics import progress
     from shardtrain.run import Trainer
     from shardtrain.signals import stop_on_signals, stop_together
     from shardtrain.stuck import explained
-    from shardtrain.terminal import say
 
-    config = load_config(file, overrides or ())
     signals = stop_together if processes > 1 else stop_on_signals
-    with explained(lambda line: say(line, sys.stderr)), signals() as stop:
+    with explained(lambda line: print(line, file=sys.stderr, flush=True)), signals() as stop:
         start = time.perf_counter()
-        say("preparing data and state ...", sys.stderr)
+        print("preparing data and state ...", file=sys.stderr, flush=True)
         run = Trainer.from_config(
             config,
             should_stop=stop,
@@ -123,21 +167,21 @@ def _train(file: str, overrides: Sequence[str] | None, allow_changes: bool, proc
             processes=processes,
         )
         stop.run = run
-        say(f"prepared in {time.perf_counter() - start:.1f} s", sys.stderr)
+        print(f"prepared in {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
         if run.step >= run.steps:
             run.fit()
-            say(f"the run in {run.directory} is finished: {run.step} of {run.steps} steps; nothing to do")
+            print(f"the run in {run.directory} is finished: {run.step} of {run.steps} steps; nothing to do")
         elif jax.process_index() == 0:
             with progress(run.steps, run.step) as run.display:
                 for line in summary(run):
                     run.display.message(line)
                 run.fit()
             if run.stopped_early:
-                say(f"stopped and saved after step {run.step}; to resume:\n  {resume_command()}")
+                print(f"stopped and saved after step {run.step}; to resume:\n  {resume_command()}")
             else:
-                say(f"done: {run.step} steps; results in {run.directory}")
+                print(f"done: {run.step} steps; results in {run.directory}")
                 if (sample := run.directory / "sample.txt").exists():
-                    say(sample.read_text().rstrip())
+                    print(sample.read_text(encoding="utf-8").rstrip())
         else:
             run.fit()
 

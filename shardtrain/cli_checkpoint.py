@@ -33,7 +33,10 @@ def checkpoint_list(directory: Directory, debug: Debug = False) -> None:
         )
         for record in list_steps(directory)
     ]
-    _print_table(("step", "status", "size", "saved", ""), rows)
+    if rows:
+        _print_table(("step", "status", "size", "saved", ""), rows)
+    else:
+        print(f"{directory} holds no checkpoint yet")
 
 
 @checkpoint_app.command("verify")
@@ -86,7 +89,7 @@ def checkpoint_show(
         lines = list(
             difflib.unified_diff(
                 dump(extra["config"]).splitlines(),
-                stored.read_text().splitlines(),
+                stored.read_text(encoding="utf-8").splitlines(),
                 "checkpoint",
                 "now",
                 "",

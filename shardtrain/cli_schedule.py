@@ -12,7 +12,8 @@ from shardtrain.errors import UserError
 
 def schedule(
     name: Annotated[
-        str | None, typer.Argument(help="Schedule, such as 1f1b, or a CSV file.", show_default=False)
+        str | None,
+        typer.Argument(help="Schedule, such as 1f1b, package.module:function, or a CSV file.", show_default=False),
     ] = None,
     ranks: Annotated[int, typer.Option(help="Size of the mesh axis `pipe`.")] = 4,
     microbatches: Annotated[int, typer.Option(help="Microbatches per step.")] = 8,
@@ -39,12 +40,12 @@ def draw_schedule(
     """Print schedules to the terminal, and draw them into a file. All phases take equal time, B as much as two.
 
     Args:
-      name: of the schedule, or the path of a CSV file.
+      name: of the schedule, its import path, or the path of a CSV file.
       ranks: size of the mesh axis `pipe`.
       microbatches: per step.
       chunks: on each rank; `None` for what suits the schedule.
       out: picture to write.
-      compare: all registered schedules (and `name`, if it is a file), in a table.
+      compare: all registered schedules (and `name`, if it is another), in a table.
       published: also the orders as published.
 
     Raises:
@@ -55,7 +56,10 @@ def draw_schedule(
     from shardtrain.parallel.schedules import draw, make, registered, textbook
 
     if name is None and not compare:
-        raise UserError(f"name a schedule ({', '.join(registered)}, or a .csv file), or say --compare to see all")
+        raise UserError(
+            f"name a schedule ({', '.join(registered)}, package.module:function, or a .csv file), or say --compare to "
+            "see all"
+        )
     names = sorted(registered, key=lambda each: registered[each].chunks) if compare else []
     if name is not None and name not in names:
         names.append(name)

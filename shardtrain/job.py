@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -116,20 +116,24 @@ class Job:
         return Speed(data.global_batch * data.seq_len, flops, None if peak is None else peak * devices.size)
 
 
-def build(config: RunConfig, *, processes: int = 1) -> Job:
+def build(config: RunConfig, *, processes: int = 1, devices: Sequence[jax.Device] | None = None) -> Job:
     """Assemble the parts that a config names. Starts JAX's backend; makes no array and touches no file.
 
     Args:
       processes: how many processes share emulated devices.
+      devices: take these, and look neither at the config's `devices` nor at its `xla.environment`. They may be
+        compile-only ones (`jax.experimental.topologies`), whose steps can be compiled and read, but not run.
 
     Raises:
       UserError: the devices are missing or do not fit the mesh, the rules cannot lay the model out on it, a
         pipeline cannot gather its weights once per step, or XLA does not know a flag.
     """
-    set_environment(config.xla.environment)
-    devices = select_devices(config.devices.platform, config.devices.emulate, processes)
+    if devices is None:
+        set_environment(config.xla.environment)
+        devices = select_devices(config.devices.platform, config.devices.emulate, processes)
     check_devices(config, len(devices))
-    options = compiler_options(config.xla.preset, config.xla.options, jax.local_devices()[0])
+    here = [device for device in devices if device.process_index == jax.process_index()]
+    options = compiler_options(config.xla.preset, config.xla.options, (here or devices)[0])
     sizes = config.mesh.model_dump()
     max_replicated = sizes.pop("max_replicated")
     mesh = MeshSpec(**sizes).build(devices)

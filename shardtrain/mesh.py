@@ -133,8 +133,9 @@ def interleave(devices: np.ndarray) -> np.ndarray:
 
 
 def divisors(n: int) -> list[int]:
-    """All positive divisors of `n`, ascending."""
-    return [d for d in range(1, n + 1) if n % d == 0]
+    """All positive divisors of `n`, ascending; above 10**12 those up to a million, and what they leave."""
+    low = [d for d in range(1, min(math.isqrt(n), 10**6) + 1) if n % d == 0]
+    return sorted({*low, *(n // d for d in low)})
 
 
 def select_devices(platform: Platform = "auto", emulate: int | None = None, processes: int = 1) -> list[jax.Device]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ import optax
 from jax.tree_util import tree_map_with_path
 
 from shardtrain.errors import UserError, did_you_mean
+from shardtrain.import_path import NotFoundError, find
 from shardtrain.layout import Path, dotted, shardings_like
 from shardtrain.moments import Moments, with_moments
 from shardtrain.nn.param import Role, Weight
@@ -122,12 +122,9 @@ def _factory(type: str) -> Callable[..., Transform]:
         near = did_you_mean(type, OPTIMIZERS)
         raise UserError(f"optimizer type {type!r} does not exist; {near} (or give an import path such as optax.lamb)")
     try:
-        found = importlib.import_module(module)
-    except (ImportError, TypeError) as error:  # TypeError: a relative path
-        raise UserError(f"optimizer type {type!r}: {module} does not import ({error}); correct the path") from error
-    if not callable(factory := getattr(found, name, None)):
-        raise UserError(f"optimizer type {type!r}: {module} has no factory {name!r}; {did_you_mean(name, dir(found))}")
-    return factory
+        return find(f"{module}:{name}", "factory")
+    except NotFoundError as error:
+        raise UserError(f"optimizer type {type!r}: {error}") from error
 
 
 def _check_options(type: str, factory: Callable[..., Transform], options: dict[str, Any]) -> None:

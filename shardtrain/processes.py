@@ -10,24 +10,34 @@ from collections.abc import Callable, Iterator
 
 import jax
 
+from shardtrain.alike import software, together
 from shardtrain.errors import UserError
+from shardtrain.roll_call import RollCall, gather
 
 _HEARTBEAT_S = 30  # a process of which nothing was heard for so long is dead, and all others end
 _HOUR = 3600  # at the end, the others wait while process 0 hashes the last checkpoint
 _REFUSED, _PATIENCE_S = 2, 10
 
 
-def join(coordinator: str | None, processes: int, process: int) -> None:
-    """Start JAX's distributed runtime; it must come before anything else of JAX.
+def join(coordinator: str | None, processes: int, process: int, patience: float) -> RollCall:
+    """Meet the other processes and start JAX's distributed runtime; it must come before anything else of JAX.
+
+    Args:
+      patience: seconds to wait for processes that are late.
+
+    Returns:
+      The connections to the others, for what has to be compared before JAX computes anything.
 
     Raises:
-      UserError: numbers that do not fit, or no coordinator.
+      UserError: numbers that do not fit, or no coordinator; a process that does not come, or has other software.
     """
     if coordinator is None or process >= processes or processes == 1:
         raise UserError(
             f"--processes {processes}, --process {process}, --coordinator {coordinator}: several processes need "
             "--processes 2 or more, --process from 0 to one less, and --coordinator HOST:PORT, the same for all"
         )
+    roll_call = gather(coordinator, processes, process, patience)
+    together(software, lambda found: found, roll_call.exchange)
     # Unless told, the coordinator would listen on every interface; its traffic is neither authenticated nor encrypted.
     jax.distributed.initialize(
         coordinator,
@@ -38,6 +48,7 @@ def join(coordinator: str | None, processes: int, process: int) -> None:
         heartbeat_timeout_seconds=_HEARTBEAT_S,
         shutdown_timeout_seconds=_HOUR,
     )
+    return roll_call
 
 
 @contextlib.contextmanager

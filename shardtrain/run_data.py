@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from jax.sharding import NamedSharding
 
-from shardtrain.checkpoint.agree import on_process_zero
+from shardtrain.alike import asked, software
+from shardtrain.checkpoint.agree import on_all, on_process_zero
 from shardtrain.config import RunConfig
 from shardtrain.data import Batch, Loader, Rows, Source, Tokenizer, open_source, split
 from shardtrain.data.rows import check_last_batch
+from shardtrain.errors import UserError
 
 
 def open_data(
@@ -18,12 +21,34 @@ def open_data(
 ) -> tuple[Source, Source | None, Tokenizer | None]:
     """Training rows, held-out rows (or None) and tokenizer (or None); process 0 writes what has to be prepared.
 
+    Several processes also compare what they were started with, whoever has started them: from here on they compute
+    together, and a difference would train wrongly or never end.
+
     Args:
       should_stop: polled while text is tokenised; True ends that.
 
     Raises:
-      UserError: the data is missing or unfit, or rows that fill up an evaluation's last batch would count.
+      UserError: the data is missing or unfit, or rows that fill up an evaluation's last batch would count; or on
+        another process something else was asked for, opened or installed.
     """
+    return on_all(lambda: _open(config, directory, should_stop), lambda opened: _told(config, opened))
+
+
+Opened = tuple[Source, Source | None, Tokenizer | None]
+
+
+def _told(config: RunConfig, opened: Opened) -> dict[str, Any]:
+    source, held_out, tokenizer = opened
+    return {
+        **software(),
+        **asked(config.to_dict(), config.model.load()),
+        "rows": f"{len(source)}, {source.fingerprint}",
+        "held-out rows": None if held_out is None else f"{len(held_out)}, {held_out.fingerprint}",
+        "tokenizer": None if tokenizer is None else tokenizer.fingerprint,
+    }
+
+
+def _open(config: RunConfig, directory: Path, should_stop: Callable[[], bool] | None) -> Opened:
     data = config.data
 
     def open_it(write: bool) -> tuple[Source, Tokenizer | None]:
@@ -41,6 +66,11 @@ def open_data(
         )
 
     source, tokenizer = on_process_zero(lambda: open_it(write=True)) or open_it(write=False)
+    if config.sample.prompt is not None and tokenizer is None:
+        raise UserError(
+            f"sample.prompt {config.sample.prompt!r} needs a tokenizer, and data.type {data.type} has none; set "
+            "sample.prompt=null"
+        )
     if data.held_out == 0:
         return source, None, tokenizer
     source, held_out = split(source, data.held_out)

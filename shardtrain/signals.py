@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from jax.experimental import multihost_utils
 from rich.console import Console
 
-from shardtrain.terminal import say
 from shardtrain.trainer import Loop
 
 
@@ -43,9 +42,9 @@ class Stop:
         name = signal.Signals(number).name
         if not self.asked:
             self.asked = True
-            say(f"{name}: {self._plan()}", sys.stderr)
+            print(f"{name}: {self._plan()}", file=sys.stderr, flush=True)
         elif number != signal.SIGHUP:  # a terminal that closes may send several
-            say(f"{name} again: stopped at once, losing {self._lost()}", sys.stderr)
+            print(f"{name} again: stopped at once, losing {self._lost()}", file=sys.stderr, flush=True)
             Console().show_cursor()  # which a live display hides
             os._exit(128 + number)
 
@@ -79,7 +78,7 @@ class StopTogether(Stop):
             self._agreed = True
             if not self.asked:
                 self.asked = True
-                say(f"one of the processes is to stop: {self._plan()}", sys.stderr)
+                print(f"one of the processes is to stop: {self._plan()}", file=sys.stderr, flush=True)
         return self._agreed
 
     def receive(self, number: int) -> None:

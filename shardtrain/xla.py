@@ -74,6 +74,17 @@ GPU_DEFAULT: tuple[Choice, ...] = (
 _START_ONLY = {"xla_force_host_platform_device_count": "use devices.emulate"}
 
 
+def cuda_capability(device: jax.Device) -> float | None:
+    """Compute capability of an NVIDIA GPU, such as 9.0; `None` of any other device.
+
+    AMD's GPUs have names there (`gfx942`). The client's version would not do: that of compile-only devices
+    (`jax.experimental.topologies`) does not say CUDA.
+    """
+    capability = str(getattr(device, "compute_capability", ""))
+    is_gpu = device.platform in ("gpu", "cuda")
+    return float(capability) if is_gpu and re.fullmatch(r"\d+\.\d+", capability) else None
+
+
 def compiler_options(
     preset: Preset = "none", options: Mapping[str, Value] | None = None, device: jax.Device | None = None
 ) -> dict[str, Value]:
@@ -91,13 +102,13 @@ def compiler_options(
         read only from the environment; a GPU preset for other devices.
     """
     device = jax.devices()[0] if device is None else device
-    kind = "gpu" if device.platform in ("gpu", "cuda") else device.platform
-    if preset == "gpu-default" and kind != "gpu":
+    kind, nvidia = "gpu" if device.platform == "cuda" else device.platform, cuda_capability(device) is not None
+    if preset == "gpu-default" and not nvidia:
         raise UserError(
             f"xla.preset gpu-default is for NVIDIA GPUs, and the devices are {device.platform}; use xla.preset=auto, "
             "which takes it on GPUs only, or none"
         )
-    chosen = _known(GPU_DEFAULT, device) if kind == "gpu" and preset != "none" else {}
+    chosen = _known(GPU_DEFAULT, device) if nvidia and preset != "none" else {}
     for flag, value in (options or {}).items():
         _require(flag, value, kind, device)
     return {**chosen, **(options or {})}

@@ -189,10 +189,15 @@ def start(*commands: tuple[object, ...], folder: Path) -> Iterator[list[Process]
             process.kill()
 
 
-def pair(directory: Path, *overrides: str) -> list[tuple[object, ...]]:
-    """The two commands of a run of two processes of four devices each."""
+def free_address() -> str:
+    """HOST:PORT on this machine, where nobody listens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def pair(directory: Path, *overrides: str) -> list[tuple[object, ...]]:
+    """The two commands of a run of two processes of four devices each."""
+    address = free_address()
     command = ("train", CONFIG, f"run.dir={directory}", *overrides)
     return [(*command, "--coordinator", address, "--processes", 2, "--process", i) for i in range(2)]

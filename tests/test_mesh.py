@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType
 
 from shardtrain.errors import UserError
-from shardtrain.mesh import AXES, MeshSpec, interleave, select_devices
+from shardtrain.mesh import AXES, MeshSpec, divisors, interleave, select_devices
 
 SIZES = st.lists(st.sampled_from([1, 1, 2, 3, 4, 5]), min_size=7, max_size=7)
 
@@ -172,3 +172,9 @@ def test_emulation_is_of_cpus_and_divides_over_processes():
     with pytest.raises(UserError, match=r"emulate 8 does not divide over 3 processes"):
         select_devices(emulate=8, processes=3)
     assert select_devices(emulate=8) == jax.devices()
+
+
+def test_divisors_are_all_of_them():
+    for number in (1, 2, 36, 97, 360, 1024):
+        assert divisors(number) == [each for each in range(1, number + 1) if number % each == 0]
+    assert divisors(10**18)[:3] == [1, 2, 4]

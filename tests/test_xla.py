@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -33,6 +34,23 @@ def test_a_config_s_options_are_those_of_its_job():
     config = load_config(CONFIG, ["xla.preset=auto", "xla.options.xla_cpu_enable_fast_math=true"])
     assert build(config).compiler_options == {"xla_cpu_enable_fast_math": True}
     assert load_config(CONFIG, ["xla=null"]).xla == load_config(CONFIG).xla
+
+
+def test_the_gpu_preset_is_for_nvidia_s():
+    amd = SimpleNamespace(platform="gpu", compute_capability="gfx942")
+    assert compiler_options("auto", device=amd) == {}
+    with pytest.raises(UserError, match="gpu-default is for NVIDIA GPUs, and the devices are gpu"):
+        compiler_options("gpu-default", device=amd)
+
+
+def test_a_job_takes_the_devices_that_it_is_given():
+    """Not those of the config, which this machine need not have: compile-only devices are of another platform."""
+    config = load_config(CONFIG, ["devices={platform: cuda}", "mesh={fsdp: 2}", "xla.environment.no_such_flag=1"])
+    job = build(config, devices=jax.devices()[5:7])
+    assert list(job.partitioner.mesh.devices.flat) == jax.devices()[5:7]
+    assert {leaf.sharding.mesh for leaf in jax.tree.leaves(job.abstract_state())} == {job.partitioner.mesh}
+    with pytest.raises(ConfigError, match=r"number of devices, 3 \(found\)"):
+        build(config, devices=jax.devices()[:3])
 
 
 def test_this_xla_knows_every_line_of_the_gpu_preset():

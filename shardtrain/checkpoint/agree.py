@@ -1,19 +1,20 @@
 """One decision for all processes: two that looked at the disk themselves might restore different steps."""
 
-from collections.abc import Callable
-from typing import TypeVar
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from shardtrain.alike import together
 from shardtrain.errors import UserError
 
 T = TypeVar("T")
 
 _NOTHING, _REFUSED = -1, -2
 _CALM, _FOUND, _RAISED = range(3)
-_WORDS = 1024  # bytes of a message that goes to all processes
 
 
 def by_process_zero(decide: Callable[[], int | None]) -> int | None:
@@ -64,16 +65,30 @@ def first_found(look: Callable[[], str | None]) -> str | None:
     if jax.process_count() == 1:
         return look()
     try:
-        words = look()
-        kind = _CALM if words is None else _FOUND
+        found = look()
+        mine = [_CALM if found is None else _FOUND, found or ""]
     except UserError as error:
-        kind, words = _RAISED, str(error)
-    mine = np.zeros(1 + _WORDS, np.uint8)
-    text = (words or "").encode()[:_WORDS]
-    mine[0], mine[1 : 1 + len(text)] = kind, np.frombuffer(text, np.uint8)
-    all_of_them = multihost_utils.process_allgather(mine)
-    loud = max(all_of_them, key=lambda theirs: theirs[0])  # of several, the first
-    answer = loud[1:].tobytes().rstrip(b"\0").decode(errors="ignore")
-    if loud[0] == _RAISED:
-        raise UserError(answer)
-    return answer if loud[0] == _FOUND else None
+        mine = [_RAISED, str(error)]
+    kind, words = max(
+        map(json.loads, _exchange(json.dumps(mine))), key=lambda theirs: theirs[0]
+    )  # of several, the first
+    if kind == _RAISED:
+        raise UserError(words)
+    return words if kind == _FOUND else None
+
+
+def on_all(make: Callable[[], T], said: Callable[[T], Mapping[str, Any]]) -> T:
+    """What `make` makes, once it is made on every process and all say the same of it (see `alike.together`).
+
+    Raises:
+        UserError: `make` raised it on any process, or the processes differ.
+    """
+    return make() if jax.process_count() == 1 else together(make, said, _exchange)
+
+
+def _exchange(text: str) -> list[str]:
+    """The text of every process, by its number: first the lengths, then the bytes, padded to the longest."""
+    content = np.frombuffer(text.encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(content.size))
+    rows = multihost_utils.process_allgather(np.pad(content, (0, int(max(lengths)) - content.size)))
+    return [row[:length].tobytes().decode() for row, length in zip(rows, lengths, strict=True)]

@@ -90,13 +90,26 @@ def locate(directory: Path | str) -> Path:
     """The folder that holds the steps: the given one, or its ``checkpoints`` when given a run directory.
 
     Raises:
-        UserError: it does not exist.
+        UserError: it does not exist, cannot be read, or is the folder of something else.
     """
     given = Path(directory).absolute()
-    folder = given / "checkpoints" if (given / "checkpoints").is_dir() else given
-    if not folder.is_dir():
-        raise UserError(f"no checkpoints: {given} is not a directory")
-    return folder
+    try:
+        if (given / "checkpoints").is_dir():
+            return given / "checkpoints"
+        if not given.is_dir():
+            raise UserError(f"no checkpoints: {given} is not a directory")
+        if given.name == "checkpoints" or _is_ours(given):
+            return given
+    except OSError as error:
+        raise UserError(f"no checkpoints: {given} cannot be read: {error.strerror}") from error
+    raise UserError(f"no checkpoints: {given} is no run directory; name one that holds a folder checkpoints/")
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder holds a step of ours, whole or not, or a manifest. (Other people number their folders, too.)"""
+    steps = [folder / str(step) for step in lifecycle.committed(folder)]
+    named = [*lifecycle.sealed(folder), *lifecycle.uncommitted(folder), *lifecycle.set_aside(folder)]
+    return bool(named) or any((step / store.ITEM).is_dir() for step in steps)
 
 
 def _describe(path: Path) -> store.Description:

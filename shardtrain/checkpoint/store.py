@@ -20,7 +20,7 @@ FORMAT_VERSION = 1
 TEMPORARY = ".orbax-checkpoint-tmp"
 """Orbax writes ``<step>.orbax-checkpoint-tmp`` and renames it to ``<step>`` to commit."""
 
-_ITEM = "state"
+ITEM = "state"
 
 
 class Commit(Protocol):
@@ -52,7 +52,7 @@ def save(path: Path, arrays: Mapping[str, jax.Array | np.ndarray], record: dict[
     # Otherwise the writer threads of a save that fails early wait 20 minutes for the directory.
     context.async_options.create_directories_asynchronously = False
     with context:
-        return ocp.save_checkpointables_async(path, {_ITEM: dict(arrays)}, custom_metadata=record)
+        return ocp.save_checkpointables_async(path, {ITEM: dict(arrays)}, custom_metadata=record)
 
 
 def load(path: Path, wanted: Mapping[str, jax.ShapeDtypeStruct], *, partial: bool) -> dict[str, jax.Array]:
@@ -62,14 +62,14 @@ def load(path: Path, wanted: Mapping[str, jax.ShapeDtypeStruct], *, partial: boo
     context = ocp.Context()
     context.pytree.loading.partial_load = partial
     with context:
-        return ocp.load_checkpointables(path, {_ITEM: dict(wanted)})[_ITEM]
+        return ocp.load_checkpointables(path, {ITEM: dict(wanted)})[ITEM]
 
 
 def describe(path: Path) -> Description:
     """Shapes, dtypes and the record, read from metadata alone."""
     from orbax.checkpoint import v1 as ocp
 
-    metadata = ocp.metadata(path, _ITEM)
+    metadata = ocp.metadata(path, ITEM)
     arrays = {name: ArrayInfo(tuple(x.shape), np.dtype(x.dtype)) for name, x in metadata.metadata.items()}
     return Description(arrays, metadata.custom_metadata or {})
 

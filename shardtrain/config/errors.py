@@ -8,6 +8,8 @@ from typing import Any
 
 from shardtrain.errors import UserError
 
+_MOST_SHOWN = 40
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -27,7 +29,7 @@ class Problem:
 
     def __str__(self) -> str:
         shown = "" if self.value is None else f" = {_short(self.value)}"
-        return f"{self.path}{shown}\n    rule: {self.rule}\n    fix:  {self.fix}"
+        return f"{shortened(self.path)}{shown}\n    rule: {self.rule}\n    fix:  {self.fix}"
 
 
 class ConfigError(UserError):
@@ -43,12 +45,19 @@ class ConfigError(UserError):
         self.source = source
         count = len(self.problems)
         head = f"{source} has {count} problem{'s' * (count != 1)}:"
-        super().__init__("\n  ".join([head, *map(str, self.problems)]))
+        shown = [*map(str, self.problems[:_MOST_SHOWN])]
+        if count > _MOST_SHOWN:
+            shown.append(f"... and {count - _MOST_SHOWN:,} more")
+        super().__init__("\n  ".join([head, *shown]))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.problems, self.source)
 
 
-def _short(value: Any, limit: int = 200) -> str:
-    text = value if isinstance(value, str) and value.isprintable() and value else repr(value)
+def shortened(text: str, limit: int = 200) -> str:
+    """A text that may be of any length, for one line of a message."""
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _short(value: Any) -> str:
+    return shortened(value if isinstance(value, str) and value.isprintable() and value else repr(value))

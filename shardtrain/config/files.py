@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
 from shardtrain.config.errors import ConfigError, Problem
-from shardtrain.config.strict_yaml import parse
+from shardtrain.config.strict_yaml import MOST_CHARACTERS, parse
 from shardtrain.errors import nearest
+
+_MOST_BYTES = 4 * (MOST_CHARACTERS + 2)  # as UTF-8; more is refused as text
 
 
 def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -44,7 +47,11 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
 def _text(path: Path, above: tuple[Path, ...]) -> str:
     key, source = ("extends", str(above[-1])) if above else ("file", str(path))
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        kind = path.stat()
+        if not (stat.S_ISREG(kind.st_mode) or stat.S_ISDIR(kind.st_mode)):  # a pipe could keep us waiting for ever
+            raise OSError(None, "it is a pipe or a device")
+        with path.open("rb") as file:
+            return file.read(_MOST_BYTES).decode("utf-8-sig")
     except FileNotFoundError:
         folder = path.parent
         files = sorted(file.name for file in folder.glob("*.y*ml")) if folder.is_dir() else []

@@ -37,6 +37,7 @@ VALUES: tuple[Check, ...] = (
     value_checks.check_model_numbers,
     value_checks.check_remat,
     value_checks.check_heads,
+    value_checks.check_data_type,
     value_checks.check_data,
     value_checks.check_vocabulary,
     value_checks.check_optimizer,

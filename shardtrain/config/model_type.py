@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from shardtrain.config.errors import ConfigError, Problem
 from shardtrain.errors import did_you_mean
+from shardtrain.import_path import NotFoundError, find
 
 #: Parameters of a model's `__init__` that the library passes.
 PASSED = ("self", "rngs", "precision")
@@ -55,7 +56,7 @@ class ModelType:
         Raises:
           pydantic.ValidationError: an option that is missing, unknown or of another type.
         """
-        model = self.schema.model_validate_json(json.dumps(given))
+        model = self.schema.model_validate_json(plain_json(given, "model"))
         skipped = {
             key
             for key, field in self.schema.model_fields.items()
@@ -69,6 +70,19 @@ class ModelType:
         model = self.schema.model_validate_json(json.dumps(options))
         fields = self.schema.model_fields.items()
         return {str(info.alias): getattr(model, key) for key, info in fields if key in model.model_fields_set}
+
+
+def plain_json(value: Any, path: str) -> str:
+    """Plain data as JSON.
+
+    Raises:
+      ConfigError: it holds something else (an array, a path), or has no end.
+    """
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        fix = "write text, numbers, true, false, null, and lists and mappings of them"
+        raise ConfigError([Problem(path, None, f"must be plain data: {error}", fix)]) from error
 
 
 def _builtin(name: str) -> type:
@@ -85,19 +99,10 @@ def _builtin(name: str) -> type:
 
 
 def _import_path(name: str) -> type:
-    path, _, attribute = name.partition(":")
     try:
-        module = importlib.import_module(path)
-    except ImportError as error:
-        fix = "install it, or put its folder on PYTHONPATH; write package.module:Class"
-        raise _problem(name, f"importing module {path!r} fails: {error}", fix) from error
-    except (TypeError, ValueError) as error:  # an empty or relative module name
-        raise _problem(name, f"{path!r} is no module name", "write package.module:Class") from error
-    cls = getattr(module, attribute, None)
-    if not inspect.isclass(cls):
-        classes = [key for key, value in vars(module).items() if inspect.isclass(value)]
-        raise _problem(name, f"module {path} has no class {attribute!r}", did_you_mean(attribute, classes))
-    return cls
+        return find(name, "class", inspect.isclass)
+    except NotFoundError as error:
+        raise _problem(name, error.rule, error.fix) from error
 
 
 def _schema(cls: type, name: str) -> type[BaseModel]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 
@@ -33,5 +33,5 @@ def resolve(sections: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _expanded(path: str) -> str:
-    """A path with `~` written out."""
-    return str(Path(path).expanduser()) if path.startswith("~") else path
+    """A path with `~` written out, where there is such a home."""
+    return os.path.expanduser(path)

@@ -110,7 +110,7 @@ class Model(Section):
 class Data(Section):
     """What the model learns from. Batches are global, in sequences."""
 
-    type: Annotated[Literal["corpus", "text", "tokens", "synthetic"], Field(examples=["corpus"])]
+    type: Annotated[str, Field(examples=["corpus"])]  # a name in shardtrain.data.FACTORIES, or package.module:Class
     path: Annotated[str | tuple[str, ...] | None, Field(examples=["data/*.txt"])] = None  # text and tokens
     seq_len: Annotated[Count, Field(examples=[128])]
     global_batch: Annotated[Count, Field(examples=[16])]
@@ -191,7 +191,7 @@ class Sample(Section):
 class Pipeline(Section):
     """How a batch flows through the stages, once mesh.pipe > 1."""
 
-    schedule: str = "1f1b"  # a name that `shardtrain schedule --compare` shows, or a .csv file
+    schedule: str = "1f1b"  # of `shardtrain schedule --compare`, a .csv file, or package.module:function
     microbatches: Count = 8
     chunks: Count = 1  # stages on each rank
     backward: Literal["remat", "save"] = "remat"  # compute each stage again in its backward pass, or keep its residuals

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from shardtrain.config.errors import ConfigError, Problem
+from shardtrain.config.errors import ConfigError, Problem, shortened
 
 INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 FLOAT = re.compile(
@@ -19,6 +19,9 @@ NULL = re.compile(r"null|Null|NULL|~|")
 BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
 #: In this order: text that is both an integer and a float is an integer.
 SCALARS = {"null": NULL, "bool": BOOL, "int": INT, "float": FLOAT}
+#: No config comes near these; text that does is no config, and would take for ever or end in a recursion.
+MOST_LEVELS, MOST_CHARACTERS = 50, 2**20
+_AROUND = 100  # of a long line, so much is shown on both sides of a mistake
 
 
 class _Loader(yaml.SafeLoader):
@@ -31,6 +34,23 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self.source = source
         self.duplicates: list[Problem] = []
+        self._level = 0
+        self._measured: dict[int, tuple[int, int]] = {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """The next node, if it is of a size that a config may have, with all that its aliases stand for."""
+        self._level += 1
+        if self._level > MOST_LEVELS:
+            raise _problem(f"nested deeper than {MOST_LEVELS} levels", self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self._level -= 1
+        inner = [self._measured.get(id(part), (1, 1)) for part in _parts(node)]
+        levels = 1 + max((levels for levels, _ in inner), default=0)
+        size = 1 + sum(size for _, size in inner) + (len(node.value) if isinstance(node, ScalarNode) else 0)
+        if levels > MOST_LEVELS or size > MOST_CHARACTERS:
+            raise _problem("too large for a config, with all that its aliases stand for", node.start_mark)
+        self._measured[id(node)] = levels, size
+        return node
 
     def mapping(self, node: Node) -> dict[Any, Any]:
         assert isinstance(node, MappingNode)
@@ -40,7 +60,7 @@ class _Loader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             mark = key_node.start_mark
             if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is no text; quote it", mark)
+                raise _problem(f"key {key!r} is no text; quote it", mark)
             if key in lines:
                 where = f"{self.source}:{mark.line + 1}:{mark.column + 1}"
                 rule = f"this key already stands on line {lines[key]}; a key may appear once"
@@ -54,8 +74,27 @@ class _Loader(yaml.SafeLoader):
         return [self.construct_object(item, deep=True) for item in node.value]
 
 
+def _parts(node: Node) -> list[Node]:
+    if isinstance(node, MappingNode):
+        return [part for pair in node.value for part in pair]
+    return list(node.value) if isinstance(node, SequenceNode) else []
+
+
+def _problem(message: str, mark: Any) -> yaml.MarkedYAMLError:
+    return yaml.constructor.ConstructorError(None, None, message, mark)
+
+
 def _int(text: str) -> int:
-    return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+    base = {"0o": 8, "0x": 16}.get(text[:2], 10)
+    if len(text) > 100 or abs(number := int(text, base)) >= 2**63:  # Python itself refuses thousands of digits
+        raise ValueError("an integer of more than 64 bits")
+    return number
+
+
+def _str(text: str) -> str:
+    if "\0" in text or (not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)):
+        raise ValueError("text with a NUL or half of a surrogate pair, which no path and no name can hold")
+    return text
 
 
 def _float(text: str) -> float:
@@ -67,7 +106,7 @@ _READ: dict[str, Callable[[str], Any]] = {
     "bool": lambda text: text.lower() == "true",
     "int": _int,
     "float": _float,
-    "str": str,
+    "str": _str,
 }
 
 
@@ -75,9 +114,11 @@ def _scalar_constructor(kind: str) -> Any:
     def construct(loader: _Loader, node: ScalarNode) -> Any:
         text = loader.construct_scalar(node)
         if kind in SCALARS and not SCALARS[kind].fullmatch(text):
-            message = f"{text!r} is no {kind}"
-            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
-        return _READ[kind](text)
+            raise _problem(f"{text!r} is no {kind}", node.start_mark)
+        try:
+            return _READ[kind](text)
+        except ValueError as error:
+            raise _problem(str(error), node.start_mark) from error
 
     return construct
 
@@ -99,8 +140,12 @@ def parse(text: str, source: str) -> Any:
       source: what to call it in errors: a file name, or the override that it came from.
 
     Raises:
-      ConfigError: a syntax error, with line, column and the line's text; or keys that appear twice.
+      ConfigError: a syntax error, with line, column and the line's text; keys that appear twice; more than a config
+        can have of levels or characters.
     """
+    if len(text) > MOST_CHARACTERS:
+        rule = f"a config has at most {MOST_CHARACTERS:,} characters, and this has {len(text):,}"
+        raise ConfigError([Problem(source, None, rule, "name a config, not a file of data")], source)
     try:
         loader = _Loader(text, source)
         value = loader.get_single_data()
@@ -124,11 +169,13 @@ def _syntax_problem(text: str, source: str, at: tuple[int, int], message: str) -
     lines = text.splitlines()
     if line >= len(lines) and lines:  # The parser gave up at the end: show where that is.
         line, column = len(lines) - 1, len(lines[-1])
-    shown = lines[line] if lines else ""
+    shown, start = lines[line] if lines else "", max(0, column - _AROUND)
+    shown, column = shown[start : column + _AROUND], column - start
+    shown = "".join(character if character.isprintable() or character == "\t" else "?" for character in shown)
     return Problem(
-        f"{source}:{line + 1}:{column + 1}",
+        f"{source}:{line + 1}:{start + column + 1}",
         None,
-        f"not YAML: {message}",
+        f"not YAML: {shortened(message)}",
         f"correct this line:\n      {shown}\n      {' ' * column}^",
     )
 

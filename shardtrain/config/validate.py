@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +11,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from shardtrain.config.errors import ConfigError, Problem
 from shardtrain.config.explain import explain, unknown_key
 from shardtrain.config.frozen import thaw
-from shardtrain.config.model_type import ModelType
+from shardtrain.config.model_type import ModelType, plain_json
 from shardtrain.config.schema import Model, RunConfig
 
 _HINTS = typing.get_type_hints(RunConfig, include_extras=True)
@@ -42,7 +41,7 @@ def validate_sections(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[Prob
                 options = {key: value for key, value in given.items() if key != "type"}
                 sections[name] = Model(type=kind, options=ModelType.find(kind).options(options))
             else:
-                sections[name] = TypeAdapter(schema).validate_json(json.dumps(given))
+                sections[name] = TypeAdapter(schema).validate_json(plain_json(given, name))
         except ValidationError as error:
             problems += explain(error, name, given, schema, SECTIONS)
         except ConfigError as error:

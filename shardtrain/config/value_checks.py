@@ -12,9 +12,11 @@ from pathlib import Path
 from shardtrain.checkpoint import lifecycle
 from shardtrain.config.errors import Problem
 from shardtrain.config.schema import Data, Devices, Model, Optimizer, Run, Sample, Xla
+from shardtrain.data.catalog import check_type
 from shardtrain.data.listing import each
 from shardtrain.data.prepare import is_kept
 from shardtrain.errors import UserError, did_you_mean
+from shardtrain.mesh import divisors
 from shardtrain.nn.remat import ACTIVATIONS, check_names, remat_names
 from shardtrain.optim import OPTIMIZERS
 
@@ -25,7 +27,8 @@ POSITIVE = (
     *("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size", "sliding_window"),
     *("loss_chunk", "rope_theta", "norm_eps", "logit_soft_cap"),
 )
-TEXT_TYPES = ("corpus", "text")
+#: Types without a tokenizer. (Whether one of the user's own has one, is known once it is open.)
+TOKEN_TYPES = ("tokens", "synthetic")
 
 
 def check_devices_section(devices: Devices) -> Iterator[Problem]:
@@ -77,8 +80,17 @@ def check_heads(model: Model) -> Iterator[Problem]:
         rule = f"without model.head_dim a head has d_model / n_heads = {width} / {heads} dims: no whole number"
         yield Problem("model.n_heads", heads, rule, "choose n_heads that divides d_model, or set model.head_dim")
     if isinstance(groups, int) and groups > 0 and heads % groups:
-        fix = f"use one of {[d for d in range(1, heads + 1) if heads % d == 0]}"
+        fix = f"use one of {divisors(heads)}"
         yield Problem("model.n_kv_heads", groups, f"must divide model.n_heads = {heads}", fix)
+
+
+def check_data_type(data: Data) -> Iterator[Problem]:
+    """There is such a type; one of the user's own takes the settings that are given."""
+    try:
+        check_type(data.type, path=data.path, tokenizer=data.tokenizer, tokenizer_vocab=data.vocab_size)
+    except UserError as error:
+        rule, _, fix = str(error).partition("; ")
+        yield Problem("data.type", data.type, rule, fix)
 
 
 def check_data(data: Data) -> Iterator[Problem]:
@@ -88,10 +100,10 @@ def check_data(data: Data) -> Iterator[Problem]:
         yield Problem("data.path", data.path, rule, "set data.path to where they are")
     if data.type == "tokens" and isinstance(data.path, tuple):
         yield Problem("data.path", data.path, "data.type tokens reads one file", "join the files into one")
-    if data.type not in ("text", "tokens") and data.path is not None:
+    if data.type in ("corpus", "synthetic") and data.path is not None:
         rule = f"data.type {data.type} reads no files"
         yield Problem("data.path", data.path, rule, "set data.path=null, or data.type to text or tokens")
-    if data.type not in TEXT_TYPES and data.tokenizer is not None:
+    if data.type in TOKEN_TYPES and data.tokenizer is not None:
         rule = f"data.type {data.type} is no text, so there is nothing to tokenize"
         yield Problem("data.tokenizer", data.tokenizer, rule, "set data.tokenizer=null")
 
@@ -160,7 +172,7 @@ def check_schedule(optimizer: Optimizer) -> Iterator[Problem]:
 
 def check_sample(sample: Sample, data: Data) -> Iterator[Problem]:
     """A prompt needs a tokenizer."""
-    if sample.prompt is not None and data.type not in TEXT_TYPES:
+    if sample.prompt is not None and data.type in TOKEN_TYPES:
         rule = f"text needs a tokenizer, and data.type {data.type} has none"
         yield Problem("sample.prompt", sample.prompt, rule, "set sample.prompt=null")
 
@@ -180,18 +192,23 @@ def check_data_path(data: Data, run: Run) -> Iterator[Problem]:
         return
     kept = data.type == "text" and is_kept(Path(run.dir or f"runs/{run.name}") / "data")
     for path in [] if kept else paths:
-        where = Path(path).expanduser()
-        if where.is_dir() and next(where.iterdir(), None) is None:
+        where = os.path.expanduser(path)
+        try:
+            is_empty = os.path.isdir(where) and not os.listdir(where)
+        except OSError as error:
+            yield Problem("data.path", path, f"the folder cannot be read: {error.strerror}", "make it readable")
+            continue
+        if is_empty:
             yield Problem("data.path", path, "the folder is empty", "put files there, or name another folder")
-        elif not where.exists() and not glob.glob(str(where), recursive=True):
-            here = "" if where.is_absolute() else f"; it is relative to the current directory, {Path.cwd()}"
+        elif not os.path.exists(where) and not glob.glob(where, recursive=True):
+            here = "" if os.path.isabs(where) else f"; it is relative to the current directory, {Path.cwd()}"
             yield Problem("data.path", path, "there is no such file or folder", f"check the path{here}")
 
 
 def check_init_from(init_from: str, run: Run) -> Iterator[Problem]:
     """The run to start from exists, unless this one has checkpoints already and goes on from them."""
     own = Path(run.dir or f"runs/{run.name}") / "checkpoints"
-    if not Path(init_from).is_dir() and not (own.is_dir() and lifecycle.sealed(own)):
+    if not os.path.isdir(init_from) and not (own.is_dir() and lifecycle.sealed(own)):
         fix = "name a run directory, or a step below its checkpoints/"
         yield Problem("init_from", init_from, "there is no such directory", fix)
 

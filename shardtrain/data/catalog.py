@@ -3,9 +3,11 @@
 import dataclasses
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from shardtrain.data.corpus import corpus_documents
 from shardtrain.data.document import Text
+from shardtrain.data.imported import check_imported, open_imported
 from shardtrain.data.listing import Paths, each
 from shardtrain.data.prepare import Kept, is_kept, prepare
 from shardtrain.data.source import Source
@@ -31,6 +33,15 @@ class Request:
     directory: Path | None
     write: bool
     watch: Watch = dataclasses.field(default_factory=Watch)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What a source of the user's own may take, by name."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in ("type", "watch")
+        }
 
     def refuse(self, *names: str) -> None:
         """Raises UserError where a setting was given that this type does not use."""
@@ -90,6 +101,20 @@ FACTORIES: dict[str, Callable[[Request], Opened]] = {
 }
 
 
+def check_type(
+    type: str, *, path: Paths | None = None, tokenizer: str | None = None, tokenizer_vocab: int | None = None
+) -> None:
+    """Whether there is such a type, before anything is opened; of an import path, also whether it takes the settings.
+
+    Raises UserError where not.
+    """
+    if ":" in type:
+        check_imported(type, Request(type, 1, 1, 0, path, tokenizer, tokenizer_vocab, None, False).fields)
+    elif type not in FACTORIES:
+        own = "package.module:Class for a source of your own"
+        raise UserError(f"data.type {type!r} does not exist; {did_you_mean(type, FACTORIES)} ({own})")
+
+
 def open_source(
     type: str,
     *,
@@ -106,7 +131,8 @@ def open_source(
     """Opens the rows that a config asks for, and the tokenizer where there is one.
 
     Args:
-        type: a name in `FACTORIES`: `corpus`, `text`, `tokens` or `synthetic`.
+        type: a name in `FACTORIES`: `corpus`, `text`, `tokens` or `synthetic`; or `package.module:Class`
+            (`imported.py` says what that is called with).
         seq_len: tokens in a row.
         vocab_size: the model's; the data's must not be larger.
         seed: of synthetic tokens. (The order of rows has its own, in `Loader`.)
@@ -119,11 +145,10 @@ def open_source(
 
     Raises UserError for anything wrong with these, or with the data, and where `should_stop` said so.
     """
-    if type not in FACTORIES:
-        raise UserError(f"data.type {type!r} does not exist; {did_you_mean(type, FACTORIES)}")
+    check_type(type, path=path, tokenizer=tokenizer, tokenizer_vocab=tokenizer_vocab)
     kept, watch = Path(directory) if directory is not None else None, Watch(should_stop)
     request = Request(type, seq_len, vocab_size, seed, path, tokenizer, tokenizer_vocab, kept, write, watch)
-    source, text_tokenizer = FACTORIES[type](request)
+    source, text_tokenizer = open_imported(type, request.fields) if ":" in type else FACTORIES[type](request)
     _check_vocab(source.vocab_size, request)
     return source, text_tokenizer
 

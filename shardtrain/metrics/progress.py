@@ -4,7 +4,6 @@ Both show the values that they are given and know a name for; what is absent (MF
 """
 
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -15,8 +14,6 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
-
-from shardtrain.terminal import Steady
 
 _QUIET_S = 30.0  # plain output never stays silent for longer than this
 
@@ -49,7 +46,7 @@ def progress(
 
     Use it as a context manager. `console` defaults to standard output; `clock` gives seconds.
     """
-    console = console or Console(file=Steady(sys.stdout), highlight=False)  # type: ignore[arg-type]
+    console = console or Console(highlight=False)
     eta = _Eta(total, clock)
     return _Live(total, start, console, eta) if console.is_terminal else _Plain(total, console, eta, clock)
 

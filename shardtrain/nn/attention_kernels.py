@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from shardtrain.errors import UserError
 from shardtrain.nn.precision import at_least_float32
 from shardtrain.sharding import current, pieces
+from shardtrain.xla import cuda_capability
 
 Implementation = Literal["auto", "einsum", "xla", "cudnn"]
 
@@ -139,12 +140,12 @@ def _einsum_attention(
 def _cudnn_obstacles(q_BSHK: jax.Array, soft_cap: float | None) -> Iterator[str]:
     partitioner = current()
     device = partitioner.mesh.devices.flat[0] if partitioner is not None else jax.devices()[0]
-    nvidia = device.platform == "gpu" and "cuda" in device.client.platform_version.lower()
-    if not nvidia:
+    capability = cuda_capability(device)
+    if capability is None:
         yield f"the devices are {device.platform}, not NVIDIA GPUs"
     if q_BSHK.dtype not in (jnp.bfloat16, jnp.float16):
         yield f"it needs bfloat16 or float16, and precision.compute is {q_BSHK.dtype}"
-    most = 256 if nvidia and float(device.compute_capability) >= 9 else 128
+    most = 256 if capability is not None and capability >= 9 else 128
     if q_BSHK.shape[-1] % 8 or q_BSHK.shape[-1] > most:
         yield f"it needs a head_dim that is a multiple of 8 and at most {most}, not {q_BSHK.shape[-1]}"
     if pieces("seq") > 1:

@@ -68,3 +68,20 @@ def test_show_refuses_what_cannot_be_trusted(run, damage):
             show(run, 1)
         with pytest.raises(UserError, match="has no manifest"):
             show(run, 3)
+
+
+def test_a_foreign_folder_is_no_run_without_steps(tmp_path):
+    """Other people number their files and folders, too, thousands of them."""
+    for number in range(3000):
+        (tmp_path / str(number)).touch()
+    (tmp_path / "20240/photos").mkdir(parents=True)
+    for look in (list_steps, verify):
+        with pytest.raises(UserError, match="is no run directory; name one that holds a folder checkpoints/"):
+            look(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    assert list_steps(tmp_path) == []
+
+
+def test_a_folder_of_steps_is_known_whatever_its_name(run):
+    other = (run / "checkpoints").rename(run / "steps")
+    assert [record.step for record in list_steps(other)] == [1, 2, 3, 10, 11]

@@ -44,9 +44,10 @@ def test_nan_is_a_number():
     assert math.isnan(parse(".nan", "text"))
 
 
+text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
 plain = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    st.none() | st.booleans() | st.integers(1 - 2**63, 2**63 - 1) | st.floats(allow_nan=False) | text,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(text, inner, max_size=4),
     max_leaves=12,
 )
 

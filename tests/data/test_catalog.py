@@ -5,8 +5,12 @@ import re
 import numpy as np
 import pytest
 
+from commands import CONFIG, compiled_once, fit, losses  # noqa: F401
+from shardtrain import load_config
+from shardtrain.config import ConfigError
 from shardtrain.data import catalog, open_source, write_tokens
 from shardtrain.errors import UserError
+from shardtrain.run_data import open_data
 
 
 def opened(directory, type, **changes):
@@ -25,10 +29,97 @@ def test_tokens_and_synthetic_have_no_tokenizer(tmp_path):
     assert source.fingerprint != opened(None, "synthetic", seed=6)[0].fingerprint
 
 
+def configured(type, *overrides):
+    data = f"data={{type: '{type}', seq_len: 16, global_batch: 8, held_out: 0.1}}"
+    return load_config(CONFIG, [data, *overrides])
+
+
 def test_a_new_type_is_one_line(monkeypatch, tmp_path):
-    source = opened(None, "synthetic")[0]
+    """Also in a config, which names it."""
+    source = opened(None, "synthetic", vocab_size=64)[0]
     monkeypatch.setitem(catalog.FACTORIES, "mine", lambda request: (source, None))
     assert opened(None, "mine")[0] is source
+    rows, held_out, tokenizer = open_data(configured("mine"), tmp_path)
+    assert (rows.source, held_out.source, tokenizer) == (source, source, None)
+
+
+OWN = """
+import numpy as np
+from shardtrain.data import ByteTokenizer, window
+
+class Counting:
+    fingerprint, packed = "counting", False
+    tokenizer = ByteTokenizer()
+
+    def __init__(self, seq_len: int, *, vocab_size: int, path=None, directory=None):
+        self.seq_len, self.vocab_size, self.path, self.directory = seq_len, vocab_size, path, directory
+
+    def __len__(self): return 400
+    def __getitem__(self, row): return window((row + np.arange(self.seq_len + 1)) % self.vocab_size)
+
+def anything(**fields): return Counting(fields["seq_len"], vocab_size=fields["vocab_size"])
+class Bare(Counting): tokenizer = None
+def no_source(seq_len): return range(seq_len)
+class Needy:
+    def __init__(self, seq_len, shards): ...
+class Plain:
+    def __init__(self, seq_len): ...
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "own_data.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def test_a_source_of_ones_own_is_named_by_its_import_path(own, tmp_path):
+    config = configured("own_data:Counting", "data.path=anywhere", "sample.prompt=ab")
+    rows, _, tokenizer = open_data(config, tmp_path)
+    assert (rows.source.path, rows.source.directory, rows.source.vocab_size) == ("anywhere", tmp_path / "data", 64)
+    assert tokenizer.encode("a").tolist() == [97]
+    assert len(open_data(configured("own_data:anything"), tmp_path)[0]) == 360
+
+
+def test_a_run_trains_on_it(own, tmp_path):
+    run = fit(
+        tmp_path / "run",
+        "data={type: 'own_data:Counting', seq_len: 16, global_batch: 8, held_out: 0.1}",
+        "model.vocab_size=258",
+        "run.steps=2",
+    )
+    assert run.resumed_from is None
+    assert len(losses(tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize(
+    ("type", "overrides", "message"),
+    [
+        ("no_such_data:Counting", [], "importing module 'no_such_data' fails"),
+        ("own_data:Countin", [], "module own_data has no class 'Countin'; did you mean Counting?"),
+        ("own_data:Needy", [], "needs 'shards', which a config does not give; it may take seq_len, vocab_size"),
+        ("own_data:Plain", ["data.path=x"], "data.path 'x': data.type own_data:Plain has no parameter 'path'; remove"),
+        ("own_data:Plain", ["data.tokenizer=byte", "model.vocab_size=258"], "has no parameter 'tokenizer'"),
+        ("mine", [], "data.type 'mine' does not exist; use one of corpus, text, tokens, synthetic (package.module:Cl"),
+    ],
+)
+def test_what_cannot_be_a_source_is_refused_in_the_config(own, type, overrides, message):
+    with pytest.raises(ConfigError) as found:
+        configured(type, *overrides)
+    (problem,) = found.value.problems
+    assert problem.path == "data.type"
+    assert message in f"{problem.rule}; {problem.fix}"
+
+
+def test_what_is_no_source_is_refused_when_it_opens(own, tmp_path):
+    with pytest.raises(
+        UserError, match=r"gave range\(0, 16\), which has no fingerprint, no vocab_size; it must follow"
+    ):
+        open_data(configured("own_data:no_source"), tmp_path)
+    with pytest.raises(
+        UserError, match=r"sample\.prompt 'ab' needs a tokenizer, and data\.type own_data:Bare has none"
+    ):
+        open_data(configured("own_data:Bare", "sample.prompt=ab"), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from flax import nnx
 from helpers import equations, filled, packed_batch, partition, quick
 from shardtrain import nn
 from shardtrain.errors import UserError
-from shardtrain.nn.attention_kernels import attention_mask
+from shardtrain.nn.attention_kernels import attend, attention_mask
 from shardtrain.sharding import use
 
 B, S, K = 2, 7, 4
@@ -197,6 +197,23 @@ def test_a_gpu_that_is_not_nvidia_s_runs_all_but_cudnn(implementation, monkeypat
     call((4, 2), {"implementation": implementation}, np.float32)
     with pytest.raises(UserError, match="the devices are gpu, not NVIDIA GPUs"):
         call((4, 2), {"implementation": "cudnn"}, np.float32)
+
+
+@pytest.mark.parametrize("version", ["cuda 12090", "NVIDIA H100 80GB HBM3"], ids=["attached", "compile-only"])
+def test_auto_takes_cudnn_on_every_nvidia_gpu(version, monkeypatch):
+    """A compile-only device has its own name as its client's version."""
+    client = SimpleNamespace(platform_version=version)
+    device = SimpleNamespace(
+        platform="gpu", device_kind="NVIDIA H100 80GB HBM3", client=client, compute_capability="9.0"
+    )
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    asked = []
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda q, *_, implementation, **__: asked.append(implementation) or q
+    )
+    q_BSHK = jnp.zeros((1, 8, 2, 256), jnp.bfloat16)
+    attend(q_BSHK, q_BSHK, q_BSHK)
+    assert asked == ["cudnn"]
 
 
 def test_cudnn_needs_whole_sequences():

@@ -88,6 +88,8 @@ def test_with_one_chunk_interleaved_is_1f1b_and_1f1b_with_several_is_interleaved
         ("1f1b", (0, 8, 1), "pipeline ranks 0 must be 1 or more"),
         ("1f1b", (4, 0, 1), "pipeline microbatches 0 must be 1 or more"),
         ("1f1b", (4, 8, -1), "pipeline chunks -1 must be 1 or more"),
+        ("1f1b", (28225, 8, 1), "the largest table of a schedule; use fewer"),
+        ("gpipe", (2, 10**12, 1), "the largest table of a schedule; use fewer"),
         ("zb_v", (4, 8, 1), r"zb_v has chunks 1, but needs 2.*4 ranks x 2 chunks = 8 stages"),
     ],
 )

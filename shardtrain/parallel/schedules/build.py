@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from shardtrain.errors import UserError
 from shardtrain.parallel.schedules.schedule import Action, Placement, Schedule
 
 
@@ -26,15 +27,35 @@ def tabulate(name: str, placement: Placement, ticks: Mapping[str, np.ndarray]) -
       name: of the schedule.
       placement: of the stages.
       ticks: for each phase, in order, int `[ranks, chunks, microbatches]`.
+
+    Raises:
+      UserError: ticks of different shapes, below 0 or not whole, or a rank that would do two things at once.
     """
+    _check_ticks(name, ticks)
     ranks, chunks, microbatches = next(iter(ticks.values())).shape
     rank_RCM, chunk_RCM, microbatch_RCM = np.indices((ranks, chunks, microbatches))
     table = np.full((max(tick.max() for tick in ticks.values()) + 1, ranks, len(ticks)), -1)
     for phase, tick_RCM in enumerate(ticks.values()):
-        assert (table[tick_RCM, rank_RCM, phase] < 0).all()
         table[tick_RCM, rank_RCM, phase] = chunk_RCM * microbatches + microbatch_RCM
-        assert (table[:, :, phase] >= 0).sum() == tick_RCM.size, f"{name}: a rank does two things at once"
+        if (table[:, :, phase] >= 0).sum() < tick_RCM.size:
+            raise UserError(
+                f"schedule {name} has a rank do two {list(ticks)[phase]} in one tick; move one to another tick"
+            )
     return Schedule(name, ranks, microbatches, chunks, tuple(ticks), placement, table)
+
+
+def _check_ticks(name: str, ticks: Mapping[str, np.ndarray]) -> None:
+    shapes = {phase: np.shape(tick) for phase, tick in ticks.items()}
+    if len(set(shapes.values())) != 1 or len(next(iter(shapes.values()))) != 3:
+        raise UserError(
+            f"schedule {name} has ticks of the shapes {shapes}; give each phase one of [ranks, chunks, microbatches] "
+            "(np.broadcast_to, where a formula does not depend on all three)"
+        )
+    for phase, tick in ticks.items():
+        if not np.issubdtype(tick.dtype, np.integer) or not tick.size or tick.min() < 0:
+            raise UserError(
+                f"schedule {name} has ticks of {phase} that are no whole numbers from 0; count ticks from 0"
+            )
 
 
 def weights_last(tick_RCM: np.ndarray) -> np.ndarray:

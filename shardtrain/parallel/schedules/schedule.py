@@ -83,6 +83,8 @@ class Schedule(Pipeline):
         table = np.array(self.table, np.int32)
         table.flags.writeable = False
         object.__setattr__(self, "table", table)
+        object.__setattr__(self, "phases", tuple(self.phases))  # lists would do, and not compare
+        object.__setattr__(self, "placement", tuple(map(tuple, self.placement)))
 
     @property
     def ticks(self) -> int:

@@ -1,0 +1,129 @@
+"""Whether all processes of a run do the same thing: each says what it has, and each compares what all said.
+
+A mesh over several processes is one program. Where one of them has another seed, another learning rate or another
+release of JAX, the run trains something that nobody asked for, or waits for ever in a collective.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+from shardtrain.errors import UserError
+
+T = TypeVar("T")
+#: Takes the text of this process and returns that of every process, by its number. All of them call it together.
+Exchange = Callable[[str], list[str]]
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+#: Variables that change what JAX computes.
+VARIABLES = ("JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_DEFAULT_PRNG_IMPL", "JAX_THREEFRY_PARTITIONABLE")
+#: Config keys that may differ: a directory on each machine.
+FREE = ("run.compile_cache",)
+_ABSENT, _WIDTH = "absent", 200
+
+
+def together(make: Callable[[], T], said: Callable[[T], Mapping[str, Any]], exchange: Exchange) -> T:
+    """What `make` makes, on every process, once it is made on all of them and they say the same of it.
+
+    Args:
+      said: key to value, as JSON can write them; mappings inside are compared key by key.
+
+    Raises:
+      UserError: `make` raised it, here or on another process; or the processes differ.
+    """
+    made: Any = None
+    refusal, statement = None, {}
+    try:
+        made = make()
+        statement = dict(_flat(said(made)))
+    except UserError as error:
+        refusal = error
+    answers = [json.loads(text) for text in exchange(json.dumps([refusal is not None, statement]))]
+    if refusal is not None:
+        raise refusal
+    if refused := [process for process, (has_refused, _) in enumerate(answers) if has_refused]:
+        raise UserError(f"{_named(refused)} refused to go on; see the message there")
+    check_alike([statement for _, statement in answers])
+    return made
+
+
+def check_alike(statements: list[dict[str, Any]]) -> None:
+    """Compare what the processes said, each a flat dict from key to value.
+
+    Raises:
+      UserError: they differ; names each key, its values, and the processes that have them.
+    """
+    lines = []
+    for key in dict.fromkeys(key for statement in statements for key in statement):
+        values: dict[str, list[int]] = {}
+        for process, statement in enumerate(statements):
+            values.setdefault(_written(statement.get(key, _ABSENT)), []).append(process)
+        if len(values) > 1:
+            lines.append(f"\n  {key}: " + "; ".join(f"{value} on {_named(who)}" for value, who in values.items()))
+    if lines:
+        raise UserError(
+            f"the processes of a run must all do the same, and these differ in:{''.join(lines)}\n"
+            "start the same command on each, with the same files, code and packages"
+        )
+
+
+def software() -> dict[str, str]:
+    """Versions of Python, of the packages that a step is made with and of this one, and JAX's variables."""
+    found = {"Python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
+    found |= {f"variable {name}": os.environ.get(name, _ABSENT) for name in VARIABLES}
+    package = Path(__file__).parent
+    files = sorted(package.rglob("*.py"))
+    code = b"".join(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() for path in files)
+    return found | {"source of shardtrain": _digest(code)}
+
+
+def asked(config: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """A resolved config as plain data, without what may differ, and the sources of what it names.
+
+    Args:
+      model: the model's class.
+    """
+    keys = {key: value for key, value in _flat(config) if key not in FREE}
+    paths = [value for value in keys.values() if isinstance(value, str) and ":" in value]
+    modules = {path: sys.modules.get(path.partition(":")[0]) for path in paths}  # those of import paths
+    named = {path: module.__file__ for path, module in modules.items() if module is not None}
+    files = {"the model": inspect.getsourcefile(model), **named}
+    sources = {name: _ABSENT if file is None else _digest(Path(file).read_bytes()) for name, file in files.items()}
+    return keys | {f"source of {name}": digest for name, digest in sources.items()}
+
+
+def _flat(value: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, item in value.items():
+        if isinstance(item, Mapping) and item:
+            yield from _flat(item, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", item
+
+
+def _written(value: Any) -> str:
+    text = value if isinstance(value, str) and value.isprintable() else json.dumps(value)
+    return text if len(text) <= _WIDTH else f"{text[:_WIDTH]}... ({_digest(text.encode())})"
+
+
+def _named(processes: list[int]) -> str:
+    return f"process{'es' * (len(processes) > 1)} {', '.join(map(str, processes))}"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return _ABSENT
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

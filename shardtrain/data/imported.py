@@ -1,0 +1,78 @@
+"""Sources of the user's own, named by an import path: `data.type: package.module:Class`.
+
+The class, or a function, is called with those of the fields of `catalog.Request` that its signature names, as keywords:
+`seq_len`, `vocab_size`, `seed`, `path`, `tokenizer`, `tokenizer_vocab`, `directory` (a folder of the run's own) and
+`write` (true on the one process that may write there). It gives a `Source`. Where rows are text, its attribute
+`tokenizer` follows `Tokenizer`, and a run ends with a sample.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from shardtrain.data.source import Source
+from shardtrain.data.tokenizer import Tokenizer
+from shardtrain.errors import UserError
+from shardtrain.import_path import NotFoundError, find
+
+#: What a source has; see `Source`.
+_PARTS = ("fingerprint", "vocab_size", "__len__", "__getitem__")
+
+
+def check_imported(type: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What to call the class with, if it can be called with what a config says.
+
+    Args:
+        type: the import path.
+        fields: those of a `Request`, by name.
+
+    Raises UserError where there is no such class, where it needs something else, or where it does not take a setting
+    that was given.
+    """
+    accepted = _parameters(type, _class(type))
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
+    for name, parameter in accepted.items():
+        optional = parameter.default is not parameter.empty or parameter.kind in (
+            parameter.VAR_KEYWORD,
+            parameter.VAR_POSITIONAL,
+        )
+        if name not in fields and not optional:
+            raise UserError(
+                f"data.type {type} needs {name!r}, which a config does not give; it may take {', '.join(fields)}"
+            )
+    for name in ("path", "tokenizer", "tokenizer_vocab"):
+        if fields[name] is not None and name not in accepted and not anything:
+            key = "vocab_size" if name == "tokenizer_vocab" else name
+            raise UserError(
+                f"data.{key} {fields[name]!r}: data.type {type} has no parameter {name!r}; remove it, or add that"
+            )
+    return {name: value for name, value in fields.items() if anything or name in accepted}
+
+
+def open_imported(type: str, fields: Mapping[str, Any]) -> tuple[Source, Tokenizer | None]:
+    """The source of an import path, and its tokenizer where it has one.
+
+    Raises UserError as `check_imported`, and where what came is no source.
+    """
+    source = _class(type)(**check_imported(type, fields))
+    if lacking := [part for part in _PARTS if not hasattr(source, part)]:
+        raise UserError(
+            f"data.type {type} gave {source!r:.80}, which has no {', no '.join(lacking)}; it must follow "
+            "shardtrain.data.Source"
+        )
+    return source, getattr(source, "tokenizer", None)
+
+
+def _class(type: str) -> Callable[..., Any]:
+    try:
+        found: Callable[..., Any] = find(type, "class", callable)
+    except NotFoundError as error:
+        raise UserError(f"data.type {type!r}: {error}") from error
+    return found
+
+
+def _parameters(type: str, found: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(found).parameters
+    except ValueError as error:  # of some that are written in C
+        raise UserError(f"data.type {type} does not tell its parameters; name a class written in Python") from error

@@ -1,0 +1,231 @@
+"""Before JAX connects the processes of a run: who is there, and what each of them has to say.
+
+JAX would wait for a process that never comes and then end the others by an abort that does not name it; and processes
+whose packages differ may fail in its own handshake. So they first meet at the same address by plain sockets. Process 0
+listens there, on that interface alone, until all have come, then leaves the port to JAX and keeps the connections.
+Like JAX's own traffic after it, this is neither encrypted nor authenticated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import socket
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from shardtrain.errors import UserError
+
+_GREETING, _MOST_BYTES = "shardtrain 1", 2**28
+_PAUSE_S, _GRACE_S = 0.2, 10.0
+#: How long one that is there may take to read its config.
+_TALK_S = 300.0
+
+
+class Peer:
+    """One connection: a line of JSON at a time, from this process to another and back."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._file = connection.makefile("rb")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+    def send(self, message: Any) -> None:
+        """Send what JSON can write. Raises OSError where the other has gone."""
+        self._socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def receive(self, seconds: float, most: int = _MOST_BYTES) -> Any:
+        """What the other sent. Raises OSError when it has gone or is late, ValueError for anything but JSON."""
+        self._socket.settimeout(max(seconds, 0.01))
+        line = self._file.readline(most)
+        if not line:
+            raise ConnectionResetError("it hung up")
+        try:
+            return json.loads(line)
+        except RecursionError as error:
+            raise ValueError("no JSON") from error
+
+    def close(self) -> None:
+        """Hang up."""
+        self._file.close()
+        self._socket.close()
+
+
+class RollCall:
+    """The processes of a run, all present; made by `gather`.
+
+    Args:
+      peers: on process 0 the others by their number, on the others process 0.
+      process: number of this one.
+    """
+
+    def __init__(self, peers: dict[int, Peer], process: int) -> None:
+        self._peers, self._process = peers, process
+
+    def exchange(self, text: str) -> list[str]:
+        """What every process said, by its number.
+
+        Raises:
+          UserError: a process has gone, or says nothing for minutes.
+        """
+        if self._process:
+            with _heard(0):
+                self._peers[0].send(text)
+                answer = self._peers[0].receive(_TALK_S + _GRACE_S)
+            if isinstance(answer, str):
+                raise UserError(answer)
+            texts, whose = answer
+            return [texts[index] for index in whose]
+        said, deadline = [text], time.monotonic() + _TALK_S
+        try:
+            for number, peer in sorted(self._peers.items()):
+                with _heard(number):
+                    said.append(str(peer.receive(deadline - time.monotonic())))
+        except UserError as error:
+            _tell(self._peers.values(), str(error))
+            raise
+        texts = list(dict.fromkeys(said))  # one, when all goes well: what goes out would else grow with their square
+        _tell(self._peers.values(), [texts, [texts.index(each) for each in said]])
+        return said
+
+    def close(self) -> None:
+        """Hang up; by now JAX has connections of its own."""
+        for peer in self._peers.values():
+            peer.close()
+
+
+def gather(address: str, processes: int, process: int, patience: float) -> RollCall:
+    """Meet the other processes of a run.
+
+    Args:
+      address: HOST:PORT where process 0 listens, the same for all.
+      patience: seconds to wait for those that are late.
+
+    Raises:
+      UserError: a process did not come in time (on all that did); an address that cannot be used; a number that two
+        processes have, or another number of processes.
+    """
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+        raise UserError(f"--coordinator {address}: must be HOST:PORT, with a port from 1 to 65535")
+    place = (host.removeprefix("[").removesuffix("]"), int(port))  # brackets around an IPv6 address
+    if process:
+        return RollCall({0: _answer(place, processes, process, patience)}, process)
+    return RollCall(_call(place, processes, patience), 0)
+
+
+def _answer(place: tuple[str, int], processes: int, process: int, patience: float) -> Peer:
+    """Process `process` greets process 0, and hears that all are there."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return _greet(place, [_GREETING, process, processes], patience)
+        except UserError:
+            raise
+        except (OSError, ValueError) as error:  # process 0 is not there yet, or another program answers
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"process 0 did not answer at {place[0]}:{place[1]} within {patience:g} s ({error}); start it with "
+                    "the same --coordinator, an address of its machine, or give it more time with --join-timeout"
+                ) from None
+            time.sleep(_PAUSE_S)
+
+
+def _greet(place: tuple[str, int], greeting: list[Any], patience: float) -> Peer:
+    peer = Peer(socket.create_connection(place, timeout=patience))
+    try:
+        peer.send(greeting)
+        refusal = peer.receive(patience + _GRACE_S)
+        if refusal is not None:
+            raise UserError(str(refusal))
+    except BaseException:
+        peer.close()
+        raise
+    return peer
+
+
+def _call(place: tuple[str, int], processes: int, patience: float) -> dict[int, Peer]:
+    """Process 0 listens until all others have come, and tells them so."""
+    try:
+        family = socket.getaddrinfo(*place, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.create_server(place, family=family)
+    except (OSError, UnicodeError) as error:
+        raise UserError(
+            f"--coordinator {place[0]}:{place[1]}: process 0 cannot listen there ({error}); name an address of the "
+            "machine that runs process 0, and a port that is free"
+        ) from None
+    came: queue.Queue[tuple[Peer, int, int]] = queue.Queue()
+    threading.Thread(target=_listen, args=(listener, came, patience), daemon=True).start()
+    peers: dict[int, Peer] = {}
+    try:
+        _collect(came, peers, processes, patience)
+    except UserError as error:
+        _tell(peers.values(), str(error), last=True)
+        raise
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts: only then is the port free for JAX
+        listener.close()
+    _tell(peers.values(), None)
+    return peers
+
+
+def _collect(came: queue.Queue[tuple[Peer, int, int]], peers: dict[int, Peer], processes: int, patience: float) -> None:
+    deadline = time.monotonic() + patience
+    while len(peers) < processes - 1:
+        try:
+            peer, number, expected = came.get(timeout=max(deadline - time.monotonic(), 0))
+        except queue.Empty:
+            missing = [str(number) for number in range(1, processes) if number not in peers]
+            raise UserError(
+                f"process{'es' * (len(missing) > 1)} {', '.join(missing)} of {processes} did not come within "
+                f"{patience:g} s; start each with the same --coordinator, or give them more time with --join-timeout"
+            ) from None
+        problem = None
+        if expected != processes:
+            problem = f"process {number} has --processes {expected}, and process 0 has {processes}; give all the same"
+        elif number in peers:
+            problem = f"two processes have --process {number}; number them from 0 to {processes - 1}"
+        if problem:
+            _tell([peer], problem, last=True)
+            raise UserError(problem)
+        peers[number] = peer
+
+
+def _listen(listener: socket.socket, came: queue.Queue[tuple[Peer, int, int]], patience: float) -> None:
+    """Hand on each process that greets. Others that connect, such as a port scanner, are hung up on."""
+
+    def greet(connection: socket.socket) -> None:
+        try:
+            peer = Peer(connection)
+            greeting, number, expected = peer.receive(patience, most=100)
+            if greeting != _GREETING or not 0 < number < expected:
+                raise ValueError
+            came.put((peer, number, expected))
+        except (OSError, ValueError, TypeError):
+            connection.close()
+
+    with contextlib.suppress(OSError):  # closed: all have come, or time is up
+        while True:
+            connection, _ = listener.accept()
+            threading.Thread(target=greet, args=(connection,), daemon=True).start()
+
+
+def _tell(peers: Iterable[Peer], message: Any, last: bool = False) -> None:
+    for peer in peers:
+        with contextlib.suppress(OSError):  # who has gone is missed at the next exchange
+            peer.send(message)
+        if last:
+            peer.close()
+
+
+@contextlib.contextmanager
+def _heard(number: int) -> Iterator[None]:
+    try:
+        yield
+    except TimeoutError:
+        raise UserError(f"process {number} came, and said nothing for {_TALK_S:g} s; see its output") from None
+    except (OSError, ValueError):
+        raise UserError(f"process {number} came, and ended before the run began; see its output") from None
