@@ -33,6 +33,8 @@ ROOMS = [
     "sums",
     "pipelined",
     "gradients",
+    "called",
+    "ids",
     "step",
     "report",
     "generate",
