@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from shardtrain.called import refuse_donated
 from shardtrain.cpu_order import ordered
 from shardtrain.errors import UserError
 from shardtrain.model_def import ModelDef
+from shardtrain.nn.model import embedded
 from shardtrain.pipelined import pipelined_rows
 from shardtrain.sharding import Partitioner, use
-from shardtrain.state import TrainState
+from shardtrain.state import TrainState, check_parts
 
 
 def generate(
@@ -44,8 +46,10 @@ def generate(
       int32 `[samples, tokens]`, without the prompt.
 
     Raises:
-      UserError: an empty prompt, or a model without `logits`.
+      UserError: an empty prompt, a model without `logits` or for another mesh, or a state that was donated.
     """
+    check_parts(model, partitioner)
+    refuse_donated(state)
     if not prompt:
         raise UserError("generation needs a prompt of at least one token; give sample.prompt some text")
     if not hasattr(outline := model.outline({}), "logits"):
@@ -88,7 +92,7 @@ def _next_token(model: ModelDef, partitioner: Partitioner, temperature: float) -
             else:
                 module: Any = model.merge(params, model_state)
                 ctx = model.context(batch)
-                logits_BV = next_BV(module, module.blocks(module.embedder(batch, ctx), ctx)[0])
+                logits_BV = next_BV(module, module.blocks(embedded(module, batch, ctx), ctx)[0])
             if temperature == 0:
                 return logits_BV.argmax(-1)
             return jax.random.categorical(key, logits_BV / temperature)

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from shardtrain.model_def import ModelDef, Tree
 from shardtrain.nn.model import Batch
 from shardtrain.nn.param import Weight
+from shardtrain.nn.returned import Sums, joined
 from shardtrain.parallel.gather import NONE, Gather, entry_spec, gathered, on_parts, split_dims, summed
 from shardtrain.parallel.slots import microbatch
 from shardtrain.pipelined import pipelined_gradients
@@ -19,12 +20,12 @@ from shardtrain.sharding import Partitioner
 from shardtrain.state import TrainState
 from shardtrain.sums import (
     LossFunction,
-    Sums,
     Total,
     aux_scales,
     kept,
     microbatches,
     model_sums,
+    nonzero,
     row_axes,
     weight_ratios,
 )
@@ -92,7 +93,8 @@ def batch_gradients(
         )
     grads, sums, new_state = run(state.params, state.model_state, batch)
     if not whole:
-        grads = jax.tree.map(lambda g: g / sums["loss"][1].astype(g.dtype), grads)
+        weight = nonzero(sums["loss"][1])
+        grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
     return jax.tree.map(lambda g, w: g.astype(w.dtype), grads, model.weights), sums, new_state
 
 
@@ -124,8 +126,8 @@ def _accumulated(
             ratios = weight_ratios(weight, {n: w for n, (_, w) in aux.items()}, total) if scales is None else scales
             value = value + sum(s * ratios[name] for name, (s, _) in aux.items())
             if accumulate == 1:
-                value = value / jax.lax.stop_gradient(weight)
-            return value, (sums | aux, new_state)
+                value = value / nonzero(jax.lax.stop_gradient(weight))
+            return value, (joined(sums, aux), new_state)
 
         grads, rest = jax.grad(objective, has_aux=True)(params)
         return kept(grads, model.weights, partitioner), rest

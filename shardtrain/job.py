@@ -88,11 +88,14 @@ class Job:
             lr=self.lr,
             compiler_options=self.compiler_options,
             gather="tick" if self.whole is None else "step",
+            debug=self.config.run.debug,
         )
 
     def eval_step(self) -> Any:
         """See `make_eval_step`."""
-        return make_eval_step(self.model, self.partitioner, compiler_options=self.compiler_options)
+        return make_eval_step(
+            self.model, self.partitioner, compiler_options=self.compiler_options, debug=self.config.run.debug
+        )
 
     def speed(self) -> Speed:
         """What turns step times into tokens/s and, on a GPU with a known peak, MFU."""

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from shardtrain.errors import UserError
+from shardtrain.errors import UserError, did_you_mean, require_kind
 from shardtrain.layout import Layout, dotted
 from shardtrain.nn.context import Context
+from shardtrain.nn.model import embedded, head_sums
 from shardtrain.nn.param import describe
 from shardtrain.nn.remat import rematerialized
+from shardtrain.nn.returned import built
 from shardtrain.nn.stack import Stack
+from shardtrain.parallel.backward import BackwardName, check_backward
 from shardtrain.parallel.schedules import Program, Schedule, allocate, check_trains
 from shardtrain.parallel.stages import layer_table
 from shardtrain.parallel.work import Cut
 
-Backward = Literal["remat", "save"]
 Idle = Literal["compute", "skip"]
 Tree = dict[str, Any]  # nested dicts with str keys
 
@@ -44,8 +46,10 @@ class ModelDef:
         with an attribute of that name.
 
     Raises:
-      UserError: weights without logical axes in a module that did not opt in; names them. Under a schedule, a module
-        that does not follow `nn.Model`, whose forward pass changes state, or with fewer layers than stages.
+      UserError: a `make` that builds no module from `nnx.Rngs`, or one that keeps bare arrays; weights without logical
+        axes in a module that did not opt in, or with those of a mesh; names them. Under a schedule, a module that does
+        not follow `nn.Model`, whose forward pass changes state, or with fewer layers than stages; or a `backward` that
+        the schedule does not have.
     """
 
     program: Program | None = None
@@ -56,18 +60,22 @@ class ModelDef:
         make: Callable[[nnx.Rngs], nnx.Module],
         *,
         schedule: Schedule | None = None,
-        backward: Backward = "remat",
+        backward: BackwardName = "remat",
         idle: Idle = "compute",
         packed: bool = True,
         replicate_unannotated: bool | None = None,
     ):
-        with nnx.use_eager_sharding(False):
-            module = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+        module = built(make)
         self.make, self.idle, self.packed = make, idle, packed
         self.graph, self._params, self._rngs, self._other = _split(module)
         self.canonical_weights: Tree = _nested(self._params, describe)
+        _refuse_mesh_axes(self.canonical_weights)
+        if idle not in get_args(Idle):
+            raise UserError(f"idle {idle!r} does not exist (pipeline.idle); {did_you_mean(idle, get_args(Idle))}")
         self.weights = self.canonical_weights
         if schedule is not None:
+            require_kind("schedule", schedule, Schedule, "make one with schedules.make('1f1b', ranks, microbatches)")
+            check_backward(schedule, backward)
             self._lay_out(schedule, module)
             self.program = allocate(schedule, save_residuals=backward == "save")
         if replicate_unannotated is None:
@@ -119,9 +127,9 @@ class ModelDef:
             return nnx.from_flat_state([(path[2:], v.replace(flat[dotted(path[2:])])) for path, v in layer])
 
         return Cut(
-            embed=lambda shared, batch, ctx: self.outline(shared).embedder(batch, ctx),
+            embed=lambda shared, batch, ctx: embedded(self.outline(shared), batch, ctx),
             block=lambda params, x, ctx: blocks.apply_block(of_layer(params), x, ctx),
-            head=lambda shared, x, batch, ctx: self.outline(shared).head(x, batch, ctx),
+            head=lambda shared, x, batch, ctx: head_sums(self.outline(shared), x, batch, ctx),
             remat=lambda body: rematerialized(body, blocks.remat),
             pin=pin,
         )
@@ -185,6 +193,17 @@ def join_layers(stacked: Tree, shared: Tree) -> Tree:
 def flatten(tree: Tree) -> dict[str, Any]:
     """Nested dicts as one dict from dotted path to leaf, in key order."""
     return {dotted(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _refuse_mesh_axes(weights: Tree) -> None:
+    for path, weight in flatten(weights).items():
+        for axis in weight.axes:
+            if not isinstance(axis, str | None):
+                raise UserError(
+                    f"weight {path} has {axis!r} among its axes {weight.axes}: so mesh axes are written, but a weight "
+                    "names one logical axis per dim, such as embed, mlp, heads or vocab, or None; rules map them to "
+                    "mesh axes"
+                )
 
 
 def _split(module: nnx.Module) -> tuple[Any, nnx.State, nnx.State, nnx.State]:

@@ -11,11 +11,12 @@ import jax
 import optax
 from jax.tree_util import tree_map_with_path
 
-from shardtrain.errors import UserError, did_you_mean
+from shardtrain.errors import UserError, did_you_mean, require_kind
 from shardtrain.import_path import NotFoundError, find
 from shardtrain.layout import Path, dotted, shardings_like
 from shardtrain.moments import Moments, with_moments
 from shardtrain.nn.param import Role, Weight
+from shardtrain.nn.precision import at_least_float32
 from shardtrain.per_layer import abstract, over_layers, probe, slices
 
 Transform: TypeAlias = optax.GradientTransformation
@@ -72,6 +73,11 @@ def optimizer(
       UserError: an unknown type, role or option (with the nearest known one), a number out of range, or a
         factory that cannot work on these weights, or not on one layer at a time.
     """
+    require_kind("optimizer type", type, str, "give a name such as adamw, or an import path such as 'optax.lamb'")
+    for weight in jax.tree.leaves(weights) or [None]:
+        require_kind("what optimizer is given as weights", weight, Weight, "pass model.weights of your ModelDef")
+    if not callable(lr):
+        require_kind("optimizer lr", lr, (float, int), "give a positive number, or a schedule of the step")
     factory = _factory(type)
     _check_options(type, factory, options)
     for role in decay_roles:
@@ -185,6 +191,25 @@ def _muon_dims(path: Path, weight: Weight) -> optax.contrib.MuonDimensionNumbers
     return optax.contrib.MuonDimensionNumbers(weight.input_dims, weight.output_dims)
 
 
+def global_norm(grads: Any) -> jax.Array:
+    """The norm of all gradients together, added up in float32 at least, whatever dtype they have."""
+    return optax.tree.norm(jax.tree.map(_widened, grads))
+
+
+def _widened(g: jax.Array) -> jax.Array:
+    return g.astype(at_least_float32(g.dtype))
+
+
+def updates_made(opt_state: Any, otherwise: jax.Array) -> jax.Array:
+    """How many updates an optimizer has made, by its own count, which is what its schedule goes by.
+
+    Args:
+      otherwise: for a state that counts nothing.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(opt_state)
+    return next((leaf for path, leaf in leaves if dotted(path[-1:]) == "count" and leaf.shape == ()), otherwise)
+
+
 class Clipped(optax.GradientTransformationExtraArgs):
     """Clips the gradient first; `update` takes its `grad_norm` from a caller who knows it."""
 
@@ -196,10 +221,12 @@ def _clipped(tx: Transform, clip_norm: float) -> Clipped:
     """
 
     def update(grads: Any, state: Any, params: Any = None, *, grad_norm: Any = None, **_: Any) -> tuple[Any, Any]:
-        norm = optax.tree.norm(grads) if grad_norm is None else grad_norm
+        norm = global_norm(grads) if grad_norm is None else grad_norm
 
         def clip(g: jax.Array) -> jax.Array:
-            return jax.lax.select(norm < clip_norm, g, (g / norm.astype(g.dtype)) * clip_norm)
+            wide = _widened(g)
+            clipped = jax.lax.select(norm < clip_norm, wide, (wide / norm.astype(wide.dtype)) * clip_norm)
+            return clipped.astype(g.dtype)
 
         return tx.update(jax.tree.map(clip, grads), state, params)
 

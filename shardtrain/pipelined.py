@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec
 
 from shardtrain.model_def import ModelDef, Tree, join_layers, split_layers
 from shardtrain.nn.context import Context
-from shardtrain.nn.model import Batch
+from shardtrain.nn.model import Batch, head_sums
+from shardtrain.nn.returned import Sums, joined
 from shardtrain.parallel.forward import Result
 from shardtrain.parallel.gather import NONE, entry_spec
 from shardtrain.parallel.pipeline import pipeline_forward, pipeline_gradients
@@ -20,7 +21,7 @@ from shardtrain.parallel.schedules import allocate, forward
 from shardtrain.parallel.stages import pin
 from shardtrain.parallel.work import Work
 from shardtrain.sharding import Partitioner
-from shardtrain.sums import Sums, Total, aux_scales, kept, microbatches, row_axes
+from shardtrain.sums import Total, aux_scales, kept, microbatches, row_axes
 
 
 def pipelined_gradients(
@@ -68,12 +69,12 @@ def pipelined_sums(model: ModelDef, params: Tree, batch: Batch, partitioner: Par
     """
 
     def sums(shared: Tree, y: Any, batch: Batch, ctx: Context) -> Sums:
-        loss, weight, metrics = model.outline(shared).head(y, batch, ctx)
+        loss, weight, metrics = head_sums(model.outline(shared), y, batch, ctx)
         return {"loss": (loss, weight), **metrics}
 
     assert model.program is not None
     found, aux = _through(model, params, batch, partitioner, model.program.schedule.microbatches, sums, whole=True)
-    return found | aux
+    return joined(found, aux)
 
 
 def pipelined_rows(

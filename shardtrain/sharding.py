@@ -8,11 +8,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from types import MappingProxyType
+from typing import NoReturn
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from shardtrain.errors import UserError, did_you_mean
+from shardtrain.errors import UserError, did_you_mean, require_kind
 from shardtrain.mesh import AXES, divisors
 
 LogicalAxes = Sequence[str | None]
@@ -33,6 +34,7 @@ DEFAULT_RULES: Rules = MappingProxyType(
         "layers": (),
         "stages": ("pipe",),
         "norm": (),
+        "positions": (),
         # The sequence between blocks: norms and residuals are held in parts, and a sum over `tensor` becomes a
         # reduce-scatter and a gather (Korthikanti et al. 2022). Follows overrides of `seq` and `batch`.
         "seq_residual": ("context", "tensor"),
@@ -62,15 +64,30 @@ def make_rules(overrides: Mapping[str, str | Sequence[str] | None] = MappingProx
 
 @dataclasses.dataclass(frozen=True)
 class Partitioner:
-    """A mesh and the rules that lay tensors out on it."""
+    """A mesh and the rules that lay tensors out on it.
+
+    Raises:
+      UserError: a mesh that `MeshSpec.build` could not have made, or rules that `make_rules` could not.
+    """
 
     mesh: Mesh
     rules: Rules = dataclasses.field(default_factory=make_rules)
 
+    def __post_init__(self) -> None:
+        fix = "make the mesh with MeshSpec(...).build()"
+        require_kind("the mesh of a Partitioner", self.mesh, (Mesh, AbstractMesh), fix)
+        if lacking := [axis for axis in AXES if axis not in self.mesh.axis_names]:
+            raise UserError(f"the mesh of a Partitioner has no axis {', '.join(lacking)}; {fix}, which has all axes")
+        if any(kind is not AxisType.Auto for kind in self.mesh.axis_types):
+            raise UserError(f"the mesh of a Partitioner has axes of types {self.mesh.axis_types}, not all Auto; {fix}")
+        require_kind("the rules of a Partitioner", self.rules, Mapping, fix := "make them with make_rules()")
+        for name, axes in self.rules.items():
+            require_kind(f"row {name!r} of the rules of a Partitioner", axes, tuple, fix)
+
     @property
     def devices(self) -> list[jax.Device]:
-        """Those of the mesh, all processes' together."""
-        return list(self.mesh.devices.flat)
+        """Those of the mesh, all processes' together; none of an abstract one."""
+        return list(self.mesh.devices.flat) if isinstance(self.mesh, Mesh) else []
 
     def size(self, logical: str) -> int:
         """Into how many pieces the mesh splits a dim with this logical axis."""
@@ -120,6 +137,9 @@ class Partitioner:
         Raises:
           UserError: as `spec` does, or for a dim that does not divide over its mesh axes; names tensor, dim and sizes.
         """
+        for logical in axes:
+            if logical is not None and logical not in self.rules:
+                self._refuse(logical, f"{name}: ")
         spec = self.spec(*axes, drop=drop)
         if shape is not None:
             self._check(spec, axes, tuple(shape), name)
@@ -163,11 +183,19 @@ class Partitioner:
 
     def _row(self, logical: str) -> tuple[str, ...]:
         if logical not in self.rules:
-            raise UserError(
-                f"logical axis {logical!r} has no rule; {did_you_mean(logical, self.rules)} "
-                f"(or add rules.{logical}, null to keep such dims whole)"
-            )
+            self._refuse(logical)
         return self.rules[logical]
+
+    def _refuse(self, logical: str, where: str = "") -> NoReturn:
+        if logical in AXES:
+            raise UserError(
+                f"{where}{logical!r} is a mesh axis; a tensor names logical axes, such as embed, mlp, heads or vocab, "
+                "and rules map them to mesh axes"
+            )
+        raise UserError(
+            f"{where}logical axis {logical!r} has no rule; {did_you_mean(logical, self.rules)} "
+            f"(or add rules.{logical}, null to keep such dims whole)"
+        )
 
     def _check(self, spec: PartitionSpec, axes: LogicalAxes, shape: tuple[int, ...], name: str) -> None:
         if len(axes) != len(shape):

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import optax
 
 from shardtrain.cpu_order import ordered
+from shardtrain.errors import require_kind
 from shardtrain.layout import dotted, shardings_like
 from shardtrain.model_def import ModelDef, Tree
 from shardtrain.nn.param import Weight
 from shardtrain.optim import state_shardings
+from shardtrain.parallel.stages import check_ranks
 from shardtrain.sharding import Partitioner, use
 
 
@@ -43,8 +45,11 @@ def abstract_state(model: ModelDef, tx: optax.GradientTransformation, partitione
     """The state as `ShapeDtypeStruct`s that carry their shardings: what `init_state` makes.
 
     Raises:
-      UserError: a weight that the rules cannot lay out on the mesh; names weight, dim and sizes.
+      UserError: an argument of another kind; a schedule that does not fit the mesh; or a weight that the rules cannot
+        lay out on it; names weight, dim and sizes.
     """
+    check_parts(model, partitioner)
+    require_kind("tx", tx, optax.GradientTransformation, "make one with optimizer(...), or by optax")
     whole = partitioner.sharding(())
 
     def place(path: tuple[Any, ...], weight: Weight) -> jax.ShapeDtypeStruct:
@@ -57,6 +62,17 @@ def abstract_state(model: ModelDef, tx: optax.GradientTransformation, partitione
     opt_state = _with_sharding(shapes, state_shardings(tx, params, model.weights))
     scalar: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     return TrainState(scalar, params, _with_sharding(model.abstract_model_state(), whole), opt_state, scalar, scalar)
+
+
+def check_parts(model: ModelDef, partitioner: Partitioner) -> None:
+    """Refuse a model and a mesh that are none, or that do not go together.
+
+    Raises:
+      UserError: another kind of argument; or a model whose pipeline has other ranks than the mesh.
+    """
+    require_kind("model", model, ModelDef, "wrap the module: ModelDef(lambda rngs: MyModel(..., rngs=rngs))")
+    require_kind("partitioner", partitioner, Partitioner, "make one: Partitioner(MeshSpec(...).build())")
+    check_ranks(None if model.program is None else model.program.schedule, partitioner.mesh)
 
 
 def abstract_canonical(model: ModelDef, tx: optax.GradientTransformation, partitioner: Partitioner) -> TrainState:

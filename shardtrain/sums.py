@@ -19,12 +19,11 @@ from shardtrain.nn.context import Context
 from shardtrain.nn.losses import Loss
 from shardtrain.nn.model import Batch, Model, forward
 from shardtrain.nn.param import Weight
+from shardtrain.nn.returned import Sums, checked_loss, joined, refuse_sown
 from shardtrain.sharding import Partitioner
 from shardtrain.state import TrainState
 
 LossFunction = Callable[[nnx.Module, Batch, Context], Loss]
-#: name -> (sum, weight); always with "loss".
-Sums = dict[str, tuple[jax.Array, jax.Array]]
 #: Adds a pytree over the devices that have rows of their own.
 Total = Callable[[Any], Any]
 
@@ -44,21 +43,29 @@ def model_sums(
     *,
     train: bool,
 ) -> tuple[Sums, Sums, Tree]:
-    """One forward pass: the sums of loss and metrics, those of the auxiliary terms, and the model's new state."""
+    """One forward pass: the sums of loss and metrics, those of the auxiliary terms, and the model's new state.
+
+    Raises:
+      UserError: what a part of the model or the loss function returned is not what it should be.
+    """
     module = model.merge(params, model_state, key)
     ctx = model.context(batch, key, train=train)
     if loss is None:
         (loss_sum, weight, metrics), aux = forward(cast(Model, module), batch, ctx)
     else:
         module.train() if train else module.eval()
-        (loss_sum, weight, metrics), aux = loss(module, batch, ctx), {}
-    return {"loss": (loss_sum, weight), **metrics}, aux, model.model_state(module)
+        name = getattr(loss, "__name__", type(loss).__name__)
+        returned, aux = loss(module, batch, ctx), {}
+        refuse_sown(module)
+        loss_sum, weight, metrics = checked_loss(f"the loss function {name}", returned)
+    sums: Sums = {"loss": (loss_sum, weight), **metrics}
+    return sums, aux, model.model_state(module)
 
 
 def batch_sums(model: ModelDef, loss: LossFunction | None, state: TrainState, batch: Batch) -> Sums:
     """The evaluation sums of one batch, without a pipeline: loss, metrics and auxiliary terms."""
     sums, aux, _ = model_sums(model, loss, state.params, state.model_state, batch, None, train=False)
-    return sums | aux
+    return joined(sums, aux)
 
 
 def aux_scales(weights: Callable[[], tuple[jax.Array, dict[str, jax.Array]]], total: Total) -> dict[str, jax.Array]:
@@ -75,9 +82,19 @@ def aux_scales(weights: Callable[[], tuple[jax.Array, dict[str, jax.Array]]], to
 
 
 def weight_ratios(weight: jax.Array, others: dict[str, jax.Array], total: Total) -> dict[str, jax.Array]:
-    """The loss's weight over each of the others, all of them global."""
+    """The loss's weight over each of the others, all of them global; 0 for a term of which the batch has nothing."""
     weight, others = total(jax.lax.stop_gradient((weight, others))) if others else (weight, {})
-    return {name: weight / w for name, w in others.items()}
+    return {name: jnp.where(w == 0, 0, weight / nonzero(w)) for name, w in others.items()}
+
+
+def nonzero(weight: jax.Array) -> jax.Array:
+    """A weight to divide by: 1 where it is 0, and so is what it belongs to."""
+    return jnp.where(weight == 0, jnp.ones_like(weight), weight)
+
+
+def means(sums: Sums) -> dict[str, jax.Array]:
+    """Each sum divided by its weight, 0 where that is 0; and the loss's own weight as `weight`."""
+    return {name: value / nonzero(weight) for name, (value, weight) in sums.items()} | {"weight": sums["loss"][1]}
 
 
 def kept(grads: Tree, weights: Tree, partitioner: Partitioner) -> Tree:

@@ -38,6 +38,8 @@ ROOMS = [
     "sums",
     "pipelined",
     "gradients",
+    "called",
+    "ids",
     "step",
     "report",
     "generate",

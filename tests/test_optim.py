@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from shardtrain.errors import UserError
 from shardtrain.layout import match_weights
 from shardtrain.nn.param import Weight
-from shardtrain.optim import OPTIMIZERS, optimizer, state_shardings
+from shardtrain.optim import OPTIMIZERS, global_norm, optimizer, state_shardings
 
 # L layers, X experts (stack dims), V vocab, D embed, H heads, K head_dim, F mlp
 L, X, V, D, H, K, F = 2, 2, 16, 8, 4, 4, 8
@@ -371,3 +371,34 @@ def test_a_factory_that_couples_weights_works_when_told_so(own_module):
     params = draw(0)
     updates, _ = jax.jit(tx.update)(draw(1), tx.init(params), params)
     assert float(optax.tree.norm(updates)) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_the_clip_of_bfloat16_gradients_is_computed_in_float32():
+    grads = {"a": jnp.full((1000,), 0.011, jnp.bfloat16), "b": jnp.full((3,), 3.3, jnp.bfloat16)}
+    weights = {name: Weight(g.shape, g.dtype, (None,), "matrix") for name, g in grads.items()}
+    tx = optimizer("sgd", weights, lr=1.0, clip_norm=0.7)
+    updates, _ = tx.update(grads, tx.init(grads), grads)
+    wide = {name: np.asarray(g, np.float64) for name, g in grads.items()}
+    norm = np.sqrt(sum((g**2).sum() for g in wide.values()))
+    assert global_norm(grads).dtype == jnp.float32
+    assert float(global_norm(grads)) == pytest.approx(norm, rel=1e-6)
+    for name, g in wide.items():
+        np.testing.assert_array_equal(updates[name], jnp.asarray(-g / norm * 0.7, jnp.bfloat16))
+
+
+def test_what_an_optimizer_is_given():
+    weights = {"w": weight((4, 4), "matrix", inputs=1)}
+    for call, message in (
+        (
+            lambda: optimizer(optax.adamw, weights, lr=0.1),
+            "optimizer type is a function, but must be a str; give a name",
+        ),
+        (
+            lambda: optimizer("adamw", object(), lr=0.1),
+            "weights is an object, but must be a Weight; pass model.weights",
+        ),
+        (lambda: optimizer("adamw", {}, lr=0.1), "weights is None, but must be a Weight; pass model.weights"),
+        (lambda: optimizer("adamw", weights, lr="0.1"), "optimizer lr is '0.1', but must be a float or an int"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()

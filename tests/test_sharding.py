@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from shardtrain.errors import UserError
@@ -186,3 +187,27 @@ def test_gradients_through_a_manual_region_from_outside(cube):
 
     x = jnp.arange(32.0).reshape(8, 4)
     assert np.allclose(jax.jit(jax.grad(loss))(x), np.cos(x), atol=1e-6)
+
+
+def test_what_a_partitioner_is_given(cube):
+    mesh = cube.mesh
+    explicit = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names))
+    for given, message in (
+        (({"fsdp": 2},), r"the mesh of a Partitioner is a dict, but must be a Mesh .*MeshSpec"),
+        ((jax.make_mesh((2,), ("data",), devices=jax.devices()[:2]),), "has no axis island, pipe, fsdp"),
+        ((explicit,), "not all Auto; make the mesh with MeshSpec"),
+        (
+            (mesh, ["embed"]),
+            "the rules of a Partitioner is a list of .*, but must be a Mapping; make the rules with",
+        ),
+        ((mesh, {"embed": "fsdp"}), "row 'embed' of the rules of a Partitioner is 'fsdp', but must be a tuple"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Partitioner(*given)
+
+
+def test_a_mesh_axis_is_no_logical_axis(cube):
+    with pytest.raises(UserError, match="weight w: 'tensor' is a mesh axis; a tensor names logical axes"):
+        cube.sharding(("tensor",), (8,), "weight w")
+    with pytest.raises(UserError, match="'data' is a mesh axis"):
+        cube.constrain(jnp.ones(8), "data")

@@ -11,6 +11,7 @@ from shardtrain.config.schema import Data, Devices, MeshSizes, Model, Optimizer,
 from shardtrain.errors import UserError, did_you_mean, nearest
 from shardtrain.mesh import AXES, MeshSpec, divisors
 from shardtrain.parallel import schedules
+from shardtrain.parallel.backward import check_backward
 from shardtrain.sharding import DEFAULT_RULES
 
 RuleTable = Mapping[str, tuple[str, ...]]
@@ -116,11 +117,11 @@ def check_schedule(mesh: MeshSizes, pipeline: Pipeline) -> Iterator[Problem]:
             fix = f"choose among {', '.join(schedules.registered)}, or other sizes"
             yield Problem("pipeline.schedule", pipeline.schedule, str(error), fix)
             return
-        if pipeline.backward != "remat" and "W" in schedule.phases:
-            rule = f"{pipeline.schedule} splits the backward pass, and keeps what its second half needs"
-            yield Problem(
-                "pipeline.backward", pipeline.backward, rule, "drop pipeline.backward, or take another schedule"
-            )
+        try:
+            check_backward(schedule, pipeline.backward)
+        except UserError as error:
+            rule, _, fix = str(error).rpartition("; ")
+            yield Problem("pipeline.backward", pipeline.backward, rule, fix)
 
 
 def check_gather(mesh: MeshSizes, pipeline: Pipeline) -> Iterator[Problem]:

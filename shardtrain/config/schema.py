@@ -63,6 +63,7 @@ class Run(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     compile_cache: str | None = "auto"  # a directory, null for none, or auto: .jax_cache beside the run directory
     max_skipped_steps: Count = 10  # so many non-finite steps in a row stop the run
+    debug: bool = False  # look for ids out of range in each batch before its step
 
 
 class Devices(Section):

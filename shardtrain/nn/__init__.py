@@ -4,7 +4,7 @@ from shardtrain.nn.attention import Attention
 from shardtrain.nn.attention_kernels import attend
 from shardtrain.nn.context import Context
 from shardtrain.nn.dropout import Dropout
-from shardtrain.nn.embedding import Embedding
+from shardtrain.nn.embedding import Embedding, PositionEmbedding
 from shardtrain.nn.linear import Linear
 from shardtrain.nn.losses import cross_entropy, linear_cross_entropy
 from shardtrain.nn.mlp import GatedMLP
@@ -23,6 +23,7 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "Model",
+    "PositionEmbedding",
     "Precision",
     "RMSNorm",
     "Stack",

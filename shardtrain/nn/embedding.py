@@ -1,6 +1,6 @@
-"""Token embedding, usable as the output head too (tied).
+"""Embedding of tokens, usable as the output head too (tied), and of learned positions.
 
-Shapes: B batch, S sequence, V vocabulary, D model dim, P parts of the vocabulary.
+Shapes: B batch, S sequence, V vocabulary or number of positions, D model dim, P parts of the vocabulary.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from shardtrain.errors import UserError
 from shardtrain.nn.linear import added, einsum, gathered, scattered
 from shardtrain.nn.param import param
 from shardtrain.nn.precision import Precision
 from shardtrain.sharding import constrain, pieces
 
 _AXES = ("vocab", "embed")
+_POSITIONS = ("positions", "embed")
 
 
 class Embedding(nnx.Module):
@@ -39,33 +41,69 @@ class Embedding(nnx.Module):
         return einsum("BSD,VD->BSV", x_BSD.astype(self.precision.compute), self.weight[...], _AXES, self.precision)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def lookup(table_VD: jax.Array, tokens_BS: jax.Array, precision: Precision) -> jax.Array:
+class PositionEmbedding(nnx.Module):
+    """A learned vector for each position, `[positions, embed]` (GPT-2), to be added to those of the tokens.
+
+    Args:
+      max_len: number of positions, the longest sequence.
+      dim: model dim.
+
+    Raises:
+      UserError: `max_len` below 1.
+    """
+
+    def __init__(self, max_len: int, dim: int, *, precision: Precision = Precision(), rngs: nnx.Rngs):
+        if max_len < 1:
+            raise UserError(f"a position table of {max_len} positions (max_len); use the longest sequence, 1 or more")
+        self.max_len, self.precision = max_len, precision
+        init = jax.nn.initializers.normal(0.02)  # Radford et al. 2019
+        self.weight = param(
+            rngs.params(), (max_len, dim), _POSITIONS, init, precision.params, "embedding", 1, precision.compute
+        )
+
+    def __call__(self, positions_BS: jax.Array) -> jax.Array:
+        """The vectors of `batch["positions"]`, int `[B, S]`; returns `[B, S, embed]` in the compute dtype.
+
+        Raises:
+          UserError: the sequence is longer than the table. (A position beyond it in a shorter sequence takes the last
+            vector; `make_train_step(debug=True)` refuses it.)
+        """
+        if positions_BS.shape[1] > self.max_len:
+            raise UserError(
+                f"the sequence has {positions_BS.shape[1]} positions, but the position table only {self.max_len} "
+                f"(max_len); use sequences of {self.max_len} or fewer, or a larger max_len"
+            )
+        table_VD = self.weight[...]
+        return constrain(lookup(table_VD, positions_BS, self.precision, _POSITIONS), "batch", "seq", None)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def lookup(table_VD: jax.Array, tokens_BS: jax.Array, precision: Precision, axes: tuple[str, str] = _AXES) -> jax.Array:
     """Rows of a sharded table, `[B, S, D]`; its gradient is summed where the tokens are, then reduced once."""
     # Gathered over the batch's mesh axes before the lookup: XLA otherwise rematerialises the whole table.
-    table_VD = gathered(table_VD, _AXES, precision.compute)
-    (V, D), parts = table_VD.shape, pieces("vocab")
+    table_VD = gathered(table_VD, axes, precision.compute)
+    (V, D), parts = table_VD.shape, pieces(axes[0])
     if parts == 1:
         return jnp.take(table_VD, tokens_BS, axis=0, mode="clip")
     # Each device looks in its own part of the vocabulary, and the parts are added: what XLA does by itself, but in so
     # many words, since its own way aborts (JAX 0.12) where a mesh axis is manual.
-    table_PVD = constrain(table_VD.reshape(parts, V // parts, D), "vocab", None, None)
+    table_PVD = constrain(table_VD.reshape(parts, V // parts, D), axes[0], None, None)
     first_P = jnp.arange(parts, dtype=tokens_BS.dtype) * (V // parts)
     local_PBS = jnp.clip(tokens_BS, 0, V - 1) - first_P[:, None, None]
     found_PBSD = jax.vmap(lambda table_VD, tokens_BS: table_VD.at[tokens_BS].get(mode="clip"))(table_PVD, local_PBS)
     here_PBS = (local_PBS >= 0) & (local_PBS < V // parts)
-    found_PBSD = constrain(jnp.where(here_PBS[..., None], found_PBSD, 0), "vocab", "batch", "seq", None)
+    found_PBSD = constrain(jnp.where(here_PBS[..., None], found_PBSD, 0), axes[0], "batch", "seq", None)
     return added(found_PBSD)
 
 
 def _lookup_fwd(
-    table_VD: jax.Array, tokens_BS: jax.Array, precision: Precision
+    table_VD: jax.Array, tokens_BS: jax.Array, precision: Precision, axes: tuple[str, str] = _AXES
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return lookup(table_VD, tokens_BS, precision), (table_VD, tokens_BS)
+    return lookup(table_VD, tokens_BS, precision, axes), (table_VD, tokens_BS)
 
 
 def _lookup_bwd(
-    precision: Precision, saved: tuple[jax.Array, jax.Array], dy_BSD: jax.Array
+    precision: Precision, axes: tuple[str, str], saved: tuple[jax.Array, jax.Array], dy_BSD: jax.Array
 ) -> tuple[jax.Array, np.ndarray]:
     table_VD, tokens_BS = saved
     (B, S), b, s = tokens_BS.shape, pieces("batch"), pieces("seq")
@@ -82,8 +120,8 @@ def _lookup_bwd(
     # One table per device and their sum, in so many words: left to itself, XLA gathers the activations instead where a
     # mesh axis is manual.
     sums = jax.vmap(jax.vmap(add))(split(tokens_BS), split(dy_BSD))
-    dtable_VD = constrain(sums, "batch", "seq", "vocab", None).sum((0, 1))
-    return scattered(dtable_VD, _AXES, table_VD.dtype), np.zeros(tokens_BS.shape, jax.dtypes.float0)
+    dtable_VD = constrain(sums, "batch", "seq", axes[0], None).sum((0, 1))
+    return scattered(dtable_VD, axes, table_VD.dtype), np.zeros(tokens_BS.shape, jax.dtypes.float0)
 
 
 lookup.defvjp(_lookup_fwd, _lookup_bwd)

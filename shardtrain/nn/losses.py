@@ -33,7 +33,7 @@ def cross_entropy(logits_BSV: jax.Array, targets_BS: jax.Array, mask_BS: jax.Arr
     three numbers per token instead of its logits. For the backward pass they are kept in their own dtype.
 
     Args:
-      targets_BS: int labels below V.
+      targets_BS: int labels below V. A negative one, such as Hugging Face's -100, is ignored, as one of mask 0.
       mask_BS: weight of each token, 0 to ignore it.
       z_loss: coefficient on `logsumexp^2` (Chowdhery et al. 2022, section 5), part of the loss sum.
 
@@ -41,7 +41,7 @@ def cross_entropy(logits_BSV: jax.Array, targets_BS: jax.Array, mask_BS: jax.Arr
       Scalars `loss_sum` and `weight_sum`, and `{"cross_entropy": (sum, weight)}` without the z-loss.
     """
     log_z_BS, target_BS = _terms(constrain(logits_BSV, "batch", "seq", "vocab"), targets_BS)
-    return _total(log_z_BS, target_BS, mask_BS, z_loss)
+    return _total(log_z_BS, target_BS, targets_BS, mask_BS, z_loss)
 
 
 def linear_cross_entropy(
@@ -75,11 +75,11 @@ def linear_cross_entropy(
     if count == 1:
         return cross_entropy(einsum(_logits(axes), x_BSD, w, axes, precision), targets_BS, mask_BS, z_loss=z_loss)
     log_z_BS, target_BS = _chunked_terms(x_BSD, w, targets_BS, axes, precision, count)
-    return _total(log_z_BS, target_BS, mask_BS, z_loss)
+    return _total(log_z_BS, target_BS, targets_BS, mask_BS, z_loss)
 
 
-def _total(log_z_BS: jax.Array, target_BS: jax.Array, mask_BS: jax.Array, z_loss: float) -> Loss:
-    mask_BS = mask_BS.astype(log_z_BS.dtype)
+def _total(log_z_BS: jax.Array, target_BS: jax.Array, targets_BS: jax.Array, mask_BS: jax.Array, z_loss: float) -> Loss:
+    mask_BS = jnp.where(targets_BS < 0, jnp.zeros((), log_z_BS.dtype), mask_BS.astype(log_z_BS.dtype))
     entropy, weight = ((log_z_BS - target_BS) * mask_BS).sum(), mask_BS.sum()
     loss = entropy
     if z_loss:

@@ -9,6 +9,7 @@ import jax
 
 from shardtrain.nn.context import Context
 from shardtrain.nn.losses import Loss
+from shardtrain.nn.returned import checked_loss, checked_rows, refuse_sown
 from shardtrain.nn.stack import Aux, Stack
 
 Batch = Mapping[str, jax.Array]
@@ -34,5 +35,27 @@ class Model(Protocol):
 
 def forward(model: Model, batch: Batch, ctx: Context) -> tuple[Loss, Aux]:
     """Run the three parts in order: the head's loss and metrics, and the blocks' auxiliary terms."""
-    x, aux = model.blocks(model.embedder(batch, ctx), ctx)
-    return model.head(x, batch, ctx), aux
+    x, aux = model.blocks(embedded(model, batch, ctx), ctx)
+    return head_sums(model, x, batch, ctx), aux
+
+
+def embedded(model: Model, batch: Batch, ctx: Context) -> Any:
+    """What the model's embedder makes of a batch, checked.
+
+    Raises:
+      UserError: it is no pytree of `[B, ...]` arrays.
+    """
+    x = model.embedder(batch, ctx)
+    refuse_sown(model)  # type: ignore[arg-type]
+    return checked_rows(f"{type(model).__name__}.embedder", x, jax.tree.leaves(dict(batch))[0].shape[0])
+
+
+def head_sums(model: Model, x: Any, batch: Batch, ctx: Context) -> Loss:
+    """What the model's head makes of the last block's output, checked.
+
+    Raises:
+      UserError: it is not `(loss_sum, weight_sum, metrics)`, or a metric has a name that is taken.
+    """
+    returned = model.head(x, batch, ctx)
+    refuse_sown(model)  # type: ignore[arg-type]
+    return checked_loss(f"{type(model).__name__}.head", returned)

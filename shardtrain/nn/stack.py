@@ -13,6 +13,7 @@ from shardtrain.errors import UserError
 from shardtrain.nn.context import Context
 from shardtrain.nn.param import Weight, describe, stacked
 from shardtrain.nn.remat import Remat, remat_policy, rematerialized
+from shardtrain.nn.returned import checked_block, refuse_bare_arrays, refuse_sown
 
 Aux = dict[str, tuple[jax.Array, jax.Array]]
 
@@ -31,7 +32,7 @@ class Stack(nnx.Module):
       scan: one `lax.scan` (compile time independent of depth) instead of an unrolled loop.
 
     Raises:
-      UserError: no layers, an unknown remat word, or a block with mutable state.
+      UserError: no layers, an unknown remat word, or a block with mutable state or a bare array.
     """
 
     def __init__(
@@ -52,7 +53,9 @@ class Stack(nnx.Module):
 
         def build(key: jax.Array) -> Any:
             nonlocal graph
-            graph, state = nnx.split(make_block(nnx.Rngs(key)))
+            block = make_block(nnx.Rngs(key))
+            refuse_bare_arrays(block)
+            graph, state = nnx.split(block)
             for path, variable in nnx.to_flat_state(state):
                 if not isinstance(variable, nnx.Param):
                     raise UserError(
@@ -69,8 +72,15 @@ class Stack(nnx.Module):
         )
 
     def apply_block(self, params: Any, x: Any, ctx: Context) -> tuple[Any, Aux]:
-        """One block as a pure function of its parameters (`params()` without the `layers` dim)."""
-        return nnx.merge(nnx.graphdef(self.layer), params)(x, ctx)
+        """One block as a pure function of its parameters (`params()` without the `layers` dim).
+
+        Raises:
+          UserError: the block returns something else than `(x, aux)`.
+        """
+        block = nnx.merge(nnx.graphdef(self.layer), params)
+        returned = block(x, ctx)
+        refuse_sown(block)
+        return checked_block(type(block).__name__, x, returned)
 
     def params(self) -> Any:
         """The parameters of all layers, `[layers, ...]` each."""

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 
-from shardtrain.parallel.schedules import Program
+from shardtrain.errors import UserError, did_you_mean
+from shardtrain.parallel.schedules import Program, Schedule
 from shardtrain.parallel.slots import masked, read, write
 from shardtrain.parallel.split import split_stage
 from shardtrain.parallel.work import Totals, Visit, Work, added
@@ -26,6 +27,26 @@ Tree = Any
 State = dict[str, Any]
 Row = Mapping[str, jax.Array]
 Phase = Callable[[State, Row, Visit], State]
+
+
+#: How a schedule without W goes backward; one with W always does it by `split`.
+BackwardName = Literal["remat", "save"]
+
+
+def check_backward(schedule: Schedule, backward: str) -> None:
+    """Refuse a way to go backward that does not exist, or that the schedule cannot take.
+
+    Raises:
+      UserError: names both.
+    """
+    if backward not in get_args(BackwardName):
+        near = did_you_mean(backward, get_args(BackwardName))
+        raise UserError(f"backward {backward!r} does not exist (pipeline.backward); {near}")
+    if backward != "remat" and "W" in schedule.phases:
+        raise UserError(
+            f"backward {backward!r}: {schedule.name} splits the backward pass, and keeps what its second half needs; "
+            "drop backward, or take another schedule"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

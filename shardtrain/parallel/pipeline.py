@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from shardtrain.nn.model import Batch
+from shardtrain.nn.returned import joined
 from shardtrain.nn.stack import Aux
 from shardtrain.parallel.backward import Phase, Row, State, backward_mode
 from shardtrain.parallel.forward import Result, finished, forward_only
@@ -195,7 +196,7 @@ def _moved(sent: Tree, edges: Edges, rank: jax.Array) -> Tree:
 def _zero_sums(work: Work, x: Tree, visit: Visit) -> dict[str, tuple[jax.Array, jax.Array]]:
     def sums() -> dict[str, Any]:
         y, aux = work.stage(work.params(visit), x, visit)
-        return work.head(work.shared, y, visit) | aux
+        return joined(work.head(work.shared, y, visit), aux)
 
     return zeros_like(jax.eval_shape(sums))
 

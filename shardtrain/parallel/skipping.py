@@ -12,6 +12,7 @@ Branches that all ranks take alike are made in the scope `AGREED`, and may hold 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -49,20 +50,19 @@ def check_branches(text: str, mesh: Mesh) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Lowered:
-    """A lowered step; `compile` checks what it makes."""
+    """A lowered step with its own idea of what compiling makes; it has all that the step within has.
 
-    lowered: jax.stages.Lowered
-    mesh: Mesh
+    Attributes:
+      lowered: the step within.
+      finish: what `compile` makes of the compiled step.
+    """
 
-    def compile(self, *args: Any, **options: Any) -> jax.stages.Compiled:
-        """The compiled step.
+    lowered: Any
+    finish: Callable[[Any], Any]
 
-        Raises:
-          UserError: as `check_branches`.
-        """
-        compiled = self.lowered.compile(*args, **options)
-        check_branches(compiled.as_text() or "", self.mesh)
-        return compiled
+    def compile(self, *args: Any, **options: Any) -> Any:
+        """The compiled step, finished."""
+        return self.finish(self.lowered.compile(*args, **options))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.lowered, name)
@@ -81,8 +81,13 @@ class CheckedStep:
         self._compiled: dict[Any, jax.stages.Compiled] = {}
 
     def lower(self, *args: Any) -> Lowered:
-        """As `jax.jit` has it."""
-        return Lowered(self._jitted.lower(*args), self._mesh)
+        """As `jax.jit` has it; what it lowers raises as `check_branches` does when it is compiled."""
+
+        def checked(compiled: jax.stages.Compiled) -> jax.stages.Compiled:
+            check_branches(compiled.as_text() or "", self._mesh)
+            return compiled
+
+        return Lowered(self._jitted.lower(*args), checked)
 
     def __call__(self, *args: Any) -> Any:
         """Run it.

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from shardtrain.errors import UserError
 from shardtrain.nn.model import Batch
@@ -30,6 +31,26 @@ def layers_per_stage(n_layers: int, stages: int) -> list[int]:
     for stage in middle_first[: n_layers % stages]:
         counts[stage] += 1
     return counts
+
+
+def check_ranks(schedule: Schedule | None, mesh: Mesh) -> None:
+    """Refuse a schedule, or that a model has none, on a mesh with another number of pipeline ranks.
+
+    Raises:
+      UserError: names both.
+    """
+    ranks, pipe = 1 if schedule is None else schedule.ranks, mesh.shape["pipe"]
+    if ranks == pipe:
+        return
+    if schedule is None:
+        raise UserError(
+            f"the mesh axis pipe is {pipe}, but the model has no schedule, so that all ranks of pipe would do the same "
+            f"work; give ModelDef a schedule, schedules.make('1f1b', {pipe}, microbatches), or use pipe 1"
+        )
+    raise UserError(
+        f"the model's schedule {schedule.name} is for {ranks} ranks, but the mesh axis pipe is {pipe}; make the "
+        f"schedule for {pipe} ranks, or the mesh with pipe {ranks}"
+    )
 
 
 def layer_table(schedule: Schedule, n_layers: int) -> np.ndarray:

@@ -8,6 +8,7 @@ from flax import nnx
 
 from helpers import filled, partition
 from shardtrain import nn
+from shardtrain.errors import UserError
 from shardtrain.sharding import use
 
 F32 = nn.Precision()
@@ -67,3 +68,32 @@ def test_a_sharded_table_looks_up_and_learns_the_same(sizes):
     expected = np.zeros((16, 8), "f4")
     np.add.at(expected, tokens, np.cos(y))
     np.testing.assert_allclose(dw, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_positions_are_read_from_the_batch():
+    layer = filled(lambda: nn.PositionEmbedding(6, 8, rngs=nnx.Rngs(0)))
+    positions = jnp.asarray([[0, 1, 2, 3], [5, 0, 1, 2]], jnp.int32)
+    assert np.array_equal(layer(positions), np.asarray(layer.weight[...])[positions])
+    assert (layer.weight.role, layer.weight.axes) == ("embedding", ("positions", "embed"))
+
+
+def test_a_sequence_longer_than_the_table_is_refused_while_it_is_traced():
+    layer = nnx.eval_shape(lambda: nn.PositionEmbedding(6, 8, rngs=nnx.Rngs(0)))
+    with pytest.raises(UserError, match=r"the sequence has 7 positions, but the position table only 6 \(max_len\)"):
+        jax.eval_shape(layer, jax.ShapeDtypeStruct((2, 7), jnp.int32))
+    with pytest.raises(UserError, match="a position table of 0 positions"):
+        nn.PositionEmbedding(0, 8, rngs=nnx.Rngs(0))
+
+
+def test_a_sharded_position_table_learns_the_same(x64):
+    precision = nn.Precision(jnp.float64, jnp.float64)
+    graph, state = nnx.split(filled(lambda: nn.PositionEmbedding(8, 8, precision=precision, rngs=nnx.Rngs(0))))
+    positions = jnp.asarray(np.random.default_rng(0).integers(0, 8, (8, 4)), jnp.int32)
+    dy = np.random.default_rng(1).normal(size=(8, 4, 8))
+
+    def gradient(state):
+        return jax.grad(lambda s: (nnx.merge(graph, s)(positions) * dy).sum())(state).weight[...]
+
+    want = gradient(state)
+    with use(partition(fsdp=4, tensor=2)):
+        np.testing.assert_allclose(jax.jit(gradient)(state), want, rtol=1e-13)

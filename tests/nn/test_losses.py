@@ -177,3 +177,19 @@ def test_a_sharded_vocabulary_is_never_gathered(sizes, chunk):
     assert {c.kind for c in over_tensor} == {"all-reduce"}  # of sums over the vocabulary: no gather, no exchange
     sent = {size for c in over_tensor for shape in c.shapes for size in shape}
     assert not sent & {vocab, vocab // partitioner.size("vocab")}
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_a_negative_target_counts_for_nothing(chunk):
+    """As Hugging Face's data has them: -100 where nothing is to be learned, with or without a mask."""
+    x, w = jnp.asarray(X, jnp.float32), jnp.asarray(W, jnp.float32)
+    ignored = np.arange(S) % 3 == 0
+
+    def loss(x, targets, mask):
+        return nn.linear_cross_entropy(x, w, HEAD, targets, mask, chunk=chunk, z_loss=0.1)
+
+    run = quick(jax.value_and_grad(lambda *a: loss(*a)[0]))
+    negative = np.where(ignored, -100, TARGETS).astype("i4"), np.ones((B, S), "f4")
+    masked = TARGETS, np.where(ignored, 0, np.ones((B, S))).astype("f4")
+    jax.tree.map(np.testing.assert_array_equal, run(x, *negative), run(x, *masked))
+    jax.tree.map(np.testing.assert_array_equal, quick(loss)(x, *negative), quick(loss)(x, *masked))

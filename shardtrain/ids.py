@@ -1,0 +1,104 @@
+"""Ids of a batch that no table of the model has a row for, found on the host before the step.
+
+A gather clamps such an id, or takes zeros, and trains on without a word. The step itself holds nothing of the check, so
+it works alike under any mesh and pipeline.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from shardtrain.errors import UserError
+from shardtrain.model_def import ModelDef, flatten
+from shardtrain.nn.model import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class _Table:
+    """What the ids of a leaf choose from."""
+
+    name: str
+    size: int
+    negative: str | None = None  # what a negative id means, where it means something
+
+
+class IdCheck:
+    """Refuses a batch whose ids are out of range, by the shapes of the model's weights.
+
+    `tokens` are held against the dim `vocab` of embeddings, `targets` against that of the head (or of the embedding
+    that serves as one), `positions` against the dim `positions` of position tables. Of other leaves, and of tables
+    whose weights do not carry these axes, nothing is known here: what a model gathers by itself (`jnp.take`) is not
+    seen.
+
+    Args:
+      model: whose weights say how many ids there are.
+
+    Raises:
+      UserError: no weight has a dim `vocab` or `positions`, so that there is nothing to hold ids against.
+    """
+
+    def __init__(self, model: ModelDef):
+        self._tables = _tables(model)
+        if not self._tables:
+            raise UserError(
+                "debug holds ids against weights with a logical axis 'vocab' or 'positions', and this model has none; "
+                "declare the table's axes, as nn.Embedding does, or drop debug"
+            )
+
+    def __call__(self, batch: Batch) -> None:
+        """Look at the rows of a global batch that this process holds; waits for them.
+
+        Raises:
+          UserError: an id out of range; names the leaf, the id, its place and the rule. Or the values are not known.
+        """
+        for name, table in self._tables.items():
+            for offset, ids in _parts(name, batch.get(name)):
+                low = 0 if table.negative is None else np.iinfo(ids.dtype).min
+                outside = np.argwhere((ids < low) | (ids >= table.size))
+                if len(outside):
+                    row, *rest = (int(i) + o for i, o in zip(outside[0], offset, strict=True))
+                    also = "" if table.negative is None else f", or negative for {table.negative}"
+                    raise UserError(
+                        f"batch[{name!r}] holds {ids[tuple(outside[0])]} in row {row}, at {', '.join(map(str, rest))}, "
+                        f"but {table.name} has {table.size}: ids are 0 to {table.size - 1}{also}; correct the data, or "
+                        "make the model's table larger"
+                    )
+
+
+def _parts(name: str, leaf: Any) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+    """Each part of an array that this process holds, once, and where it begins."""
+    if leaf is None:
+        return
+    if isinstance(leaf, jax.core.Tracer):
+        raise UserError(
+            f"debug looks at the values of batch[{name!r}], which are not known within another jax.jit; call the step "
+            "outside of it, or drop debug"
+        )
+    if not isinstance(leaf, jax.Array):
+        yield (0,) * np.ndim(leaf), np.asarray(leaf)
+        return
+    found = {tuple(part.start or 0 for part in shard.index): shard.data for shard in leaf.addressable_shards}
+    for offset, data in found.items():
+        yield offset, np.asarray(data)
+
+
+def _tables(model: ModelDef) -> Mapping[str, _Table]:
+    weights = flatten(model.canonical_weights).values()
+
+    def sizes(axis: str, role: str | None = None) -> list[int]:
+        return [w.shape[w.axes.index(axis)] for w in weights if axis in w.axes and role in (None, w.role)]
+
+    tables: dict[str, _Table] = {}
+    if every := sizes("vocab"):  # of several of a role, which one is not known here
+        inputs = sizes("vocab", "embedding") or every
+        tables["tokens"] = _Table("the model's vocabulary", max(inputs))
+        outputs = max(sizes("vocab", "head") or inputs)
+        tables["targets"] = _Table("the model's vocabulary", outputs, "a target that is ignored")
+    if positions := sizes("positions"):
+        tables["positions"] = _Table("the model's position table", min(positions))
+    return tables
