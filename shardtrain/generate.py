@@ -49,11 +49,11 @@ def generate(
       UserError: an empty prompt, a model without `logits` or for another mesh, or a state that was donated.
     """
     check_parts(model, partitioner)
-    refuse_donated(state)
     if not prompt:
         raise UserError("generation needs a prompt of at least one token; give sample.prompt some text")
     if not hasattr(outline := model.outline({}), "logits"):
         raise UserError(f"{type(outline).__name__} has no method logits(x), which generation needs; add one")
+    refuse_donated(state)
     rows = partitioner.size("batch")
     step = _next_token(model, partitioner, float(temperature))
     known = min(len(prompt), window)

@@ -72,7 +72,8 @@ def check_parts(model: ModelDef, partitioner: Partitioner) -> None:
     """
     require_kind("model", model, ModelDef, "wrap the module: ModelDef(lambda rngs: MyModel(..., rngs=rngs))")
     require_kind("partitioner", partitioner, Partitioner, "make one: Partitioner(MeshSpec(...).build())")
-    check_ranks(None if model.program is None else model.program.schedule, partitioner.mesh)
+    if model.program is not None:
+        check_ranks(model.program.schedule, partitioner.mesh)
 
 
 def abstract_canonical(model: ModelDef, tx: optax.GradientTransformation, partitioner: Partitioner) -> TrainState:

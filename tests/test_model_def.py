@@ -55,11 +55,10 @@ def test_options_of_a_pipeline():
     [
         (2, {}, "1f1b is for 2 ranks, but the mesh axis pipe is 1"),
         (2, {"pipe": 4}, "1f1b is for 2 ranks, but the mesh axis pipe is 4"),
-        (None, {"pipe": 2}, "axis pipe is 2, but the model has no schedule"),
     ],
 )
 def test_the_ranks_of_a_schedule_are_those_of_the_mesh(ranks, mesh, message):
-    model = ModelDef(make, schedule=ranks and schedules.make("1f1b", ranks, 2))
+    model = ModelDef(make, schedule=schedules.make("1f1b", ranks, 2))
     place, tx = tiny.partitioner(**mesh), optax.sgd(0.1)
     for call in (init_state, make_train_step):
         with pytest.raises(UserError, match=message):

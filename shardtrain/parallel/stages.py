@@ -33,24 +33,17 @@ def layers_per_stage(n_layers: int, stages: int) -> list[int]:
     return counts
 
 
-def check_ranks(schedule: Schedule | None, mesh: Mesh) -> None:
-    """Refuse a schedule, or that a model has none, on a mesh with another number of pipeline ranks.
+def check_ranks(schedule: Schedule, mesh: Mesh) -> None:
+    """Refuse a schedule on a mesh with another number of pipeline ranks.
 
     Raises:
       UserError: names both.
     """
-    ranks, pipe = 1 if schedule is None else schedule.ranks, mesh.shape["pipe"]
-    if ranks == pipe:
-        return
-    if schedule is None:
+    if schedule.ranks != (pipe := mesh.shape["pipe"]):
         raise UserError(
-            f"the mesh axis pipe is {pipe}, but the model has no schedule, so that all ranks of pipe would do the same "
-            f"work; give ModelDef a schedule, schedules.make('1f1b', {pipe}, microbatches), or use pipe 1"
+            f"the model's schedule {schedule.name} is for {schedule.ranks} ranks, but the mesh axis pipe is {pipe}; "
+            f"make the schedule for {pipe} ranks, or the mesh with pipe {schedule.ranks}"
         )
-    raise UserError(
-        f"the model's schedule {schedule.name} is for {ranks} ranks, but the mesh axis pipe is {pipe}; make the "
-        f"schedule for {pipe} ranks, or the mesh with pipe {ranks}"
-    )
 
 
 def layer_table(schedule: Schedule, n_layers: int) -> np.ndarray:
