@@ -198,7 +198,7 @@ def test_what_a_partitioner_is_given(cube):
         ((explicit,), "not all Auto; make the mesh with MeshSpec"),
         (
             (mesh, ["embed"]),
-            "the rules of a Partitioner is a list of .*, but must be a Mapping; make the rules with",
+            "the rules of a Partitioner is a list of .*, but must be a Mapping; make them with",
         ),
         ((mesh, {"embed": "fsdp"}), "row 'embed' of the rules of a Partitioner is 'fsdp', but must be a tuple"),
     ):
