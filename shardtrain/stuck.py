@@ -21,8 +21,8 @@ from shardtrain.cpu_order import FLAG
 from shardtrain.xla import has_started
 
 _IDLE = 0.2  # of a core; a progress bar takes a few hundredths
-#: A main thread in one of these waits for another thread of ours (for data, for a save), and not for devices.
-_THREADS = ("threading.py", "queue.py", "selectors.py", "subprocess.py")
+#: A main thread in other code waits for something else: another thread, a disk, a process.
+_WAITS_IN = (Path(jax.__file__).parent, Path(__file__).parent)
 
 
 @contextlib.contextmanager
@@ -70,7 +70,7 @@ def _waits_at() -> str | None:
     if frame is None or not has_started() or jax.devices()[0].platform != "cpu":
         return None
     stack = traceback.extract_stack(frame)
-    if Path(stack[-1].filename).name in _THREADS:
+    if not any(Path(stack[-1].filename).is_relative_to(folder) for folder in _WAITS_IN):
         return None
     packages = Path(jax.__file__).parents[1]
     ours = next((f for f in reversed(stack) if not Path(f.filename).is_relative_to(packages)), stack[-1])
