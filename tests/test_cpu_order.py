@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -70,3 +71,18 @@ def test_one_device_and_a_process_that_is_in_order_need_no_options(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
     assert cpu_order.ordered(jax.devices()[:1]) == {}
     assert cpu_order.ordered(jax.devices()) != {}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", [0, 9, 16])  # an MLP that hung in two starts of three, a pipeline, two processes
+def test_no_start_hangs(case):
+    soak = Path(__file__).parent.parent / "benchmarks" / "soak.py"
+    done = subprocess.run(
+        [sys.executable, soak, "--starts", "4", "--case", str(case)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XLA_FLAGS": ""},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "4 starts, 0 hung, 0 wrong" in done.stdout
