@@ -115,6 +115,8 @@ def soak(case: Case, starts: int, folder: Path) -> int:
     """Print what came of a case's starts; how many of them hung or were wrong."""
     begin, hung, wrong = time.monotonic(), 0, 0
     single, first = start(Case({}, case.sections), folder), []
+    if not single:
+        return 1
     for _ in range(starts):
         losses = start(case, folder)
         first = first or losses

@@ -41,11 +41,12 @@ def together(make: Callable[[], T], said: Callable[[T], Mapping[str, Any]], exch
       UserError: `make` raised it, here or on another process; or the processes differ.
     """
     made: Any = None
-    refusal, statement = None, {}
+    refusal: Exception | None = None
+    statement: dict[str, Any] = {}
     try:
         made = make()
         statement = dict(_flat(said(made)))
-    except UserError as error:
+    except Exception as error:  # whatever it is: the others wait for a word of this process
         refusal = error
     answers = [json.loads(text) for text in exchange(json.dumps([refusal is not None, statement]))]
     if refusal is not None:
@@ -95,7 +96,7 @@ def asked(config: Mapping[str, Any], model: Any) -> dict[str, Any]:
     keys = {key: value for key, value in _flat(config) if key not in FREE}
     paths = [value for value in keys.values() if isinstance(value, str) and ":" in value]
     modules = {path: sys.modules.get(path.partition(":")[0]) for path in paths}  # those of import paths
-    named = {path: module.__file__ for path, module in modules.items() if module is not None}
+    named = {path: file for path, module in modules.items() if (file := getattr(module, "__file__", None))}
     files = {"the model": inspect.getsourcefile(model), **named}
     sources = {name: _ABSENT if file is None else _digest(Path(file).read_bytes()) for name, file in files.items()}
     return keys | {f"source of {name}": digest for name, digest in sources.items()}

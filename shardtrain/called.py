@@ -64,6 +64,8 @@ class Step:
         return Lowered(lowered, lambda compiled: Step(compiled, self._mesh, self._check, frozenset(batch)))
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_function":  # not there yet while a copy is made
+            raise AttributeError(name)
         return getattr(self._function, name)
 
     def _explain(self, error: Exception, state: Any, batch: Any) -> None:

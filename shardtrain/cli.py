@@ -57,7 +57,10 @@ def _run() -> int:
         sys.path.append(_here())  # `type: my_model:MyModel` finds a file beside the user, as under `python -m`
         app()
     except SystemExit as end:  # how typer ends
-        return int(end.code or 0)
+        if isinstance(end.code, str):  # of a user's own code
+            print(end.code, file=sys.stderr)
+            return 1
+        return end.code or 0
     except (UserError, OSError) as error:
         if "--debug" in sys.argv:
             raise
@@ -170,7 +173,8 @@ def _train(config: RunConfig, allow_changes: bool, processes: int) -> None:
         print(f"prepared in {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
         if run.step >= run.steps:
             run.fit()
-            print(f"the run in {run.directory} is finished: {run.step} of {run.steps} steps; nothing to do")
+            left = "its evaluation is still to be made" if run.stopped_early else "nothing to do"
+            print(f"the run in {run.directory} is finished: {run.step} of {run.steps} steps; {left}")
         elif jax.process_index() == 0:
             with progress(run.steps, run.step) as run.display:
                 for line in summary(run):

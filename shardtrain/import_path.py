@@ -38,13 +38,13 @@ def find(path: str, noun: str, is_one: Callable[[Any], bool] = callable) -> Any:
     """
     module_name, _, name = path.partition(":")
     shape = f"package.module:{'Class' if noun == 'class' else noun}"
+    if not all(part.isidentifier() for part in module_name.split(".")):
+        raise NotFoundError(f"{module_name!r} is not the name of a module", f"write {shape}")
     try:
         module = importlib.import_module(module_name)
     except (ImportError, SyntaxError) as error:
         fix = f"install it, or put its folder on PYTHONPATH; write {shape}"
         raise NotFoundError(f"importing module {module_name!r} fails: {error}", fix) from error
-    except (TypeError, ValueError) as error:  # an empty or relative module name
-        raise NotFoundError(f"{module_name!r} is no module name", f"write {shape}") from error
     found = getattr(module, name, None)
     if not is_one(found):
         known = [key for key, value in vars(module).items() if is_one(value)]

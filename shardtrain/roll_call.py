@@ -166,7 +166,8 @@ def _call(place: tuple[str, int], processes: int, patience: float) -> dict[int, 
         _tell(peers.values(), str(error), last=True)
         raise
     finally:
-        listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts: only then is the port free for JAX
+        with contextlib.suppress(OSError):  # not every system has it for a socket that listens
+            listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts: only then is the port free for JAX
         listener.close()
     _tell(peers.values(), None)
     return peers

@@ -14,15 +14,15 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from shardtrain.cpu_order import FLAG
-from shardtrain.xla import has_started
 
 _IDLE = 0.2  # of a core; a progress bar takes a few hundredths
 #: A main thread in other code waits for something else: another thread, a disk, a process.
-_WAITS_IN = (Path(jax.__file__).parent, Path(__file__).parent)
+_JAX = Path(jax.__file__).parent
 
 
 @contextlib.contextmanager
@@ -66,28 +66,28 @@ def _cpu_seconds() -> float:
 
 def _waits_at() -> str | None:
     """Where the main thread waits for CPU devices, as far as that can be told; `None` where it does not."""
+    config: Any = jax.config
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    if frame is None or not has_started() or jax.devices()[0].platform != "cpu":
+    if frame is None or config.jax_platforms != "cpu":  # which `select_devices` sets; to ask JAX would start it
         return None
     stack = traceback.extract_stack(frame)
-    if not any(Path(stack[-1].filename).is_relative_to(folder) for folder in _WAITS_IN):
+    if not Path(stack[-1].filename).is_relative_to(_JAX):
         return None
-    packages = Path(jax.__file__).parents[1]
-    ours = next((f for f in reversed(stack) if not Path(f.filename).is_relative_to(packages)), stack[-1])
+    ours = next((f for f in reversed(stack) if not Path(f.filename).is_relative_to(_JAX.parent)), stack[-1])
     return f"{ours.filename}:{ours.lineno}, in {ours.name}"
 
 
 def _explanation(idle: float, place: str) -> str:
-    here = (
-        f"nothing has moved for {idle:.0f} s: the CPU devices wait for each other in a collective (called at {place})"
-    )
-    if jax.process_count() > 1:
+    here = f"nothing has moved for {idle:.0f} s"
+    if jax.distributed.is_initialized():
         return (
-            f"{here}. Another process is busy with something else, has stopped, or runs another program: see what it "
-            "printed last. If none is, end them all and start again: the run resumes"
+            f"{here}: this process waits for another one, at {place}. That is busy with something else (preparing "
+            "data), has stopped, or runs another program: see what it printed last. If none is busy, end them all and "
+            "start again: the run resumes"
         )
     return (
-        f"{here}. XLA's CPU backend is known to do so where devices start two collectives in another order, and ends "
-        "the process after 40 s; that is no fault of the model. Start again: the run resumes. If it happens again, see "
-        f"that XLA_FLAGS does not choose another {FLAG} than shardtrain does"
+        f"{here}: the CPU devices wait for each other in a collective, called at {place}. XLA's CPU backend is known "
+        "to do so where devices start two collectives in another order, and ends the process after 40 s; that is no "
+        "fault of the model. Start again: the run resumes. If it happens again, see that XLA_FLAGS does not choose "
+        f"another {FLAG} than shardtrain does"
     )

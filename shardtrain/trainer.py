@@ -96,7 +96,7 @@ class Loop:
         with Background("report") as reports:
             if self._unevaluated is not None:
                 flight = Step(self.step, {}, dict(self._unevaluated))
-                flight.values |= self._evaluate_unless_stopped()
+                flight.values |= self._evaluate_unless_stopped(flight.values)
                 self._finish(flight, reports)
             if self.step < self.steps and not self.stopped_early:
                 self._train(reports)
@@ -138,7 +138,7 @@ class Loop:
         if evaluates and not self.stopped_early and not self._unlearned.too_many(flight):
             if saves:
                 self._save(reports, unevaluated)
-            flight.values |= self._evaluate_unless_stopped()
+            flight.values |= self._evaluate_unless_stopped(flight.values)
         # Written down before its state is, or held in it: no run that resumes from this step lacks its line.
         self._finish(flight, reports)
         if saves or self.stopped_early:
@@ -147,7 +147,7 @@ class Loop:
 
     def evaluate(self) -> Values:
         """Held-out means, as `eval_loss` and so on."""
-        return self._evaluate(self.eval_batches()) if self.eval_batches is not None and self._can_evaluate else {}
+        return self._evaluate(self.eval_batches(), {}) if self.eval_batches is not None and self._can_evaluate else {}
 
     def save(self) -> None:
         """Store the present state, once."""
@@ -166,16 +166,19 @@ class Loop:
             self.checkpointer.save(self.step, self.canonical(self.state), extra)
             self._saved = self.step
 
-    def _evaluate(self, batches: Iterable[Batch]) -> Values:
+    def _evaluate(self, batches: Iterable[Batch], known: Values) -> Values:
         means = evaluate(self.eval_step, self.state, batches)
         values = {f"eval_{name}": value for name, value in means.items()}
+        taken = {**known, **values}
         for callback in self.callbacks:
-            join(values, callback.on_eval(self.step, self.state), callback, "on_eval")
+            more = callback.on_eval(self.step, self.state)
+            join(taken, more, callback, "on_eval")
+            values |= more
         return values
 
-    def _evaluate_unless_stopped(self) -> Values:
+    def _evaluate_unless_stopped(self, known: Values) -> Values:
         try:
-            return self._evaluate(self._until_stopped(self.eval_batches())) if self.eval_batches else {}
+            return self._evaluate(self._until_stopped(self.eval_batches()), known) if self.eval_batches else {}
         except _StoppedError:
             self._message(f"the evaluation of step {self.step} was interrupted; the resumed run makes it")
             return {}

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from commands import CONFIG, compiled_once, pair, start  # noqa: F401
-from shardtrain.alike import check_alike, software, together
+from shardtrain.alike import asked, check_alike, software, together
 from shardtrain.data import write_tokens
 from shardtrain.errors import UserError
+from shardtrain.models.mlp import MLP
 
 TOKENS = "data={type: tokens, path: tokens.bin, seq_len: 16, global_batch: 8}"
 MODEL = """
@@ -130,3 +131,22 @@ def test_a_process_that_never_comes_is_named(tmp_path):
             "error: process 1 of 2 did not come within 2 s; start each with the same --coordinator, or give them more "
             "time with --join-timeout\n"
         )
+
+
+def test_text_with_a_colon_is_not_an_import_path():
+    """`time` is loaded, and has no file."""
+    keys = asked({"sample": {"prompt": "time: noon", "tokens": 3}}, MLP)
+    assert {key for key in keys if key.startswith("source of")} == {"source of the model"}
+
+
+def test_an_error_that_nobody_expects_is_told_too():
+    """Else the others would wait for it."""
+
+    def fail():
+        raise KeyError("a user's own source")
+
+    said = []
+    with pytest.raises(KeyError):
+        together(fail, lambda made: {}, lambda text: said.append(text) or [text, text])
+    with pytest.raises(UserError, match=r"^process 0 refused to go on"):
+        together(lambda: 1, lambda made: {}, lambda text: [*said, text])

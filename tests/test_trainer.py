@@ -142,10 +142,14 @@ def test_a_callback_sees_the_state_that_each_step_makes():
             assert_same_bits(reader.states, states)
 
 
-@pytest.mark.parametrize("hook", ["on_state", "on_step"])
+@pytest.mark.parametrize("hook", ["on_state", "on_step", "on_eval"])
 def test_a_callback_cannot_replace_what_the_step_reports(hook):
     mine = Callback()
     setattr(mine, hook, lambda step, given: {"loss": 0.0})
-    loop = trainer(4, callbacks=[mine])
+    evaluation = {
+        "eval_step": lambda state, batch: {"loss": (1.0, 1.0)},
+        "eval_batches": lambda: [{"row": np.zeros(1)}],
+    }
+    loop = trainer(4, callbacks=[mine], **evaluation)
     with loop.batches, pytest.raises(UserError, match=f"Callback.{hook} returned loss, which the step has already"):
         loop.fit()

@@ -64,14 +64,16 @@ def first_found(look: Callable[[], str | None]) -> str | None:
     """
     if jax.process_count() == 1:
         return look()
+    failure: Exception | None = None
     try:
         found = look()
         mine = [_CALM if found is None else _FOUND, found or ""]
-    except UserError as error:
-        mine = [_RAISED, str(error)]
-    kind, words = max(
-        map(json.loads, _exchange(json.dumps(mine))), key=lambda theirs: theirs[0]
-    )  # of several, the first
+    except Exception as error:  # whatever it is: the others wait for a word of this process
+        failure, mine = error, [_RAISED, f"process {jax.process_index()}: {error}"]
+    answers = map(json.loads, _exchange(json.dumps(mine)))
+    kind, words = max(answers, key=lambda theirs: theirs[0])  # of several, the first
+    if failure is not None:
+        raise failure
     if kind == _RAISED:
         raise UserError(words)
     return words if kind == _FOUND else None

@@ -17,6 +17,8 @@ _LANGUAGE = {
     "positions": np.dtype(np.int32),
     "loss_mask": np.dtype(np.float32),
 }
+#: Those of which each token has one; targets, and what weighs them, may be others than the next tokens.
+_BY_POSITION = ("tokens", "segment_ids", "positions")
 MASK = "loss_mask"
 
 
@@ -83,7 +85,7 @@ class RowCheck:
             if dtype != _LANGUAGE[name]:
                 fix = f"it must be {_LANGUAGE[name]}; use .astype(np.{_LANGUAGE[name]})"
                 raise self._error(number, f"{name!r} is {dtype}", fix)
-            if not leaf.shape or leaf.shape[0] != tokens.shape[0]:
+            if name in _BY_POSITION and (not leaf.shape or leaf.shape[0] != tokens.shape[0]):
                 fix = "it must have one entry for each position, as many as 'tokens' [S]"
                 raise self._error(number, f"{name!r} has shape {leaf.shape}", fix)
         if dtype.kind in "OUSMm":

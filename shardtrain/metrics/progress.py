@@ -4,6 +4,8 @@ Both show the values that they are given and know a name for; what is absent (MF
 """
 
 import math
+import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -46,9 +48,18 @@ def progress(
 
     Use it as a context manager. `console` defaults to standard output; `clock` gives seconds.
     """
-    console = console or Console(highlight=False)
+    console = console or _Console(highlight=False)
     eta = _Eta(total, clock)
     return _Live(total, start, console, eta) if console.is_terminal else _Plain(total, console, eta, clock)
+
+
+class _Console(Console):
+    """Standard output whose reader may leave (`| head`): the run goes on, and still saves."""
+
+    def on_broken_pipe(self) -> None:
+        """Say the rest to nobody."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Plain:

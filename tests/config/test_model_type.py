@@ -75,7 +75,7 @@ def test_options_are_judged_by_the_signature(problems, own_model):
     [
         ("lama", "no model of shardtrain.models", "did you mean llama?"),
         ("no_such_package.x:Y", "no_such_package", "PYTHONPATH"),
-        (":Own", "no module name", "package.module:Class"),
+        (":Own", "not the name of a module", "package.module:Class"),
         ("{own}:Onw", "no class 'Onw'", "did you mean Own?"),
         ("{own}:Positional", "by position only", "keyword"),
         ("{own}:Keywords", "names no option beside **kwargs", "name them in its signature"),

@@ -50,7 +50,7 @@ BAD = {
     "0-d": (put("tokens", np.int32(3)), "'tokens' has shape (); it must have one entry for each position"),
     "int64": (put("tokens", np.int64), "'tokens' is int64; it must be int32; use .astype(np.int32)"),
     "float64": (put("loss_mask", np.float64), "'loss_mask' is float64; it must be float32; use .astype(np.float32)"),
-    "length": (put("targets", np.zeros(3, np.int32)), "'targets' has shape (3,); it must have one entry for each"),
+    "length": (put("positions", np.zeros(3, np.int32)), "'positions' has shape (3,); it must have one entry for each"),
     "id": (put("tokens", np.int32([0, 63, 64, 0])), "'tokens' holds 64 at position 2; ids must be in 0 .. 63 for its"),
     "negative": (put("tokens", np.int32([0, -1, 0, 0])), "'tokens' holds -1 at position 1; ids must be in 0 .. 63"),
     "target": (put("targets", np.int32([0, 0, 0, 99])), "'targets' holds 99 at position 3; targets must be below its"),

@@ -68,7 +68,7 @@ def test_the_command_line_draws_it():
     [
         ("no_such_module:mine", "importing module 'no_such_module' fails"),
         ("own_schedules:mien", "module own_schedules has no function 'mien'; did you mean mine?"),
-        (":mine", "'' is no module name; write package.module:function"),
+        (":mine", "'' is not the name of a module; write package.module:function"),
         ("own_schedules:two", r"cannot be called with \(ranks, microbatches, chunks\): too many positional arguments"),
         ("own_schedules:table", "returned ndarray .* it must return a Schedule"),
         ("own_schedules:smaller", "is for microbatches 1, not 2; ask for microbatches 1"),

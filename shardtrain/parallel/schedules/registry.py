@@ -84,7 +84,7 @@ def _imported(name: str) -> Builder:
         raise UserError(f"pipeline schedule {name!r}: {error}") from error
     try:
         inspect.signature(build).bind(1, 1, 1)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # ValueError: written in C, it has no signature
         raise UserError(
             f"pipeline schedule {name!r} cannot be called with (ranks, microbatches, chunks): {error}; a schedule is "
             "a function of these three that returns a Schedule"
