@@ -109,7 +109,8 @@ class RowCheck:
 
     def _bad_id(self, name: str, bad: np.ndarray, ids: np.ndarray, numbers: Sequence[int], rule: str) -> UserError:
         row, *position = map(int, np.argwhere(bad)[0])
-        return self._error(numbers[row], f"{name!r} holds {ids[row, *position]} at position {position[0]}", rule)
+        where = f" at position {position[0]}" if position else ""
+        return self._error(numbers[row], f"{name!r} holds {ids[row, *position]}{where}", rule)
 
     def _vocabulary(self, source: Source) -> int:
         size = getattr(source, "vocab_size", None)
