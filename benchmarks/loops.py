@@ -41,17 +41,17 @@ class Timed(Loop):
         self.total = self.spent["all"]
 
     def _finish(self, flight: Any, reports: Any) -> None:
-        self._arrive(flight)  # waiting for the step
+        self._arrivals.wait_for(flight)  # waiting for the step
         with self.timed("metrics"):
             super()._finish(flight, reports)
 
-    def save(self) -> None:
+    def _store(self, unevaluated: Any) -> None:
         if self.checkpointer is None:
             return
         with self.timed("hashes"):
             self.checkpointer.wait()
         with self.timed("copy"):
-            super().save()
+            super()._store(unevaluated)
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
