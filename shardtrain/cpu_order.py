@@ -1,13 +1,13 @@
-"""One order of collectives on all CPU devices: emulated ones, and those of several processes.
+"""Fewer orders of collectives on CPU devices: emulated ones, and those of several processes.
 
 XLA's CPU backend starts whatever is ready. Of two collectives that no data connects, one of them inside of a loop or a
 branch, each device may start another one first, and then each waits in its own for the others. XLA ends such a process
 after 40 s; several processes wait for ever. A barrier between the two (`optimization_barrier`) does not order them.
 
-The scheduler that saves memory, in place of the one that favours concurrency, leaves each device hardly a choice: no
-start with it has been seen to hang (`benchmarks/soak.py`). So every program on several CPU devices is compiled with it:
-the user's own through the variable `XLA_FLAGS`, which XLA reads when JAX starts; and where that is too late at least
-the library's, through options of the compiler.
+The scheduler that saves memory, in place of the one that favours concurrency, leaves each device less of a choice: no
+start without a pipeline has been seen to hang with it; some pipelines (zb_v) still do (`docs/benchmarks/soak.md`). So
+every program on several CPU devices is compiled with it: the user's own through the variable `XLA_FLAGS`, which XLA
+reads when JAX starts; and where that is too late at least the library's, through options of the compiler.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def warn_if_late(devices: Sequence[jax.Device]) -> None:
         _warned = True
         _log.warning(
             "JAX started before shardtrain chose the order of collectives on its %d CPU devices: the library's own "
-            "programs are safe, but others may hang. Call shardtrain.select_devices before any jax call, or start with "
+            "programs have it, but others may hang. Call shardtrain.select_devices before any jax call, or start with "
             "XLA_FLAGS=--%s=%s",
             len(devices),
             FLAG,
