@@ -88,6 +88,6 @@ def _explanation(idle: float, place: str) -> str:
     return (
         f"{here}: the CPU devices wait for each other in a collective, called at {place}. XLA's CPU backend is known "
         "to do so where devices start two collectives in another order, and ends the process after 40 s; that is no "
-        "fault of the model. Start again: the run resumes. If it happens again, see that XLA_FLAGS does not choose "
-        f"another {FLAG} than shardtrain does"
+        "fault of the model. Start again: the run resumes. If it happens again, try XLA's own order of collectives: "
+        f"XLA_FLAGS=--{FLAG}=CPU_SCHEDULER_TYPE_DEFAULT"
     )
