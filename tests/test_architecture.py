@@ -62,6 +62,7 @@ ROOMS = [
     "plan",
     "interop",
     "cli_schedule",
+    "cli_summary",
     "cli_checkpoint",
     "cli",
     "__main__",

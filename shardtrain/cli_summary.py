@@ -1,0 +1,54 @@
+"""What a run is about to do, in a few lines at its start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def summary(run: Any) -> list[str]:
+    """What is about to happen, in a few lines."""
+    from shardtrain.model_def import flatten
+
+    job, report = run.job, run.job.report
+    mesh = ", ".join(f"{axis} {size}" for axis, size in job.partitioner.mesh.shape.items() if size > 1) or "one device"
+    devices = job.partitioner.mesh.devices
+    count = sum(weight.size for weight in flatten(job.model.canonical_weights).values())
+    lines = [
+        f"{job.config.run.name}: {job.config.model.type}, {count:,} parameters on {devices.size} x "
+        f"{devices.flat[0].device_kind} ({mesh})",
+        f"parameters: {report.total_bytes / 2**20:,.1f} MiB, {report.device_bytes / 2**20:,.1f} MiB on each device, "
+        f"{report.replicated_share:.1%} replicated",
+        f"directory: {run.directory}",
+    ]
+    if (peak := run.speed.peak_flops) is not None:
+        lines.append(f"MFU is of {peak / devices.size / 1e12:,.0f} TFLOP/s per device, causal attention counted once")
+    if job.model.program is not None:
+        lines.append(pipeline_summary(job.model))
+    if job.whole is not None:
+        held = job.whole
+        lines.append(
+            f"gather: step, for {held.weights / 2**20:,.1f} MiB of gathered weights and {held.gradients / 2**20:,.1f} "
+            f"MiB of gradients on each device during a step"
+        )
+    if (xla := job.config.xla) != type(xla)():
+        flags = ", ".join(f"{flag}={value}" for flag, value in {**xla.environment, **job.compiler_options}.items())
+        lines.append(f"xla: preset {xla.preset}: {flags or 'no flags'}")
+    if report.unannotated:
+        lines.append(f"whole on every device, having no logical axes: {', '.join(report.unannotated)}")
+    if run.resumed_from is not None:
+        lines.append(f"resumed from the checkpoint of step {run.resumed_from}")
+    return lines
+
+
+def pipeline_summary(model: Any) -> str:
+    """Schedule, layers of each stage and bubble. (`make_train_step` warns where that is large.)"""
+    from shardtrain.parallel.schedules import simulate
+
+    schedule = model.program.schedule
+    counts = [(model.layers_CRk[chunk, rank] >= 0).sum() for rank, chunk in schedule.placement]
+    bubble = simulate(schedule).bubble_fraction
+    idle = ", skipped" if model.idle == "skip" else ""
+    return (
+        f"pipeline: {schedule.name}, {schedule.ranks} ranks x {schedule.chunks} chunks, {schedule.microbatches} "
+        f"microbatches, bubble {bubble:.0%}{idle}; layers of the stages: {' '.join(map(str, counts))}"
+    )
