@@ -177,7 +177,7 @@ def run(case: Case, folder: Path, cache: Path, process: int, port: int) -> None:
         )
     )
     if case.processes > 1:
-        join(f"127.0.0.1:{port}", case.processes, process)
+        join(f"127.0.0.1:{port}", case.processes, process, LIMIT_S).close()
     trained = Trainer.from_config(load_config(config), processes=case.processes)
     trained.fit()
     if process == 0:
