@@ -2,7 +2,7 @@
 
     python benchmarks/soak.py                  # 1,000 starts, about an hour on two cores
     python benchmarks/soak.py --starts 40      # two of each case
-    python benchmarks/soak.py --unordered      # with the order of collectives that XLA chooses by itself
+    python benchmarks/soak.py --unprepared     # with the threads and the scheduler that XLA has by itself
 
 Shapes are tiny, since the race is likeliest where a step takes least. A start is a new process, or two, with a backend
 of its own; it is forked from one that has imported the libraries, which saves half of the time and no part that can
@@ -96,14 +96,14 @@ def main() -> None:
     """Run the starts, case after case in turns, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--starts", type=int, default=1000, help="of all cases together")
-    parser.add_argument("--unordered", action="store_true", help="let XLA choose the order")
+    parser.add_argument("--unprepared", action="store_true", help="XLA's own number of threads, and scheduler")
     parser.add_argument("--case", type=int, action="append", help="only this case, by its number; may be repeated")
     args = parser.parse_args()
-    if args.unordered:
-        os.environ["XLA_FLAGS"] = f"--{FLAG}=CPU_SCHEDULER_TYPE_CONCURRENCY_OPTIMIZED"
+    if args.unprepared:
+        os.environ |= {"XLA_FLAGS": f"--{FLAG}=CPU_SCHEDULER_TYPE_DEFAULT", "PJRT_NPROC": str(os.cpu_count())}
     cases = CASES if args.case is None else [CASES[number] for number in args.case]
-    order = "XLA's own order" if args.unordered else "collectives in order"
-    print(f"jax {jax.__version__}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}; {order}", flush=True)
+    way = "unprepared" if args.unprepared else "prepared"
+    print(f"jax {jax.__version__}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}; {way}", flush=True)
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         for case in cases:

@@ -55,7 +55,7 @@ def generate(
         raise UserError(f"{type(outline).__name__} has no method logits(x), which generation needs; add one")
     refuse_donated(state)
     rows = partitioner.size("batch")
-    step = _next_token(model, partitioner, float(temperature))
+    step = next_token(model, partitioner, float(temperature))
     known = min(len(prompt), window)
     text = np.zeros((rows, window), np.int32)
     text[:, :known] = list(prompt)[-known:]
@@ -72,7 +72,13 @@ def generate(
     return out
 
 
-def _next_token(model: ModelDef, partitioner: Partitioner, temperature: float) -> Any:
+def next_token(model: ModelDef, partitioner: Partitioner, temperature: float) -> Any:
+    """The jitted function behind `generate`: one token more for every row.
+
+    Returns:
+      `(params, model_state, text [B, S] int32, index of the last token, key) -> token ids [B]`.
+    """
+
     @partial(jax.jit, out_shardings=partitioner.sharding(()), compiler_options=ordered(partitioner.devices))
     def step(params: Any, model_state: Any, text_BS: jax.Array, last: jax.Array, key: jax.Array) -> jax.Array:
         with use(partitioner):

@@ -18,8 +18,6 @@ from typing import Any
 
 import jax
 
-from shardtrain.cpu_order import FLAG
-
 _IDLE = 0.2  # of a core; a progress bar takes a few hundredths
 #: A main thread in other code waits for something else: another thread, a disk, a process.
 _JAX = Path(jax.__file__).parent
@@ -87,7 +85,6 @@ def _explanation(idle: float, place: str) -> str:
         )
     return (
         f"{here}: the CPU devices wait for each other in a collective, called at {place}. XLA's CPU backend is known "
-        "to do so where devices start two collectives in another order, and ends the process after 40 s; that is no "
-        "fault of the model. Start again: the run resumes. If it happens again, try XLA's own order of collectives: "
-        f"XLA_FLAGS=--{FLAG}=CPU_SCHEDULER_TYPE_DEFAULT"
+        "to do so where its threads are all taken, and ends the process after 40 s; that is no fault of the model. "
+        f"Start again with more threads: PJRT_NPROC={2 * int(os.environ.get('PJRT_NPROC', 32))}; the run resumes"
     )

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from shardtrain.errors import UserError
-from shardtrain.hlo import Array, UnknownHLOError, collectives
+from shardtrain.hlo import Array, UnknownHLOError, collectives, in_flight
 
 AXES = ("data", "fsdp", "tensor")
 SUBSETS = [s for n in (1, 2, 3) for s in itertools.combinations(AXES, n)]
@@ -308,3 +308,70 @@ def test_another_mesh_is_refused(ordered, loop_text):
 )
 def test_bytes(dtype, size):
     assert Array(dtype, (3,)).bytes == size
+
+
+def module(*entry: str) -> str:
+    """A program of these lines, in which `talks(x)` is a collective and `loop(x)` one that holds two, in order."""
+    told = {
+        "talks": r"f32[4] all-reduce(%\1), channel_id=1, replica_groups={}, use_global_device_ids=true, to_apply=%sum",
+        "loop": r"f32[4] while(%\1), condition=%more, body=%twice",
+        "negate": r"f32[4] negate(%\1)",
+    }
+    text = """HloModule m, num_partitions=2
+%sum (x: f32[], y: f32[]) -> f32[] {
+  %s = f32[] add(%x, %y)
+}
+%more (x: f32[4]) -> pred[] {
+  %p = pred[] parameter(0)
+}
+%twice (x: f32[4]) -> f32[4] {
+  %a = f32[4] parameter(0)
+  %b = talks(a)
+  %c = talks(a)
+}
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %a = f32[4] parameter(0)
+ENTRY
+}""".replace("\nENTRY\n", "".join(f"\n  %{line}" for line in entry) + "\n")
+    for name, instruction in told.items():
+        text = re.sub(rf"\b{name}\((\w+)\)", instruction, text)
+    return text
+
+
+@pytest.mark.parametrize(
+    ("entry", "most"),
+    [
+        (["b = negate(a)"], 0),
+        (["b = talks(a)", "c = talks(a)"], 1),  # in the program's order
+        (["b = talks(a)", "c = loop(a)"], 1),  # the first is over when the loop starts
+        (["b = loop(a)", "c = talks(a)"], 2),  # the loop is not, when the second starts
+        (["b = loop(a)", "c = negate(b)", "d = talks(c)"], 1),  # which waits for the loop
+        (["b = loop(a)", "c = talks(a), control-predecessors={%b}"], 1),
+        (["b = loop(a)", "c = loop(a)", "d = talks(a)"], 3),
+        (["b = loop(a)", "c = loop(b)", "d = talks(a)"], 2),  # of two in a chain one runs
+    ],
+)
+def test_collectives_in_flight(entry, most):
+    assert in_flight(module(*entry)) == most
+
+
+def test_collectives_in_flight_within_a_loop_and_a_branch(mesh):
+    """Of XLA's own making: a loop over a loop and a reduction that it does not need; the same in a branch."""
+
+    def inner(c, _):
+        return jnp.tanh(jax.lax.psum(c, "tensor")), None
+
+    def outer(c, _):
+        x, y = c
+        return (jax.lax.scan(inner, x, None, length=3)[0], jax.lax.psum(y * 2, "fsdp")), None
+
+    def nested(x):
+        return jax.lax.scan(outer, (x, x), None, length=2)[0]
+
+    def branch(x):
+        return jax.lax.cond(x.sum() > 0, nested, lambda x: (x, x), x)
+
+    for f in (nested, branch):
+        assert in_flight(manual(mesh, f, P("data"), P("data"))) in (1, 2)  # whichever XLA puts first
+    alone = manual(mesh, lambda x: jax.lax.scan(inner, x, None, length=3)[0], P("data"), P("data"))
+    assert in_flight(alone) == 1

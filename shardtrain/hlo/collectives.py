@@ -111,6 +111,15 @@ def collectives(text: str, mesh: Mesh | AbstractMesh) -> list[Collective]:
     return found
 
 
+def is_collective(op: Instruction) -> bool:
+    """Whether an instruction is a collective, or the start of an asynchronous one.
+
+    Raises:
+        UnknownHLOError: it looks like one, and is none that is known.
+    """
+    return not op.opcode.endswith(("-done", "-update")) and _kind(op) is not None
+
+
 def _kind(op: Instruction) -> str | None:
     """The collective that `op` is (or ends), or None when it is none."""
     kind = re.sub(r"-(start|done)$", "", op.opcode)

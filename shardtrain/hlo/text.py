@@ -64,6 +64,11 @@ class Instruction:
         """Names of the instructions that it reads (of an instruction whose operands are plain names)."""
         return _names(self.rest.partition(")")[0])
 
+    def control_predecessors(self) -> list[str]:
+        """Names of the instructions that have to end before it."""
+        found = re.search(r"control-predecessors=(\{[^}]*\})", self.rest)
+        return _names(found[1]) if found else []
+
     def attributes(self) -> str:
         """The text after the operands."""
         return self.rest.partition(")")[2]

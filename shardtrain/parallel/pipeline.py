@@ -5,6 +5,9 @@ tick, an idle one on values that nobody reads, so the program has no conditional
 stage; an idle rank would have waited anyway. Consecutive ticks with the same phases are one `lax.scan`, so the program
 does not grow with the number of microbatches. Messages move only at the start of a tick.
 
+A table in which the phases change all the time would make as many loops as ticks. All its ticks are one loop, in which
+each phase is a branch that all ranks take alike.
+
 With `skip` an idle rank takes another branch, and all ticks are one loop. Collectives inside of branches then have to
 stay within a rank: see `skipping.py`.
 
@@ -31,10 +34,13 @@ from shardtrain.nn.stack import Aux
 from shardtrain.parallel.backward import Phase, Row, State, backward_mode
 from shardtrain.parallel.forward import Result, finished, forward_only
 from shardtrain.parallel.schedules import Program, Segment
+from shardtrain.parallel.skipping import AGREED
 from shardtrain.parallel.slots import buffer, microbatch, select, write, zeros_like
 from shardtrain.parallel.work import Visit, Work
 
 _AXIS = "pipe"
+#: Of loops over ticks. The built-in schedules make two to four, whatever their size.
+_MOST_SEGMENTS = 8
 Tree = Any
 Edges = tuple[tuple[int, int], ...]
 
@@ -117,6 +123,8 @@ def _run(
 ) -> State:
     """All ticks, one after the other."""
     rank = jax.lax.axis_index(_AXIS)
+    segments = program.segments()
+    irregular = len(segments) > _MOST_SEGMENTS and not work.skip
 
     def phase(run: Phase, state: State, row: Row, at: Visit) -> State:
         return pinned(run(state, row, at))
@@ -132,14 +140,19 @@ def _run(
                     first=at.first if name in segment.first else np.False_,
                     last=at.last if name in segment.last else np.False_,
                 )
-                state = work.maybe(at.on, partial(phase, phases[name], state, row, at), state)
+                go = partial(phase, phases[name], state, row, at)
+                if irregular:  # all of the state goes through the branch, so that nothing overtakes it
+                    with jax.named_scope(AGREED):
+                        state = jax.lax.cond((columns[name] >= 0).any(), go, lambda state=state: state)
+                else:
+                    state = work.maybe(at.on, go, state)
             return pinned(state), None
 
         return run
 
     state = pinned(state)
-    # Where idle ranks skip, no tick costs more for having all phases.
-    for segment in [program.segment(0, program.schedule.ticks)] if work.skip else program.segments():
+    # Where phases are branches, no tick costs more for having all of them.
+    for segment in [program.segment(0, program.schedule.ticks)] if work.skip or irregular else segments:
         columns: dict[str, Any] = {
             name: column[segment.start : segment.stop] for name, column in program.columns.items()
         }

@@ -13,7 +13,7 @@ from parallel.test_backward_modes import F64, Tied, make, v_shaped
 import tiny
 from helpers import equations
 from shardtrain.errors import UserError
-from shardtrain.generate import _next_token, generate
+from shardtrain.generate import generate, next_token
 from shardtrain.hlo import collectives
 from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
@@ -211,7 +211,7 @@ def test_between_ranks_only_activations_move_once_per_tick_and_sums_at_the_end(s
 def test_generation_moves_activations_and_the_logits_of_one_position():
     def step(model, place):
         return jax.jit(
-            lambda state, batch: _next_token(model, place, 0.0)(
+            lambda state, batch: next_token(model, place, 0.0)(
                 state.params, {}, batch["tokens"], jnp.int32(3), jax.random.key(0)
             )
         )

@@ -1,5 +1,6 @@
 """A pipelined step is the single-device step, whatever the schedule; and what the compiler makes of it."""
 
+import dataclasses
 import re
 from functools import cache
 
@@ -28,7 +29,7 @@ OPTIONS = {"n_layers": 6, "dropout": 0.1, "z_loss": 1e-3}
 
 
 def llama(mesh, schedule=None, dtype=jnp.float32, idle="compute", **options) -> ModelDef:
-    table = schedule and schedules.make(schedule[0], mesh["pipe"], *schedule[1:])
+    table = schedules.make(schedule[0], mesh["pipe"], *schedule[1:]) if isinstance(schedule, tuple) else schedule
     precision = Precision(dtype, dtype, dtype)
     options = {**tiny.SIZES, **OPTIONS, **options}
     return ModelDef(lambda rngs: Llama(**options, precision=precision, rngs=rngs), schedule=table, idle=idle)
@@ -71,6 +72,27 @@ _quick = ("1f1b", 8, 1), ("interleaved", 4, 3), ("1f1b", 16, 1)
 def test_loss_and_gradients_equal_the_single_device_ones(mesh, schedule, options):
     with jax.enable_x64(True):
         assert tiny.relative_error(gradients(mesh, schedule, **options), gradients({}, **options)) < 1e-12
+
+
+def irregular(name: str, microbatches: int, chunks: int) -> schedules.Schedule:
+    """A schedule of two ranks that rests after every tick, so that its phases change all the time."""
+    table = schedules.make(name, 2, microbatches, chunks)
+    rests = np.full_like(table.table, -1)
+    return dataclasses.replace(table, table=np.stack([table.table, rests], 1).reshape(-1, *table.table.shape[1:]))
+
+
+@pytest.mark.parametrize(("name", "chunks"), [("zb_v", 2), pytest.param("1f1b", 1, marks=pytest.mark.full)])
+def test_a_table_whose_phases_change_all_the_time_is_one_loop_and_no_other_maths(name, chunks):
+    mesh = {"pipe": 2, "fsdp": 2, "tensor": 2}
+    table = irregular(name, 4, chunks)
+    with jax.enable_x64(True):
+        assert tiny.relative_error(gradients(mesh, table), gradients({})) < 1e-12
+    place, model = tiny.partitioner(**mesh), llama(mesh, table)
+    step = make_train_step(model, optax.sgd(0.1), place)
+    text = step.lower(abstract_state(model, optax.sgd(0.1), place), tiny.batch(place)).compile().as_text()
+    branches = re.findall(r" conditional\(.*", text)
+    assert len(branches) == len(table.phases) + 1  # and the guard against a gradient that is not finite
+    assert all(f"/{AGREED}/cond" in branch for branch in branches)
 
 
 @cache
