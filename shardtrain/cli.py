@@ -21,7 +21,7 @@ from shardtrain.cli_checkpoint import checkpoint_app
 from shardtrain.cli_schedule import schedule
 from shardtrain.cli_summary import summary
 from shardtrain.errors import UserError
-from shardtrain.streams import safe_streams
+from shardtrain.host.streams import safe_streams
 
 if TYPE_CHECKING:
     from shardtrain.config import RunConfig
@@ -140,8 +140,8 @@ def train(
 
 def _same_config(file: str, overrides: Sequence[str], others: RollCall) -> RunConfig:
     """The config, once it is read on all processes and is the same."""
-    from shardtrain.alike import asked, together
     from shardtrain.config import load_config
+    from shardtrain.host.alike import asked, together
 
     with contextlib.closing(others):
         return together(

@@ -12,7 +12,7 @@ import optax
 from jax.tree_util import tree_map_with_path
 
 from shardtrain.errors import UserError, did_you_mean, require_kind
-from shardtrain.import_path import NotFoundError, find
+from shardtrain.host.import_path import NotFoundError, find
 from shardtrain.layout import Path, dotted, shardings_like
 from shardtrain.moments import Moments, with_moments
 from shardtrain.nn.param import Role, Weight

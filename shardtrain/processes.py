@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from shardtrain.alike import software, together
 from shardtrain.errors import UserError
+from shardtrain.host.alike import software, together
 from shardtrain.roll_call import RollCall, gather
 
 _HEARTBEAT_S = 30  # a process of which nothing was heard for so long is dead, and all others end

@@ -13,14 +13,14 @@ from typing import Any
 import jax
 
 from shardtrain.checkpoint import Checkpointer, RunLock
-from shardtrain.checkpoint.agree import on_process_zero
-from shardtrain.closing import close_all
 from shardtrain.compile_cache import use_cache
 from shardtrain.config import RunConfig, check_same_run
 from shardtrain.data import Loader, Source, Tokenizer
 from shardtrain.errors import UserError
-from shardtrain.files import write_text
 from shardtrain.generate import generate
+from shardtrain.host.agree import on_process_zero
+from shardtrain.host.closing import close_all
+from shardtrain.host.files import write_text
 from shardtrain.job import Job, build
 from shardtrain.metrics import MetricsLog, plot_loss
 from shardtrain.run_data import eval_batches, open_data

@@ -8,12 +8,12 @@ from typing import Any
 
 from jax.sharding import NamedSharding
 
-from shardtrain.alike import asked, software
-from shardtrain.checkpoint.agree import on_all, on_process_zero
 from shardtrain.config import RunConfig
 from shardtrain.data import Batch, Loader, Rows, Source, Tokenizer, open_source, split
 from shardtrain.data.rows import check_last_batch
 from shardtrain.errors import UserError
+from shardtrain.host.agree import on_all, on_process_zero
+from shardtrain.host.alike import asked, software
 
 
 def open_data(

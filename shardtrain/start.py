@@ -8,8 +8,8 @@ from typing import Any
 
 from shardtrain.callbacks import Values
 from shardtrain.checkpoint import Checkpointer, load_weights
-from shardtrain.checkpoint.agree import by_process_zero
 from shardtrain.config import RunConfig
+from shardtrain.host.agree import by_process_zero
 from shardtrain.job import Job
 from shardtrain.metrics import MetricsLog
 from shardtrain.state import TrainState

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from commands import CONFIG, compiled_once, pair, start  # noqa: F401
-from shardtrain.alike import asked, check_alike, software, together
 from shardtrain.data import write_tokens
 from shardtrain.errors import UserError
+from shardtrain.host.alike import asked, check_alike, software, together
 from shardtrain.models.mlp import MLP
 
 TOKENS = "data={type: tokens, path: tokens.bin, seq_len: 16, global_batch: 8}"

@@ -13,11 +13,7 @@ ROOT = Path(__file__).parent.parent
 #: Rooms from the ground up. A file imports only rooms before its own, or its own.
 ROOMS = [
     "errors",
-    "import_path",
-    "closing",
-    "files",
-    "streams",
-    "alike",
+    "host",
     "xla",
     "cpu_order",
     "stuck",

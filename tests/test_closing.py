@@ -3,7 +3,7 @@
 import pytest
 
 from shardtrain import UserError
-from shardtrain.closing import close_all
+from shardtrain.host.closing import close_all
 
 
 def fails(error: BaseException):

@@ -8,7 +8,7 @@ import pytest
 
 from shardtrain.checkpoint import RunLock
 from shardtrain.errors import UserError
-from shardtrain.files import atomic, read_json, require_writable, sha256, write_json, write_text
+from shardtrain.host.files import atomic, read_json, require_writable, sha256, write_json, write_text
 from shardtrain.metrics import MetricsLog
 
 

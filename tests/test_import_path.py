@@ -2,7 +2,7 @@
 
 import pytest
 
-from shardtrain.import_path import NotFoundError, find
+from shardtrain.host.import_path import NotFoundError, find
 
 
 @pytest.mark.parametrize("path", [":f", ".json:f", "a b:f", "json..tool:f"])

@@ -10,9 +10,9 @@ On disk, one directory per run::
 
 from shardtrain.checkpoint.checkpointer import Checkpointer, Restored
 from shardtrain.checkpoint.inspect import Parameter, StepRecord, list_steps, parameter_table, verify
-from shardtrain.checkpoint.lock import RunLock
 from shardtrain.checkpoint.reading import load_weights, read_extra
 from shardtrain.checkpoint.store import FORMAT_VERSION
+from shardtrain.host.lock import RunLock
 
 __all__ = [
     "FORMAT_VERSION",

@@ -14,9 +14,9 @@ import jax
 
 from shardtrain.checkpoint import lifecycle, manifest, names, reading, store, trust, unwaited
 from shardtrain.checkpoint.retention import expired
-from shardtrain.closing import close_all
 from shardtrain.errors import UserError
-from shardtrain.files import require_writable
+from shardtrain.host.closing import close_all
+from shardtrain.host.files import require_writable
 
 _log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shardtrain.errors import UserError
-from shardtrain.files import TEMPORARY as _TEMPORARY
-from shardtrain.files import sha256, write_json
+from shardtrain.host.files import TEMPORARY as _TEMPORARY
+from shardtrain.host.files import sha256, write_json
 
 VERSION = 1
 SUFFIX = ".manifest.json"

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import jax
 
-from shardtrain.checkpoint import agree, lifecycle, manifest
+from shardtrain.checkpoint import lifecycle, manifest
 from shardtrain.errors import UserError
+from shardtrain.host import agree
 
 _log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from shardtrain.config.errors import ConfigError, Problem
 from shardtrain.errors import did_you_mean
-from shardtrain.import_path import NotFoundError, find
+from shardtrain.host.import_path import NotFoundError, find
 
 #: Parameters of a model's `__init__` that the library passes.
 PASSED = ("self", "rngs", "precision")

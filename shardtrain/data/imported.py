@@ -13,7 +13,7 @@ from typing import Any
 from shardtrain.data.source import Source
 from shardtrain.data.tokenizer import Tokenizer
 from shardtrain.errors import UserError
-from shardtrain.import_path import NotFoundError, find
+from shardtrain.host.import_path import NotFoundError, find
 
 #: What a source has; see `Source`.
 _PARTS = ("fingerprint", "vocab_size", "__len__", "__getitem__")

@@ -24,7 +24,7 @@ from shardtrain.data.tokens import TokenFile, open_tokens, write_tokens
 from shardtrain.data.watch import Watch
 from shardtrain.data.words import PIECE, pieces
 from shardtrain.errors import UserError
-from shardtrain.files import read_json, require_writable, sha256, write_json, write_text
+from shardtrain.host.files import read_json, require_writable, sha256, write_json, write_text
 
 FORMAT_VERSION = 1
 _RECORD = "source.json"

@@ -20,7 +20,7 @@ import numpy as np
 from shardtrain.data.source import Row, check_row, window
 from shardtrain.data.watch import Watch
 from shardtrain.errors import UserError
-from shardtrain.files import atomic, read_json, write_json
+from shardtrain.host.files import atomic, read_json, write_json
 
 FORMAT = "shardtrain-tokens"
 FORMAT_VERSION = 1

@@ -1,6 +1,6 @@
 """What a run reports: its log, its share of the hardware's speed, its memory, its display, its loss curve."""
 
-from shardtrain.metrics.background import Background
+from shardtrain.host.background import Background
 from shardtrain.metrics.flops import mfu, peak_flops, transformer_flops_per_token
 from shardtrain.metrics.log import MetricsLog, read
 from shardtrain.metrics.memory import memory_bytes

@@ -19,7 +19,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from shardtrain.errors import UserError
-from shardtrain.files import atomic, naming
+from shardtrain.host.files import atomic, naming
 
 FILE = "metrics.jsonl"
 _FLUSH_S = 1.0  # what a kill may cost TensorBoard, at the most

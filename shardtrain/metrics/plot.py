@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 from shardtrain.errors import UserError
-from shardtrain.files import atomic
+from shardtrain.host.files import atomic
 from shardtrain.metrics.log import read
 
 _RAW, _SMOOTH, _HELD_OUT = "#a9c4e4", "#1f5fa8", "#d1571f"

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from shardtrain.checkpoint import Checkpointer, manifest
 from shardtrain.errors import UserError
-from shardtrain.files import sha256
+from shardtrain.host.files import sha256
 
 
 def expected(step: int) -> np.ndarray:

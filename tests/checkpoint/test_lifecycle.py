@@ -8,7 +8,7 @@ import pytest
 
 from shardtrain.checkpoint import Checkpointer, load_weights, manifest
 from shardtrain.errors import UserError
-from shardtrain.files import sha256
+from shardtrain.host.files import sha256
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from shardtrain.errors import UserError
 
 HOLD = """
 import sys, time
-from shardtrain.checkpoint.lock import RunLock
+from shardtrain.host.lock import RunLock
 lock = RunLock(sys.argv[1])
 print("held", flush=True)
 time.sleep(60)

@@ -5,7 +5,7 @@ import pytest
 
 from shardtrain.checkpoint import manifest
 from shardtrain.errors import UserError
-from shardtrain.files import sha256
+from shardtrain.host.files import sha256
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from shardtrain.errors import UserError, did_you_mean
-from shardtrain.import_path import NotFoundError, find
+from shardtrain.host.import_path import NotFoundError, find
 from shardtrain.parallel.schedules.check import check, check_trains
 from shardtrain.parallel.schedules.csv_file import from_csv
 from shardtrain.parallel.schedules.schedule import Schedule, Textbook

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from shardtrain.alike import together
 from shardtrain.errors import UserError
+from shardtrain.host.alike import together
 
 T = TypeVar("T")
 

@@ -6,7 +6,7 @@ from queue import Empty, Queue
 from types import TracebackType
 from typing import Any, Self
 
-from shardtrain.closing import close_all
+from shardtrain.host.closing import close_all
 
 _PAUSE_S = 0.05  # waking a thread for each call takes longer than most calls, of both threads
 

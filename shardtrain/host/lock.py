@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 
 from shardtrain.errors import UserError
-from shardtrain.files import naming
+from shardtrain.host.files import naming
 
 
 class RunLock:
