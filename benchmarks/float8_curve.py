@@ -25,12 +25,12 @@ from cases import ADAMW, ROOT, SHAPES, host_batch, use_checkout
 
 use_checkout()
 
-from shardtrain.mesh import MeshSpec
 from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
 from shardtrain.nn import Precision
 from shardtrain.optim import optimizer
 from shardtrain.sharding import Partitioner
+from shardtrain.sharding.mesh import MeshSpec
 from shardtrain.state import init_state
 from shardtrain.step import make_train_step
 

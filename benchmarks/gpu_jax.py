@@ -22,15 +22,15 @@ from workers import largest_batch, serve
 use_checkout()
 
 from programs import random_batch
-from shardtrain.mesh import MeshSpec
+from shardtrain.launch.xla_flags import Preset, compiler_options
 from shardtrain.model_def import ModelDef, flatten
 from shardtrain.models.llama import Llama
 from shardtrain.nn import Precision
 from shardtrain.optim import optimizer
 from shardtrain.sharding import Partitioner
+from shardtrain.sharding.mesh import MeshSpec
 from shardtrain.state import abstract_state, init_state
 from shardtrain.step import make_eval_step, make_train_step
-from shardtrain.xla import Preset, compiler_options
 
 #: A compilation that only asks for memory need not time kernels against each other.
 PROBE = {"xla_gpu_autotune_level": 0}

@@ -21,7 +21,6 @@ from work import AGAIN
 use_checkout()
 
 from programs import random_batch
-from shardtrain.mesh import MeshSpec
 from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
 from shardtrain.nn import Precision, attend, linear_cross_entropy
@@ -31,6 +30,7 @@ from shardtrain.nn.losses import chunk_count
 from shardtrain.nn.rope import rope_frequencies, rotate
 from shardtrain.optim import optimizer
 from shardtrain.sharding import Partitioner
+from shardtrain.sharding.mesh import MeshSpec
 from shardtrain.state import abstract_state, init_state
 from shardtrain.step import make_train_step
 

@@ -18,9 +18,9 @@ from jax.sharding import Mesh, NamedSharding
 import floor
 from cases import host_batch
 from shardtrain import MeshSpec, ModelDef, Partitioner, init_state, make_train_step, optimizer
-from shardtrain.cpu_order import FLAG
 from shardtrain.hlo import collectives
 from shardtrain.hlo.text import Array, leaves, parse
+from shardtrain.launch.cpu_collectives import FLAG
 from shardtrain.models.llama import Llama
 
 MESHES = ("data=1", "data=8", "fsdp=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2", "tensor=8")
@@ -32,7 +32,7 @@ class Step:
     """A compiled step, its first state, and the mesh.
 
     `counted` is the step as XLA schedules it by itself. On CPU the library runs with the scheduler that saves memory
-    (`shardtrain/cpu_order.py`), which is no measure of what an accelerator would hold.
+    (`shardtrain/launch/cpu_collectives.py`), which is no measure of what an accelerator would hold.
     """
 
     program: Any

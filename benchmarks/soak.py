@@ -32,8 +32,8 @@ import numpy as np
 
 from shardtrain import Trainer, load_config
 from shardtrain.config import dump
-from shardtrain.cpu_order import FLAG
-from shardtrain.processes import join
+from shardtrain.launch.cpu_collectives import FLAG
+from shardtrain.launch.processes import join
 
 LIMIT_S = 120
 BASE = {

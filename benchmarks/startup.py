@@ -132,7 +132,7 @@ def run_floor(path: str, cache: str) -> None:
 
     import jax
 
-    from shardtrain.cpu_order import order_collectives
+    from shardtrain.launch.cpu_collectives import order_collectives
 
     config: dict[str, Any] = json.loads(Path(path).read_text())
     jax.config.update("jax_platforms", "cpu")

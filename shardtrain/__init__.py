@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from shardtrain.generate import generate as generate
     from shardtrain.job import Job as Job
     from shardtrain.job import build as build
-    from shardtrain.mesh import MeshSpec as MeshSpec
-    from shardtrain.mesh import select_devices as select_devices
+    from shardtrain.launch.devices import select_devices as select_devices
     from shardtrain.model_def import ModelDef as ModelDef
     from shardtrain.nn.precision import Precision as Precision
     from shardtrain.optim import optimizer as optimizer
     from shardtrain.report import sharding_report as sharding_report
     from shardtrain.run import Trainer as Trainer
+    from shardtrain.sharding import MeshSpec as MeshSpec
     from shardtrain.sharding import Partitioner as Partitioner
     from shardtrain.sharding import constrain as constrain
     from shardtrain.sharding import make_rules as make_rules
@@ -43,7 +43,7 @@ _HOME = {
     "ConfigError": "config",
     "Job": "job",
     "Loader": "data",
-    "MeshSpec": "mesh",
+    "MeshSpec": "sharding",
     "ModelDef": "model_def",
     "Partitioner": "sharding",
     "Precision": "nn.precision",
@@ -62,7 +62,7 @@ _HOME = {
     "make_train_step": "step",
     "open_source": "data",
     "optimizer": "optim",
-    "select_devices": "mesh",
+    "select_devices": "launch.devices",
     "sharding_report": "report",
 }
 

@@ -25,7 +25,7 @@ from shardtrain.host.streams import safe_streams
 
 if TYPE_CHECKING:
     from shardtrain.config import RunConfig
-    from shardtrain.roll_call import RollCall
+    from shardtrain.launch.roll_call import RollCall
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(checkpoint_app, name="checkpoint")
@@ -131,7 +131,7 @@ def train(
 
         _train(load_config(file, overrides or ()), allow_changes, processes)
     else:
-        from shardtrain.processes import join, last_act
+        from shardtrain.launch.processes import join, last_act
 
         others = join(coordinator, processes, process, join_timeout)  # before a model is imported, which may use JAX
         with last_act(report):
@@ -154,10 +154,10 @@ def _same_config(file: str, overrides: Sequence[str], others: RollCall) -> RunCo
 def _train(config: RunConfig, allow_changes: bool, processes: int) -> None:
     import jax
 
+    from shardtrain.launch.signals import stop_on_signals, stop_together
+    from shardtrain.launch.stuck import explained
     from shardtrain.metrics import progress
     from shardtrain.run import Trainer
-    from shardtrain.signals import stop_on_signals, stop_together
-    from shardtrain.stuck import explained
 
     signals = stop_together if processes > 1 else stop_on_signals
     with explained(lambda line: print(line, file=sys.stderr, flush=True)), signals() as stop:

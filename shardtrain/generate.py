@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from shardtrain.called import refuse_donated
-from shardtrain.cpu_order import ordered
 from shardtrain.errors import UserError
+from shardtrain.launch.cpu_collectives import ordered
 from shardtrain.model_def import ModelDef
 from shardtrain.nn.model import embedded
 from shardtrain.pipelined import pipelined_rows

@@ -14,9 +14,10 @@ import optax
 
 from shardtrain import lr_schedules
 from shardtrain.config import RunConfig, check_devices, thaw
-from shardtrain.cpu_order import ordered
 from shardtrain.errors import UserError
-from shardtrain.mesh import MeshSpec, select_devices
+from shardtrain.launch.cpu_collectives import ordered
+from shardtrain.launch.devices import select_devices
+from shardtrain.launch.xla_flags import compiler_options, set_environment
 from shardtrain.metrics import peak_flops, transformer_flops_per_token
 from shardtrain.model_def import ModelDef, flatten
 from shardtrain.nn.precision import Precision
@@ -25,10 +26,10 @@ from shardtrain.parallel import schedules
 from shardtrain.parallel.gather import WholeBytes, whole_bytes
 from shardtrain.report import ShardingReport, sharding_report
 from shardtrain.sharding import Partitioner, make_rules
+from shardtrain.sharding.mesh import MeshSpec
 from shardtrain.state import TrainState, abstract_canonical, abstract_state, init_state
 from shardtrain.step import make_eval_step, make_train_step
 from shardtrain.trainer import Speed
-from shardtrain.xla import compiler_options, set_environment
 
 
 @dataclasses.dataclass(frozen=True)

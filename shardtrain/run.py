@@ -13,7 +13,6 @@ from typing import Any
 import jax
 
 from shardtrain.checkpoint import Checkpointer, RunLock
-from shardtrain.compile_cache import use_cache
 from shardtrain.config import RunConfig, check_same_run
 from shardtrain.data import Loader, Source, Tokenizer
 from shardtrain.errors import UserError
@@ -22,6 +21,7 @@ from shardtrain.host.agree import on_process_zero
 from shardtrain.host.closing import close_all
 from shardtrain.host.files import write_text
 from shardtrain.job import Job, build
+from shardtrain.launch.compile_cache import use_cache
 from shardtrain.metrics import MetricsLog, plot_loss
 from shardtrain.run_data import eval_batches, open_data
 from shardtrain.start import Start

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shardtrain.cpu_order import ordered
 from shardtrain.errors import require_kind
+from shardtrain.launch.cpu_collectives import ordered
 from shardtrain.layout import dotted, shardings_like
 from shardtrain.model_def import ModelDef, Tree
 from shardtrain.nn.param import Weight

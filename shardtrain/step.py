@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import optax
 
 from shardtrain.called import Step, check_batch
-from shardtrain.cpu_order import ordered
 from shardtrain.errors import UserError, described
 from shardtrain.gradients import batch_gradients
 from shardtrain.ids import IdCheck
+from shardtrain.launch.cpu_collectives import ordered
 from shardtrain.model_def import ModelDef
 from shardtrain.nn.model import Batch, Model
 from shardtrain.nn.returned import Sums
@@ -61,7 +61,7 @@ def make_train_step(
         Without microbatches each crosses where it is made, in the model's own `Precision.reduce`.
       lr: the schedule, to report.
       gather: of a pipeline, whether the weights that fsdp splits are gathered in each tick, or once per `step`.
-      compiler_options: for XLA; `shardtrain.xla.compiler_options` checks and completes them.
+      compiler_options: for XLA; `shardtrain.launch.xla_flags.compiler_options` checks and completes them.
       debug: look for ids out of range in each batch first, and wait for that. See `IdCheck`, also for what it cannot
         see.
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from shardtrain.mesh import MeshSpec
 from shardtrain.sharding import Partitioner
+from shardtrain.sharding.mesh import MeshSpec
 
 #: `jax.jit` that compiles twice as fast: for values, not for what the compiler does.
 quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

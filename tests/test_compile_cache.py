@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 from commands import CONFIG
-from shardtrain import Trainer, compile_cache, load_config
-from shardtrain.compile_cache import use_cache
+from shardtrain import Trainer, load_config
+from shardtrain.launch import compile_cache
+from shardtrain.launch.compile_cache import use_cache
 
 
 @pytest.fixture(autouse=True)

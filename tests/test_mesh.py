@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType
 
 from shardtrain.errors import UserError
-from shardtrain.mesh import AXES, MeshSpec, divisors, interleave, select_devices
+from shardtrain.launch.devices import select_devices
+from shardtrain.sharding.mesh import AXES, MeshSpec, divisors, interleave
 
 SIZES = st.lists(st.sampled_from([1, 1, 2, 3, 4, 5]), min_size=7, max_size=7)
 
@@ -131,7 +132,7 @@ def test_slow_groups_of_emulated_devices_are_consecutive():
 
 def fresh(code: str) -> str:
     """What a new Python process prints; select_devices acts before JAX's backend starts."""
-    head = "import jax\nfrom shardtrain.errors import UserError\nfrom shardtrain.mesh import select_devices\n"
+    head = "import jax\nfrom shardtrain.errors import UserError\nfrom shardtrain.launch.devices import select_devices\n"
     body = "".join(f"    {line}\n" for line in code.splitlines())
     program = f"{head}try:\n{body}except UserError as error:\n    print('UserError', error)"
     done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=60)

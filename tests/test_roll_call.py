@@ -10,7 +10,7 @@ import pytest
 
 from commands import free_address
 from shardtrain.errors import UserError
-from shardtrain.roll_call import gather
+from shardtrain.launch.roll_call import gather
 
 
 def attend(address, *numbers, processes=3, patience=20.0, words=()):

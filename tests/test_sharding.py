@@ -8,8 +8,8 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from shardtrain.errors import UserError
-from shardtrain.mesh import AXES, MeshSpec
 from shardtrain.sharding import DEFAULT_RULES, Partitioner, constrain, current, make_rules, use
+from shardtrain.sharding.mesh import AXES, MeshSpec
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from commands import (
     saved,
     start,
 )
-from shardtrain.signals import stop_on_signals
+from shardtrain.launch.signals import stop_on_signals
 
 ENDLESS = ("run.steps=1000000", "checkpoint.every=100")
 #: Takes a second or more to compile.

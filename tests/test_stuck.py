@@ -8,14 +8,14 @@ import time
 
 import jax
 
-from shardtrain import stuck
+from shardtrain.launch import stuck
 
 #: Two devices, one of which enters a collective that the other leaves out. XLA ends it after eight seconds.
 HANG = """
 import functools, sys, jax, jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import shardtrain as st
-from shardtrain.stuck import explained
+from shardtrain.launch.stuck import explained
 
 mesh = st.MeshSpec(data=2).build(st.select_devices(emulate=2))
 

@@ -11,10 +11,10 @@ import tiny
 from commands import CONFIG
 from shardtrain import UserError, build, load_config
 from shardtrain.config import ConfigError
+from shardtrain.launch.xla_flags import GPU_DEFAULT, _known, compiler_options, set_environment
 from shardtrain.optim import optimizer
 from shardtrain.state import abstract_state
 from shardtrain.step import make_eval_step, make_train_step
-from shardtrain.xla import GPU_DEFAULT, _known, compiler_options, set_environment
 
 
 def test_options_reach_the_compilation_of_both_steps(tmp_path):
@@ -97,7 +97,7 @@ def test_the_environment_is_read_only_when_jax_starts(monkeypatch):
 ENVIRONMENT = """
 import jax
 from shardtrain import UserError
-from shardtrain.xla import set_environment
+from shardtrain.launch.xla_flags import set_environment
 
 set_environment({"xla_force_host_platform_device_count": 3})
 try:

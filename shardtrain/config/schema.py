@@ -18,7 +18,7 @@ from pydantic import (
 from shardtrain.config.frozen import FrozenDict, freeze, thaw
 from shardtrain.config.model_type import ModelType
 from shardtrain.config.strict_yaml import dump
-from shardtrain.mesh import Platform
+from shardtrain.launch.devices import Platform
 from shardtrain.nn.param import Role
 
 Count = Annotated[int, Field(ge=1)]
@@ -201,7 +201,7 @@ class Pipeline(Section):
 
 
 class Xla(Section):
-    """Flags of XLA. The preset's, each with its reason, are in `shardtrain.xla`; docs/xla.md tells more."""
+    """Flags of XLA. `launch/xla_flags.py` gives the preset and its reasons; docs/xla.md tells more."""
 
     preset: Literal["auto", "none", "gpu-default"] = "none"  # auto: gpu-default on NVIDIA GPUs, none elsewhere
     options: Flags = FrozenDict()  # handed to the compiler with the train and eval step

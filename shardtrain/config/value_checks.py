@@ -16,9 +16,9 @@ from shardtrain.data.catalog import check_type
 from shardtrain.data.listing import each
 from shardtrain.data.prepare import is_kept
 from shardtrain.errors import UserError, did_you_mean
-from shardtrain.mesh import divisors
 from shardtrain.nn.remat import ACTIVATIONS, check_names, remat_names
 from shardtrain.optim import OPTIMIZERS
+from shardtrain.sharding.mesh import divisors
 
 #: Ids of the byte tokenizer: 256 bytes and the separator. A byte-level BPE has these and its merges.
 BYTE_VOCAB = 257

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from shardtrain.errors import UserError
+from shardtrain.launch.xla_flags import cuda_capability
 from shardtrain.nn.precision import at_least_float32
 from shardtrain.sharding import current, pieces
-from shardtrain.xla import cuda_capability
 
 Implementation = Literal["auto", "einsum", "xla", "cudnn"]
 

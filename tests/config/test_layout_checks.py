@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from shardtrain.config import ConfigError, check_devices, load_config
 from shardtrain.config.layout_checks import check_mesh
 from shardtrain.config.schema import Devices, MeshSizes
-from shardtrain.mesh import AXES
+from shardtrain.sharding.mesh import AXES
 
 
 def test_mesh_of_6_on_8_devices(problems):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from shardtrain.config import load_config, parse_config
 from shardtrain.config.strict_yaml import parse
-from shardtrain.mesh import AXES
+from shardtrain.sharding.mesh import AXES
 
 text = st.text(max_size=8)
 positive = st.integers(1, 10**6)

@@ -14,7 +14,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from shardtrain.errors import UserError, did_you_mean, require_kind
-from shardtrain.mesh import AXES, divisors
+from shardtrain.sharding.mesh import AXES, divisors
 
 LogicalAxes = Sequence[str | None]
 Rules = Mapping[str, tuple[str, ...]]

@@ -14,11 +14,20 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 from jax.experimental import multihost_utils
 from rich.console import Console
 
-from shardtrain.trainer import Loop
+
+class Saving(Protocol):
+    """What a stopped run would save: its step, and where it has saved before, if anywhere."""
+
+    @property
+    def step(self) -> int: ...  # noqa: D102
+
+    @property
+    def checkpointer(self) -> Any: ...  # noqa: D102
 
 
 class Stop:
@@ -30,7 +39,7 @@ class Stop:
     """
 
     def __init__(self) -> None:
-        self.run: Loop | None = None
+        self.run: Saving | None = None
         self.asked = False
 
     def __call__(self, step: int) -> bool:

@@ -12,7 +12,7 @@ import jax
 
 from shardtrain.errors import UserError
 from shardtrain.host.alike import software, together
-from shardtrain.roll_call import RollCall, gather
+from shardtrain.launch.roll_call import RollCall, gather
 
 _HEARTBEAT_S = 30  # a process of which nothing was heard for so long is dead, and all others end
 _HOUR = 3600  # at the end, the others wait while process 0 hashes the last checkpoint

@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 
-from shardtrain.xla import has_started
+from shardtrain.launch.xla_flags import has_started
 
 FLAG, _VALUE = "xla_cpu_scheduler_type", "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
 _POOL = "PJRT_NPROC"

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import pytest
 
 import tiny
-from shardtrain import cpu_order
-from shardtrain.cpu_order import THREADS
 from shardtrain.generate import next_token
 from shardtrain.hlo import in_flight
+from shardtrain.launch import cpu_collectives
+from shardtrain.launch.cpu_collectives import THREADS
 from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
 from shardtrain.optim import optimizer
@@ -163,10 +163,10 @@ def test_where_jax_has_started_the_librarys_programs_are_ordered_and_the_user_is
 
 
 def test_one_device_and_a_process_that_is_in_order_need_no_options(monkeypatch):
-    assert cpu_order.ordered(jax.devices()) == {}  # this process selected its devices
+    assert cpu_collectives.ordered(jax.devices()) == {}  # this process selected its devices
     monkeypatch.setenv("XLA_FLAGS", "")
-    assert cpu_order.ordered(jax.devices()[:1]) == {}
-    assert cpu_order.ordered(jax.devices()) != {}
+    assert cpu_collectives.ordered(jax.devices()[:1]) == {}
+    assert cpu_collectives.ordered(jax.devices()) != {}
 
 
 @pytest.mark.full

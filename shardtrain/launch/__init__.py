@@ -1,0 +1,1 @@
+"""How a run starts, meets its peers, is watched, and ends."""
