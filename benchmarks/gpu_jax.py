@@ -23,7 +23,7 @@ use_checkout()
 
 from programs import random_batch
 from shardtrain.launch.xla_flags import Preset, compiler_options
-from shardtrain.model_def import ModelDef, flatten
+from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
 from shardtrain.nn import Precision
 from shardtrain.optim import optimizer
@@ -31,6 +31,7 @@ from shardtrain.sharding import Partitioner
 from shardtrain.sharding.mesh import MeshSpec
 from shardtrain.state import abstract_state, init_state
 from shardtrain.step import make_eval_step, make_train_step
+from shardtrain.weights.paths import flatten
 
 #: A compilation that only asks for memory need not time kernels against each other.
 PROBE = {"xla_gpu_autotune_level": 0}

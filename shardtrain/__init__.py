@@ -20,9 +20,7 @@ if TYPE_CHECKING:
     from shardtrain.job import build as build
     from shardtrain.launch.devices import select_devices as select_devices
     from shardtrain.model_def import ModelDef as ModelDef
-    from shardtrain.nn.precision import Precision as Precision
     from shardtrain.optim import optimizer as optimizer
-    from shardtrain.report import sharding_report as sharding_report
     from shardtrain.run import Trainer as Trainer
     from shardtrain.sharding import MeshSpec as MeshSpec
     from shardtrain.sharding import Partitioner as Partitioner
@@ -34,6 +32,8 @@ if TYPE_CHECKING:
     from shardtrain.step import make_eval_step as make_eval_step
     from shardtrain.step import make_train_step as make_train_step
     from shardtrain.trainer import Callback as Callback
+    from shardtrain.weights.precision import Precision as Precision
+    from shardtrain.weights.report import sharding_report as sharding_report
 
 __version__ = "0.1.0"
 
@@ -46,7 +46,7 @@ _HOME = {
     "MeshSpec": "sharding",
     "ModelDef": "model_def",
     "Partitioner": "sharding",
-    "Precision": "nn.precision",
+    "Precision": "weights.precision",
     "RunConfig": "config",
     "TrainState": "state",
     "Trainer": "run",
@@ -63,7 +63,7 @@ _HOME = {
     "open_source": "data",
     "optimizer": "optim",
     "select_devices": "launch.devices",
-    "sharding_report": "report",
+    "sharding_report": "weights.report",
 }
 
 __all__ = ["__version__", *_HOME]

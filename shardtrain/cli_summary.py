@@ -7,7 +7,7 @@ from typing import Any
 
 def summary(run: Any) -> list[str]:
     """What is about to happen, in a few lines."""
-    from shardtrain.model_def import flatten
+    from shardtrain.weights.paths import flatten
 
     job, report = run.job, run.job.report
     mesh = ", ".join(f"{axis} {size}" for axis, size in job.partitioner.mesh.shape.items() if size > 1) or "one device"

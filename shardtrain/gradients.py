@@ -11,7 +11,6 @@ from jax.sharding import PartitionSpec
 
 from shardtrain.model_def import ModelDef, Tree
 from shardtrain.nn.model import Batch
-from shardtrain.nn.param import Weight
 from shardtrain.nn.returned import Sums, joined
 from shardtrain.parallel.gather import NONE, Gather, entry_spec, gathered, on_parts, split_dims, summed
 from shardtrain.parallel.slots import microbatch
@@ -29,6 +28,7 @@ from shardtrain.sums import (
     row_axes,
     weight_ratios,
 )
+from shardtrain.weights.weight import Weight
 
 
 def batch_gradients(

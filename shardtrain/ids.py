@@ -14,8 +14,9 @@ import jax
 import numpy as np
 
 from shardtrain.errors import UserError
-from shardtrain.model_def import ModelDef, flatten
+from shardtrain.model_def import ModelDef
 from shardtrain.nn.model import Batch
+from shardtrain.weights.paths import flatten
 
 
 @dataclasses.dataclass(frozen=True)

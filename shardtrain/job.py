@@ -19,17 +19,18 @@ from shardtrain.launch.cpu_collectives import ordered
 from shardtrain.launch.devices import select_devices
 from shardtrain.launch.xla_flags import compiler_options, set_environment
 from shardtrain.metrics import peak_flops, transformer_flops_per_token
-from shardtrain.model_def import ModelDef, flatten
-from shardtrain.nn.precision import Precision
+from shardtrain.model_def import ModelDef
 from shardtrain.optim import optimizer
 from shardtrain.parallel import schedules
 from shardtrain.parallel.gather import WholeBytes, whole_bytes
-from shardtrain.report import ShardingReport, sharding_report
 from shardtrain.sharding import Partitioner, make_rules
 from shardtrain.sharding.mesh import MeshSpec
 from shardtrain.state import TrainState, abstract_canonical, abstract_state, init_state
 from shardtrain.step import make_eval_step, make_train_step
 from shardtrain.trainer import Speed
+from shardtrain.weights.paths import flatten
+from shardtrain.weights.precision import Precision
+from shardtrain.weights.report import ShardingReport, sharding_report
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,6 @@ import numpy as np
 from flax import nnx
 
 from shardtrain.errors import UserError, did_you_mean, require_kind
-from shardtrain.layout import Layout, dotted
 from shardtrain.nn.context import Context
 from shardtrain.nn.model import embedded, head_sums
 from shardtrain.nn.param import describe
@@ -23,6 +22,8 @@ from shardtrain.parallel.backward import BackwardName, check_backward
 from shardtrain.parallel.schedules import Program, Schedule, allocate, check_trains
 from shardtrain.parallel.stages import layer_table
 from shardtrain.parallel.work import Cut
+from shardtrain.weights.layout import Layout
+from shardtrain.weights.paths import dotted, flatten
 
 Idle = Literal["compute", "skip"]
 Tree = dict[str, Any]  # nested dicts with str keys
@@ -188,11 +189,6 @@ def split_layers(params: Tree) -> tuple[Tree, Tree]:
 def join_layers(stacked: Tree, shared: Tree) -> Tree:
     """The inverse of `split_layers`."""
     return {**shared, "blocks": {**shared["blocks"], "layer": stacked}}
-
-
-def flatten(tree: Tree) -> dict[str, Any]:
-    """Nested dicts as one dict from dotted path to leaf, in key order."""
-    return {dotted(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _refuse_mesh_axes(weights: Tree) -> None:

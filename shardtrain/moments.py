@@ -20,8 +20,9 @@ import optax
 from jax.tree_util import GetAttrKey, keystr, tree_leaves_with_path, tree_map_with_path
 
 from shardtrain.errors import UserError
-from shardtrain.layout import Path, dotted, match_weights
-from shardtrain.nn.param import Weight
+from shardtrain.weights.layout import match_weights
+from shardtrain.weights.paths import Path, dotted
+from shardtrain.weights.weight import Weight
 
 Moments: TypeAlias = Literal["float32", "bfloat16", "int8"]
 

@@ -13,11 +13,12 @@ from jax.tree_util import tree_map_with_path
 
 from shardtrain.errors import UserError, did_you_mean, require_kind
 from shardtrain.host.import_path import NotFoundError, find
-from shardtrain.layout import Path, dotted, shardings_like
 from shardtrain.moments import Moments, with_moments
-from shardtrain.nn.param import Role, Weight
-from shardtrain.nn.precision import at_least_float32
 from shardtrain.per_layer import abstract, over_layers, probe, slices
+from shardtrain.weights.layout import shardings_like
+from shardtrain.weights.paths import Path, dotted
+from shardtrain.weights.precision import at_least_float32
+from shardtrain.weights.weight import Role, Weight
 
 Transform: TypeAlias = optax.GradientTransformation
 Rate: TypeAlias = optax.Schedule | float

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from shardtrain.errors import UserError
-from shardtrain.layout import match_weights
-from shardtrain.nn.param import Weight
+from shardtrain.weights.layout import match_weights
+from shardtrain.weights.weight import Weight
 
 
 def slices(weights: Any) -> Any:

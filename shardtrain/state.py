@@ -11,12 +11,13 @@ import optax
 
 from shardtrain.errors import require_kind
 from shardtrain.launch.cpu_collectives import ordered
-from shardtrain.layout import dotted, shardings_like
 from shardtrain.model_def import ModelDef, Tree
-from shardtrain.nn.param import Weight
 from shardtrain.optim import state_shardings
 from shardtrain.parallel.stages import check_ranks
 from shardtrain.sharding import Partitioner, use
+from shardtrain.weights.layout import shardings_like
+from shardtrain.weights.paths import dotted
+from shardtrain.weights.weight import Weight
 
 
 @jax.tree_util.register_dataclass

@@ -18,10 +18,10 @@ from shardtrain.model_def import ModelDef, Tree
 from shardtrain.nn.context import Context
 from shardtrain.nn.losses import Loss
 from shardtrain.nn.model import Batch, Model, forward
-from shardtrain.nn.param import Weight
 from shardtrain.nn.returned import Sums, checked_loss, joined, refuse_sown
 from shardtrain.sharding import Partitioner
 from shardtrain.state import TrainState
+from shardtrain.weights.weight import Weight
 
 LossFunction = Callable[[nnx.Module, Batch, Context], Loss]
 #: Adds a pytree over the devices that have rows of their own.

@@ -16,7 +16,7 @@ BUILD = """
 import json, math, sys
 import jax
 from shardtrain import build, load_config, select_devices
-from shardtrain.model_def import flatten
+from shardtrain.weights.paths import flatten
 
 select_devices("cpu", 512)
 for name, devices in json.loads(sys.argv[1]).items():

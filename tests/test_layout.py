@@ -9,9 +9,9 @@ import optax
 import pytest
 
 from shardtrain.errors import UserError
-from shardtrain.layout import Layout, match_weights
-from shardtrain.nn.param import Weight
 from shardtrain.optim import OPTIMIZERS, optimizer
+from shardtrain.weights.layout import Layout, match_weights
+from shardtrain.weights.weight import Weight
 
 WEIGHTS = {
     "embed": Weight((16, 8), jnp.float32, ("vocab", "embed"), "embedding"),

@@ -10,16 +10,16 @@ import tiny
 from helpers import quick
 from shardtrain.checkpoint import Checkpointer
 from shardtrain.errors import UserError
-from shardtrain.layout import match_weights
 from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
 from shardtrain.moments import Quantized, blocks, decode, encode, round_at_random
 from shardtrain.nn import Precision
-from shardtrain.nn.param import Weight
 from shardtrain.optim import optimizer
 from shardtrain.parallel import schedules
 from shardtrain.state import abstract_canonical, abstract_state, init_state
 from shardtrain.step import make_train_step
+from shardtrain.weights.layout import match_weights
+from shardtrain.weights.weight import Weight
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 SIZES = {**tiny.SIZES, "d_model": 128, "d_ff": 256, "n_layers": 3}

@@ -13,9 +13,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from shardtrain.errors import UserError
-from shardtrain.layout import match_weights
-from shardtrain.nn.param import Weight
 from shardtrain.optim import OPTIMIZERS, global_norm, optimizer, state_shardings
+from shardtrain.weights.layout import match_weights
+from shardtrain.weights.weight import Weight
 
 # L layers, X experts (stack dims), V vocab, D embed, H heads, K head_dim, F mlp
 L, X, V, D, H, K, F = 2, 2, 16, 8, 4, 4, 8

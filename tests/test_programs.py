@@ -10,10 +10,10 @@ import pytest
 import conftest
 import tiny
 from shardtrain.hlo import Collective, collectives
-from shardtrain.model_def import flatten
 from shardtrain.optim import optimizer
 from shardtrain.state import abstract_state
 from shardtrain.step import make_train_step
+from shardtrain.weights.paths import flatten
 
 # Sizes that no weight has, so that a shape tells what it is of.
 LAYERS, ROWS, LENGTH, VOCAB = 3, 80, 24, 112

@@ -7,10 +7,10 @@ import pytest
 
 import tiny
 from shardtrain.errors import UserError
-from shardtrain.model_def import flatten
 from shardtrain.optim import optimizer
-from shardtrain.report import sharding_report
 from shardtrain.state import abstract_state, init_function, init_state
+from shardtrain.weights.paths import flatten
+from shardtrain.weights.report import sharding_report
 
 
 def make(model, **mesh):

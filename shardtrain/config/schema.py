@@ -19,7 +19,7 @@ from shardtrain.config.frozen import FrozenDict, freeze, thaw
 from shardtrain.config.model_type import ModelType
 from shardtrain.config.strict_yaml import dump
 from shardtrain.launch.devices import Platform
-from shardtrain.nn.param import Role
+from shardtrain.weights.weight import Role
 
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]

@@ -10,9 +10,10 @@ from shardtrain.nn.losses import cross_entropy, linear_cross_entropy
 from shardtrain.nn.mlp import GatedMLP
 from shardtrain.nn.model import Model, forward
 from shardtrain.nn.norm import LayerNorm, RMSNorm
-from shardtrain.nn.param import Weight, param
-from shardtrain.nn.precision import Precision
+from shardtrain.nn.param import param
 from shardtrain.nn.stack import Stack
+from shardtrain.weights.precision import Precision
+from shardtrain.weights.weight import Weight
 
 __all__ = [
     "Attention",

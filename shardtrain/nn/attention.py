@@ -18,9 +18,9 @@ from shardtrain.nn.context import Context
 from shardtrain.nn.dropout import Dropout
 from shardtrain.nn.linear import Linear, together
 from shardtrain.nn.norm import RMSNorm
-from shardtrain.nn.precision import Precision
 from shardtrain.nn.rope import rope_frequencies, rotate
 from shardtrain.sharding import constrain, gather_residual
+from shardtrain.weights.precision import Precision
 
 
 class Attention(nnx.Module):

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from shardtrain.errors import UserError
 from shardtrain.launch.xla_flags import cuda_capability
-from shardtrain.nn.precision import at_least_float32
 from shardtrain.sharding import current, pieces
+from shardtrain.weights.precision import at_least_float32
 
 Implementation = Literal["auto", "einsum", "xla", "cudnn"]
 

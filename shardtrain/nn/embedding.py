@@ -15,8 +15,8 @@ from flax import nnx
 from shardtrain.errors import UserError
 from shardtrain.nn.linear import added, einsum, gathered, scattered
 from shardtrain.nn.param import param
-from shardtrain.nn.precision import Precision
 from shardtrain.sharding import constrain, pieces
+from shardtrain.weights.precision import Precision
 
 _AXES = ("vocab", "embed")
 _POSITIONS = ("positions", "embed")

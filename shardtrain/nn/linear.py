@@ -13,9 +13,10 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from shardtrain.nn import float8
-from shardtrain.nn.param import Initializer, Role, param
-from shardtrain.nn.precision import Precision, at_least_float32
+from shardtrain.nn.param import Initializer, param
 from shardtrain.sharding import current
+from shardtrain.weights.precision import Precision, at_least_float32
+from shardtrain.weights.weight import Role
 
 Axes = tuple[str | None, ...]
 Arrays = tuple[jax.Array, ...]

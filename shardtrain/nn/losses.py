@@ -15,8 +15,8 @@ import numpy as np
 
 from shardtrain.errors import UserError
 from shardtrain.nn.linear import Axes, einsum, gathered, scattered
-from shardtrain.nn.precision import Precision, at_least_float32
 from shardtrain.sharding import constrain, pieces
+from shardtrain.weights.precision import Precision, at_least_float32
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 Loss = tuple[jax.Array, jax.Array, Metrics]

@@ -9,8 +9,8 @@ from jax.ad_checkpoint import checkpoint_name
 from shardtrain.nn.context import Context
 from shardtrain.nn.dropout import Dropout
 from shardtrain.nn.linear import Linear, together
-from shardtrain.nn.precision import Precision
 from shardtrain.sharding import constrain, gather_residual
+from shardtrain.weights.precision import Precision
 
 
 class GatedMLP(nnx.Module):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from shardtrain.nn.param import param
-from shardtrain.nn.precision import Precision
+from shardtrain.weights.precision import Precision
 
 #: For the backward pass a norm keeps its input as it came, and nothing in float32.
 _recomputed = partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.nothing_saveable)

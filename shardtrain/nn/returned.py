@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from shardtrain.errors import UserError, described, one, require_kind
-from shardtrain.nn.precision import at_least_float32
+from shardtrain.weights.precision import at_least_float32
 
 #: `{name: (sum, weight)}`, float32 scalars at least.
 Sums = dict[str, tuple[jax.Array, jax.Array]]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from shardtrain.errors import UserError
-from shardtrain.nn.precision import at_least_float32
+from shardtrain.weights.precision import at_least_float32
 
 _KEYS = {
     "default": (set[str](), set[str]()),

@@ -11,9 +11,10 @@ from flax import nnx
 
 from shardtrain.errors import UserError
 from shardtrain.nn.context import Context
-from shardtrain.nn.param import Weight, describe, stacked
+from shardtrain.nn.param import describe, stacked
 from shardtrain.nn.remat import Remat, remat_policy, rematerialized
 from shardtrain.nn.returned import checked_block, refuse_bare_arrays, refuse_sown
+from shardtrain.weights.weight import Weight
 
 Aux = dict[str, tuple[jax.Array, jax.Array]]
 

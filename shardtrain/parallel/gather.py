@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from shardtrain.errors import UserError
-from shardtrain.nn.param import Weight
 from shardtrain.sharding import Partitioner
+from shardtrain.weights.weight import Weight
 
 #: When a pipeline gathers the weights that fsdp splits: in each tick (by the compiler), or once per step (by hand).
 Gather = Literal["tick", "step"]

@@ -9,10 +9,11 @@ from flax import nnx
 from helpers import equations, filled, packed_batch, quick
 from shardtrain import nn
 from shardtrain.errors import UserError
-from shardtrain.model_def import ModelDef, flatten
+from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
-from shardtrain.nn.precision import Precision
 from shardtrain.nn.remat import ACTIVATIONS
+from shardtrain.weights.paths import flatten
+from shardtrain.weights.precision import Precision
 
 TINY = {"n_layers": 2, "d_model": 16, "n_heads": 4, "n_kv_heads": 2, "d_ff": 12, "vocab_size": 20, "remat": "none"}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}

@@ -6,7 +6,8 @@ import pytest
 from flax import nnx
 
 from shardtrain.errors import UserError
-from shardtrain.nn.param import Weight, describe, param, stacked
+from shardtrain.nn.param import describe, param, stacked
+from shardtrain.weights.weight import Weight
 
 ZEROS = jax.nn.initializers.zeros
 

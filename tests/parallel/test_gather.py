@@ -15,7 +15,7 @@ import tiny
 from shardtrain.errors import UserError
 from shardtrain.gradients import batch_gradients
 from shardtrain.hlo import collectives
-from shardtrain.model_def import ModelDef, flatten
+from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
 from shardtrain.nn import Precision
 from shardtrain.parallel import schedules
@@ -23,6 +23,7 @@ from shardtrain.parallel.gather import whole_bytes
 from shardtrain.sharding import Partitioner, make_rules, use
 from shardtrain.state import abstract_state, init_state
 from shardtrain.step import make_train_step
+from shardtrain.weights.paths import flatten
 
 #: Together: each backward mode; pipe 2 and 4, beside data and tensor; uneven layers; auxiliary terms; tied embeddings.
 QUICK = [

@@ -11,21 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jax.tree_util import DictKey, GetAttrKey, keystr, tree_flatten_with_path, tree_map_with_path
+from jax.tree_util import DictKey, GetAttrKey, tree_flatten_with_path, tree_map_with_path
 
 from shardtrain.errors import UserError
-from shardtrain.nn.param import Weight
-
-Path = tuple[Any, ...]
+from shardtrain.weights.paths import Path, dotted
+from shardtrain.weights.weight import Weight
 
 # What the dims that replace `layers` are called. Only the middle one, the pipeline rank, may be sharded.
 _LEAD_AXES: dict[int, tuple[str | None, ...]] = {1: ("layers",), 3: (None, "stages", None)}
 _SMALL = 1024  # elements up to which a leaf of no weight (a count, coefficients, a key) is kept on every device
-
-
-def dotted(path: Path) -> str:
-    """A tree path in words: `blocks.layer.attn.query`."""
-    return keystr(path, simple=True, separator=".")
 
 
 def match_weights(tree: Any, weights: Any) -> Any:

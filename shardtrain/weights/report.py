@@ -9,9 +9,9 @@ from typing import Any
 from jax.sharding import PartitionSpec
 
 from shardtrain.errors import UserError
-from shardtrain.model_def import flatten
-from shardtrain.nn.param import Weight
 from shardtrain.sharding import Partitioner
+from shardtrain.weights.paths import flatten
+from shardtrain.weights.weight import Weight
 
 #: Mesh axes that split weights; the others split only the batch or the sequence.
 _WEIGHT_AXES = ("pipe", "fsdp", "expert", "tensor")
