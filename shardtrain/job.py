@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shardtrain import lr_schedules
 from shardtrain.config import RunConfig, check_devices, thaw
 from shardtrain.errors import UserError
 from shardtrain.launch.cpu_collectives import ordered
@@ -20,7 +19,7 @@ from shardtrain.launch.devices import select_devices
 from shardtrain.launch.xla_flags import compiler_options, set_environment
 from shardtrain.metrics import peak_flops, transformer_flops_per_token
 from shardtrain.model_def import ModelDef
-from shardtrain.optim import optimizer
+from shardtrain.optim import lr_schedules, optimizer
 from shardtrain.parallel import schedules
 from shardtrain.parallel.gather import WholeBytes, whole_bytes
 from shardtrain.sharding import Partitioner, make_rules

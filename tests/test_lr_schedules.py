@@ -5,7 +5,7 @@ import math
 import pytest
 
 from shardtrain.errors import UserError
-from shardtrain.lr_schedules import SCHEDULES, schedule
+from shardtrain.optim.lr_schedules import SCHEDULES, schedule
 
 LR, WARMUP, STEPS, FINAL = 0.02, 7, 50, 0.2
 

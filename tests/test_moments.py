@@ -12,9 +12,9 @@ from shardtrain.checkpoint import Checkpointer
 from shardtrain.errors import UserError
 from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
-from shardtrain.moments import Quantized, blocks, decode, encode, round_at_random
 from shardtrain.nn import Precision
 from shardtrain.optim import optimizer
+from shardtrain.optim.moments import Quantized, blocks, decode, encode, round_at_random
 from shardtrain.parallel import schedules
 from shardtrain.state import abstract_canonical, abstract_state, init_state
 from shardtrain.step import make_train_step

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from shardtrain import lr_schedules
 from shardtrain.config.errors import Problem
+from shardtrain.optim import lr_schedules
 
 KEY = "optimizer.schedule.decay_steps"
 

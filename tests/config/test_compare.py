@@ -2,8 +2,8 @@
 
 import pytest
 
-from shardtrain import lr_schedules
 from shardtrain.config import ConfigError, changes, check_same_run, load_config
+from shardtrain.optim import lr_schedules
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from jax.tree_util import tree_map_with_path
 
 from shardtrain.errors import UserError, did_you_mean, require_kind
 from shardtrain.host.import_path import NotFoundError, find
-from shardtrain.moments import Moments, with_moments
-from shardtrain.per_layer import abstract, over_layers, probe, slices
+from shardtrain.optim.moments import Moments, with_moments
+from shardtrain.optim.per_layer import abstract, over_layers, probe, slices
 from shardtrain.weights.layout import shardings_like
 from shardtrain.weights.paths import Path, dotted
 from shardtrain.weights.precision import at_least_float32
