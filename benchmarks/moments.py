@@ -3,7 +3,7 @@
     python benchmarks/moments.py                     # 200 steps each, and docs/benchmarks/moments.{md,png}
     python benchmarks/moments.py --steps 8 --out /tmp/moments
 
-The same model, data, seeds and schedule three times: float32, bfloat16 and int8 moments (`shardtrain/optim/moments.py`).
+The same model, data, seeds and schedule three times: float32, bfloat16 and int8 moments (`optim/moments.py`).
 Quickstart's text and optimizer, on one device. Losses and bytes repeat exactly on one machine.
 """
 

@@ -47,13 +47,13 @@ import roll
 import sleeping
 from programs import random_batch
 from shardtrain import MeshSpec, ModelDef, Partitioner, init_state, make_train_step, optimizer
+from shardtrain.collectives.fsdp import whole_bytes
 from shardtrain.hlo import collectives
 from shardtrain.hlo.text import leaves, parse
 from shardtrain.model_def import Idle
 from shardtrain.models.llama import Llama
-from shardtrain.parallel import schedules
-from shardtrain.parallel.gather import whole_bytes
-from shardtrain.parallel.schedules import simulate
+from shardtrain.pipeline import schedules
+from shardtrain.pipeline.schedules import simulate
 from shardtrain.state import abstract_state
 
 PARTS = ("schedules", "yardstick", "floor", "gather")

@@ -15,10 +15,10 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from shardtrain.nn import Context
-from shardtrain.parallel.pipeline import pipeline_gradients
-from shardtrain.parallel.schedules import Costs, Schedule, allocate
-from shardtrain.parallel.stages import layer_table
-from shardtrain.parallel.work import Cut, Work
+from shardtrain.pipeline.executor import pipeline_gradients
+from shardtrain.pipeline.layers import layer_table
+from shardtrain.pipeline.schedules import Costs, Schedule, allocate
+from shardtrain.pipeline.stage import Cut, Work
 
 
 def costs(backward: str, seconds: float) -> Costs:

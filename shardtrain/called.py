@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from shardtrain.errors import UserError, described, require_kind
-from shardtrain.parallel.skipping import Lowered
+from shardtrain.pipeline.idle import Lowered
 from shardtrain.sharding import Partitioner
 from shardtrain.state import TrainState
 

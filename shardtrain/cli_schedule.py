@@ -53,7 +53,7 @@ def draw_schedule(
     """
     from rich.console import Console
 
-    from shardtrain.parallel.schedules import draw, make, registered, textbook
+    from shardtrain.pipeline.schedules import draw, make, registered, textbook
 
     if name is None and not compare:
         raise UserError(
@@ -90,7 +90,7 @@ def _chunks(name: str, asked: int | None, compare: bool) -> int:
 
     Side by side, a schedule keeps its own if that is one, or if it does not go with those asked for.
     """
-    from shardtrain.parallel.schedules import from_csv, get
+    from shardtrain.pipeline.schedules import from_csv, get
 
     own = from_csv(name).chunks if name.endswith(".csv") else get(name).chunks
     if asked is None or not compare:

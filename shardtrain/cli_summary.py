@@ -42,7 +42,7 @@ def summary(run: Any) -> list[str]:
 
 def pipeline_summary(model: Any) -> str:
     """Schedule, layers of each stage and bubble. (`make_train_step` warns where that is large.)"""
-    from shardtrain.parallel.schedules import simulate
+    from shardtrain.pipeline.schedules import simulate
 
     schedule = model.program.schedule
     counts = [(model.layers_CRk[chunk, rank] >= 0).sum() for rank, chunk in schedule.placement]

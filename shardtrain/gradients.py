@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from shardtrain.collectives.fsdp import NONE, Gather, entry_spec, gathered, on_parts, split_dims, summed
 from shardtrain.model_def import ModelDef, Tree
 from shardtrain.nn.model import Batch
 from shardtrain.nn.returned import Sums, joined
-from shardtrain.parallel.gather import NONE, Gather, entry_spec, gathered, on_parts, split_dims, summed
-from shardtrain.parallel.slots import microbatch
+from shardtrain.pipeline.slots import microbatch
 from shardtrain.pipelined import pipelined_gradients
 from shardtrain.sharding import Partitioner
 from shardtrain.state import TrainState

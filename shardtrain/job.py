@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from shardtrain.collectives.fsdp import WholeBytes, whole_bytes
 from shardtrain.config import RunConfig, check_devices, thaw
 from shardtrain.errors import UserError
 from shardtrain.launch.cpu_collectives import ordered
@@ -20,8 +21,7 @@ from shardtrain.launch.xla_flags import compiler_options, set_environment
 from shardtrain.metrics import peak_flops, transformer_flops_per_token
 from shardtrain.model_def import ModelDef
 from shardtrain.optim import lr_schedules, optimizer
-from shardtrain.parallel import schedules
-from shardtrain.parallel.gather import WholeBytes, whole_bytes
+from shardtrain.pipeline import schedules
 from shardtrain.sharding import Partitioner, make_rules
 from shardtrain.sharding.mesh import MeshSpec
 from shardtrain.state import TrainState, abstract_canonical, abstract_state, init_state

@@ -18,10 +18,10 @@ from shardtrain.nn.param import describe
 from shardtrain.nn.remat import rematerialized
 from shardtrain.nn.returned import built
 from shardtrain.nn.stack import Stack
-from shardtrain.parallel.backward import BackwardName, check_backward
-from shardtrain.parallel.schedules import Program, Schedule, allocate, check_trains
-from shardtrain.parallel.stages import layer_table
-from shardtrain.parallel.work import Cut
+from shardtrain.pipeline.layers import layer_table
+from shardtrain.pipeline.phases import BackwardName, check_backward
+from shardtrain.pipeline.schedules import Program, Schedule, allocate, check_trains
+from shardtrain.pipeline.stage import Cut
 from shardtrain.weights.layout import Layout
 from shardtrain.weights.paths import dotted, flatten
 
@@ -41,7 +41,7 @@ class ModelDef:
       backward: of a schedule without W, whether the backward pass of a stage recomputes it (`remat`) or keeps all that
         it needs (`save`), as far as the layers' own remat policy lets it.
       idle: of a schedule, whether idle ranks compute on values that nobody reads, or `skip` their work, as well as
-        embedding and head on all but the end stages. See `shardtrain.parallel.skipping` for when that is refused.
+        embedding and head on all but the end stages. See `shardtrain.pipeline.idle` for when that is refused.
       packed: whether rows may hold several segments; see `shardtrain.data.Source`.
       replicate_unannotated: accept weights without logical axes, whole on every device. By default a module opts in
         with an attribute of that name.

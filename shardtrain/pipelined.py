@@ -10,16 +10,16 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
+from shardtrain.collectives.fsdp import NONE, entry_spec
 from shardtrain.model_def import ModelDef, Tree, join_layers, split_layers
 from shardtrain.nn.context import Context
 from shardtrain.nn.model import Batch, head_sums
 from shardtrain.nn.returned import Sums, joined
-from shardtrain.parallel.forward import Result
-from shardtrain.parallel.gather import NONE, entry_spec
-from shardtrain.parallel.pipeline import pipeline_forward, pipeline_gradients
-from shardtrain.parallel.schedules import allocate, forward
-from shardtrain.parallel.stages import pin
-from shardtrain.parallel.work import Work
+from shardtrain.pipeline.executor import pipeline_forward, pipeline_gradients
+from shardtrain.pipeline.forward import Result
+from shardtrain.pipeline.layers import pin
+from shardtrain.pipeline.schedules import allocate, forward
+from shardtrain.pipeline.stage import Work
 from shardtrain.sharding import Partitioner
 from shardtrain.sums import Total, aux_scales, kept, microbatches, row_axes
 

@@ -13,7 +13,7 @@ from shardtrain.errors import require_kind
 from shardtrain.launch.cpu_collectives import ordered
 from shardtrain.model_def import ModelDef, Tree
 from shardtrain.optim import state_shardings
-from shardtrain.parallel.stages import check_ranks
+from shardtrain.pipeline.layers import check_ranks
 from shardtrain.sharding import Partitioner, use
 from shardtrain.weights.layout import shardings_like
 from shardtrain.weights.paths import dotted

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from shardtrain.called import Step, check_batch
+from shardtrain.collectives.fsdp import Gather, split_dims
 from shardtrain.errors import UserError, described
 from shardtrain.gradients import batch_gradients
 from shardtrain.ids import IdCheck
@@ -19,9 +20,8 @@ from shardtrain.model_def import ModelDef
 from shardtrain.nn.model import Batch, Model
 from shardtrain.nn.returned import Sums
 from shardtrain.optim import Clipped, global_norm, updates_made
-from shardtrain.parallel.gather import Gather, split_dims
-from shardtrain.parallel.schedules import bubble_warning
-from shardtrain.parallel.skipping import AGREED, CheckedStep
+from shardtrain.pipeline.idle import AGREED, CheckedStep
+from shardtrain.pipeline.schedules import bubble_warning
 from shardtrain.pipelined import pipelined_sums
 from shardtrain.sharding import Partitioner, use
 from shardtrain.state import TrainState, abstract_state, check_parts

@@ -18,7 +18,7 @@ from shardtrain.launch.cpu_collectives import THREADS
 from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
 from shardtrain.optim import optimizer
-from shardtrain.parallel import schedules
+from shardtrain.pipeline import schedules
 from shardtrain.state import abstract_state
 from shardtrain.step import make_eval_step, make_train_step
 

@@ -11,7 +11,7 @@ from shardtrain.errors import UserError
 from shardtrain.ids import IdCheck
 from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
-from shardtrain.parallel import schedules
+from shardtrain.pipeline import schedules
 from shardtrain.state import init_state
 from shardtrain.step import make_eval_step, make_train_step
 

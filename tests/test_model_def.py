@@ -10,7 +10,7 @@ import tiny
 from shardtrain.errors import UserError
 from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
-from shardtrain.parallel import schedules
+from shardtrain.pipeline import schedules
 from shardtrain.state import abstract_state, init_state
 from shardtrain.step import make_eval_step, make_train_step
 

@@ -15,7 +15,7 @@ from shardtrain.models.llama import Llama
 from shardtrain.nn import Precision
 from shardtrain.optim import optimizer
 from shardtrain.optim.moments import Quantized, blocks, decode, encode, round_at_random
-from shardtrain.parallel import schedules
+from shardtrain.pipeline import schedules
 from shardtrain.state import abstract_canonical, abstract_state, init_state
 from shardtrain.step import make_train_step
 from shardtrain.weights.layout import match_weights

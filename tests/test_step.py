@@ -17,8 +17,8 @@ from shardtrain.gradients import batch_gradients
 from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
 from shardtrain.optim import optimizer
-from shardtrain.parallel import schedules
-from shardtrain.parallel.slots import microbatch
+from shardtrain.pipeline import schedules
+from shardtrain.pipeline.slots import microbatch
 from shardtrain.sharding import use
 from shardtrain.state import abstract_state, init_state
 from shardtrain.step import evaluate, make_eval_step, make_train_step

@@ -13,7 +13,7 @@ from shardtrain.errors import UserError
 from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
 from shardtrain.optim import optimizer
-from shardtrain.parallel import schedules
+from shardtrain.pipeline import schedules
 from shardtrain.state import init_state
 from shardtrain.step import evaluate, make_eval_step, make_train_step
 

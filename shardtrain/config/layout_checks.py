@@ -9,8 +9,8 @@ from typing import TypeGuard
 from shardtrain.config.errors import Problem
 from shardtrain.config.schema import Data, Devices, MeshSizes, Model, Optimizer, Pipeline
 from shardtrain.errors import UserError, did_you_mean, nearest
-from shardtrain.parallel import schedules
-from shardtrain.parallel.backward import check_backward
+from shardtrain.pipeline import schedules
+from shardtrain.pipeline.phases import check_backward
 from shardtrain.sharding import DEFAULT_RULES
 from shardtrain.sharding.mesh import AXES, MeshSpec, divisors
 
