@@ -25,14 +25,14 @@ from cases import ADAMW, ROOT, SHAPES, host_batch, use_checkout
 
 use_checkout()
 
-from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
 from shardtrain.nn import Precision
 from shardtrain.optim import optimizer
 from shardtrain.sharding import Partitioner
 from shardtrain.sharding.mesh import MeshSpec
-from shardtrain.state import init_state
-from shardtrain.step import make_train_step
+from shardtrain.train.model_def import ModelDef
+from shardtrain.train.state import init_state
+from shardtrain.train.step import make_train_step
 
 FOLDERS = ("shardtrain", "models", "tests", "configs", "benchmarks")  # not docs, where the results are written down
 RUNS = {"bfloat16": ("compute", 0), "float8": ("float8", 0), "bfloat16, other weights": ("compute", 1)}

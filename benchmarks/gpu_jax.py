@@ -23,14 +23,14 @@ use_checkout()
 
 from programs import random_batch
 from shardtrain.launch.xla_flags import Preset, compiler_options
-from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
 from shardtrain.nn import Precision
 from shardtrain.optim import optimizer
 from shardtrain.sharding import Partitioner
 from shardtrain.sharding.mesh import MeshSpec
-from shardtrain.state import abstract_state, init_state
-from shardtrain.step import make_eval_step, make_train_step
+from shardtrain.train.model_def import ModelDef
+from shardtrain.train.state import abstract_state, init_state
+from shardtrain.train.step import make_eval_step, make_train_step
 from shardtrain.weights.paths import flatten
 
 #: A compilation that only asks for memory need not time kernels against each other.

@@ -21,7 +21,6 @@ from work import AGAIN
 use_checkout()
 
 from programs import random_batch
-from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
 from shardtrain.nn import Precision, attend, linear_cross_entropy
 from shardtrain.nn.embedding import lookup
@@ -31,8 +30,9 @@ from shardtrain.nn.rope import rope_frequencies, rotate
 from shardtrain.optim import optimizer
 from shardtrain.sharding import Partitioner
 from shardtrain.sharding.mesh import MeshSpec
-from shardtrain.state import abstract_state, init_state
-from shardtrain.step import make_train_step
+from shardtrain.train.model_def import ModelDef
+from shardtrain.train.state import abstract_state, init_state
+from shardtrain.train.step import make_train_step
 
 
 class Bench:

@@ -22,9 +22,9 @@ import jax
 import optax
 
 from shardtrain.config import load_config
-from shardtrain.job import build
 from shardtrain.metrics.log import read
 from shardtrain.run import Trainer
+from shardtrain.run.job import build
 
 ROOT = Path(__file__).parent.parent
 MOMENTS = {"float32": "#1f5fa8", "bfloat16": "#2e8b57", "int8": "#d1571f"}

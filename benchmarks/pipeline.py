@@ -50,11 +50,11 @@ from shardtrain import MeshSpec, ModelDef, Partitioner, init_state, make_train_s
 from shardtrain.collectives.fsdp import whole_bytes
 from shardtrain.hlo import collectives
 from shardtrain.hlo.text import leaves, parse
-from shardtrain.model_def import Idle
 from shardtrain.models.llama import Llama
 from shardtrain.pipeline import schedules
 from shardtrain.pipeline.schedules import simulate
-from shardtrain.state import abstract_state
+from shardtrain.train.model_def import Idle
+from shardtrain.train.state import abstract_state
 
 PARTS = ("schedules", "yardstick", "floor", "gather")
 RANKS = 4

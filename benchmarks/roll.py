@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import optax
 
 from shardtrain import ModelDef, Partitioner, TrainState
-from shardtrain.model_def import split_layers
 from shardtrain.nn.context import Context
 from shardtrain.sharding import use
-from shardtrain.state import abstract_state
-from shardtrain.sums import microbatches
+from shardtrain.train.loss_sums import microbatches
+from shardtrain.train.model_def import split_layers
+from shardtrain.train.state import abstract_state
 
 Tree = Any
 

@@ -15,51 +15,51 @@ if TYPE_CHECKING:
     from shardtrain.data import Loader as Loader
     from shardtrain.data import open_source as open_source
     from shardtrain.errors import UserError as UserError
-    from shardtrain.generate import generate as generate
-    from shardtrain.job import Job as Job
-    from shardtrain.job import build as build
     from shardtrain.launch.devices import select_devices as select_devices
-    from shardtrain.model_def import ModelDef as ModelDef
     from shardtrain.optim import optimizer as optimizer
     from shardtrain.run import Trainer as Trainer
+    from shardtrain.run.job import Job as Job
+    from shardtrain.run.job import build as build
     from shardtrain.sharding import MeshSpec as MeshSpec
     from shardtrain.sharding import Partitioner as Partitioner
     from shardtrain.sharding import constrain as constrain
     from shardtrain.sharding import make_rules as make_rules
-    from shardtrain.state import TrainState as TrainState
-    from shardtrain.state import init_state as init_state
-    from shardtrain.step import evaluate as evaluate
-    from shardtrain.step import make_eval_step as make_eval_step
-    from shardtrain.step import make_train_step as make_train_step
-    from shardtrain.trainer import Callback as Callback
+    from shardtrain.train.generate import generate as generate
+    from shardtrain.train.loop import Callback as Callback
+    from shardtrain.train.model_def import ModelDef as ModelDef
+    from shardtrain.train.state import TrainState as TrainState
+    from shardtrain.train.state import init_state as init_state
+    from shardtrain.train.step import evaluate as evaluate
+    from shardtrain.train.step import make_eval_step as make_eval_step
+    from shardtrain.train.step import make_train_step as make_train_step
     from shardtrain.weights.precision import Precision as Precision
     from shardtrain.weights.report import sharding_report as sharding_report
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Callback": "trainer",
+    "Callback": "train.loop",
     "Checkpointer": "checkpoint",
     "ConfigError": "config",
-    "Job": "job",
+    "Job": "run",
     "Loader": "data",
     "MeshSpec": "sharding",
-    "ModelDef": "model_def",
+    "ModelDef": "train.model_def",
     "Partitioner": "sharding",
     "Precision": "weights.precision",
     "RunConfig": "config",
-    "TrainState": "state",
+    "TrainState": "train.state",
     "Trainer": "run",
     "UserError": "errors",
-    "build": "job",
+    "build": "run",
     "constrain": "sharding",
-    "evaluate": "step",
-    "generate": "generate",
-    "init_state": "state",
+    "evaluate": "train.step",
+    "generate": "train.generate",
+    "init_state": "train.state",
     "load_config": "config",
-    "make_eval_step": "step",
+    "make_eval_step": "train.step",
     "make_rules": "sharding",
-    "make_train_step": "step",
+    "make_train_step": "train.step",
     "open_source": "data",
     "optimizer": "optim",
     "select_devices": "launch.devices",

@@ -9,12 +9,12 @@ import numpy as np
 import tiny
 from shardtrain.checkpoint import Restored
 from shardtrain.data import Loader, Source, SyntheticTokens
-from shardtrain.model_def import ModelDef
 from shardtrain.models.mlp import MLP
 from shardtrain.optim import optimizer
-from shardtrain.state import TrainState, abstract_state, init_state
-from shardtrain.step import make_train_step
-from shardtrain.trainer import Loop, Speed
+from shardtrain.train.loop import Loop, Speed
+from shardtrain.train.model_def import ModelDef
+from shardtrain.train.state import TrainState, abstract_state, init_state
+from shardtrain.train.step import make_train_step
 
 
 class Watched:

@@ -20,11 +20,11 @@ from cases import SHAPES, flops_per_token
 from isolated import Bench
 from shardtrain.config import load_config
 from shardtrain.config.frozen import thaw
-from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
 from shardtrain.optim import optimizer
-from shardtrain.state import abstract_state
-from shardtrain.step import make_train_step
+from shardtrain.train.model_def import ModelDef
+from shardtrain.train.state import abstract_state
+from shardtrain.train.step import make_train_step
 from shardtrain.weights.paths import flatten
 from work import counted, square
 from workers import Worker, WorkerError, largest_batch

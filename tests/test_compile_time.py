@@ -10,8 +10,8 @@ import pytest
 
 import tiny
 from shardtrain.optim import optimizer
-from shardtrain.state import abstract_state
-from shardtrain.step import make_train_step
+from shardtrain.train.state import abstract_state
+from shardtrain.train.step import make_train_step
 
 AOT = Path(__file__).parent.parent / "benchmarks/aot.py"
 

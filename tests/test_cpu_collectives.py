@@ -11,16 +11,16 @@ import jax.numpy as jnp
 import pytest
 
 import tiny
-from shardtrain.generate import next_token
 from shardtrain.hlo import in_flight
 from shardtrain.launch import cpu_collectives
 from shardtrain.launch.cpu_collectives import THREADS
-from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
 from shardtrain.optim import optimizer
 from shardtrain.pipeline import schedules
-from shardtrain.state import abstract_state
-from shardtrain.step import make_eval_step, make_train_step
+from shardtrain.train.generate import next_token
+from shardtrain.train.model_def import ModelDef
+from shardtrain.train.state import abstract_state
+from shardtrain.train.step import make_eval_step, make_train_step
 
 MEMORY = "xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
 

@@ -14,15 +14,15 @@ import pytest
 import programs
 import tiny
 from shardtrain.errors import UserError
-from shardtrain.gradients import batch_gradients
 from shardtrain.hlo.text import parse
-from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
 from shardtrain.nn import Precision
 from shardtrain.optim import optimizer
 from shardtrain.sharding import Partitioner, make_rules, use
-from shardtrain.state import abstract_state, init_state
-from shardtrain.step import make_train_step
+from shardtrain.train.gradients import batch_gradients
+from shardtrain.train.model_def import ModelDef
+from shardtrain.train.state import abstract_state, init_state
+from shardtrain.train.step import make_train_step
 
 QUICK = ("fsdp=4,tensor=2",)
 

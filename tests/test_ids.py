@@ -8,12 +8,12 @@ import pytest
 import tiny
 from shardtrain import build, load_config, nn
 from shardtrain.errors import UserError
-from shardtrain.ids import IdCheck
-from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
 from shardtrain.pipeline import schedules
-from shardtrain.state import init_state
-from shardtrain.step import make_eval_step, make_train_step
+from shardtrain.train.ids import IdCheck
+from shardtrain.train.model_def import ModelDef
+from shardtrain.train.state import init_state
+from shardtrain.train.step import make_eval_step, make_train_step
 
 TX = optax.sgd(0.1)
 

@@ -8,11 +8,11 @@ from flax import nnx
 
 import tiny
 from shardtrain.errors import UserError
-from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
 from shardtrain.pipeline import schedules
-from shardtrain.state import abstract_state, init_state
-from shardtrain.step import make_eval_step, make_train_step
+from shardtrain.train.model_def import ModelDef
+from shardtrain.train.state import abstract_state, init_state
+from shardtrain.train.step import make_eval_step, make_train_step
 
 
 def make(rngs: nnx.Rngs) -> Llama:

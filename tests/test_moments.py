@@ -10,14 +10,14 @@ import tiny
 from helpers import quick
 from shardtrain.checkpoint import Checkpointer
 from shardtrain.errors import UserError
-from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
 from shardtrain.nn import Precision
 from shardtrain.optim import optimizer
 from shardtrain.optim.moments import Quantized, blocks, decode, encode, round_at_random
 from shardtrain.pipeline import schedules
-from shardtrain.state import abstract_canonical, abstract_state, init_state
-from shardtrain.step import make_train_step
+from shardtrain.train.model_def import ModelDef
+from shardtrain.train.state import abstract_canonical, abstract_state, init_state
+from shardtrain.train.step import make_train_step
 from shardtrain.weights.layout import match_weights
 from shardtrain.weights.weight import Weight
 

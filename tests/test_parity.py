@@ -11,10 +11,10 @@ import pytest
 
 import floor
 import tiny
-from shardtrain.gradients import batch_gradients
 from shardtrain.sharding import use
-from shardtrain.state import abstract_state, init_state
-from shardtrain.step import make_train_step
+from shardtrain.train.gradients import batch_gradients
+from shardtrain.train.state import abstract_state, init_state
+from shardtrain.train.step import make_train_step
 
 MESHES = {
     "one": {},

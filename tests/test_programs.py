@@ -11,8 +11,8 @@ import conftest
 import tiny
 from shardtrain.hlo import Collective, collectives
 from shardtrain.optim import optimizer
-from shardtrain.state import abstract_state
-from shardtrain.step import make_train_step
+from shardtrain.train.state import abstract_state
+from shardtrain.train.step import make_train_step
 from shardtrain.weights.paths import flatten
 
 # Sizes that no weight has, so that a shape tells what it is of.

@@ -6,7 +6,7 @@ import pytest
 from commands import CONFIG, compiled_once, fit, metrics  # noqa: F401
 from shardtrain import UserError, build, load_config
 from shardtrain.data import write_tokens
-from shardtrain.run_data import eval_batches, open_data
+from shardtrain.run.data import eval_batches, open_data
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import tiny
 from shardtrain.errors import UserError
 from shardtrain.optim import optimizer
-from shardtrain.state import abstract_state, init_function, init_state
+from shardtrain.train.state import abstract_state, init_function, init_state
 from shardtrain.weights.paths import flatten
 from shardtrain.weights.report import sharding_report
 

@@ -13,16 +13,16 @@ import tiny
 from helpers import equations
 from shardtrain import nn
 from shardtrain.errors import UserError
-from shardtrain.gradients import batch_gradients
-from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
 from shardtrain.optim import optimizer
 from shardtrain.pipeline import schedules
 from shardtrain.pipeline.slots import microbatch
 from shardtrain.sharding import use
-from shardtrain.state import abstract_state, init_state
-from shardtrain.step import evaluate, make_eval_step, make_train_step
-from shardtrain.sums import microbatches
+from shardtrain.train.gradients import batch_gradients
+from shardtrain.train.loss_sums import microbatches
+from shardtrain.train.model_def import ModelDef
+from shardtrain.train.state import abstract_state, init_state
+from shardtrain.train.step import evaluate, make_eval_step, make_train_step
 
 
 def test_microbatch_m_is_the_rows_m_mod_count():

@@ -10,12 +10,12 @@ from flax import nnx
 import tiny
 from shardtrain import nn
 from shardtrain.errors import UserError
-from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
 from shardtrain.optim import optimizer
 from shardtrain.pipeline import schedules
-from shardtrain.state import init_state
-from shardtrain.step import evaluate, make_eval_step, make_train_step
+from shardtrain.train.model_def import ModelDef
+from shardtrain.train.state import init_state
+from shardtrain.train.step import evaluate, make_eval_step, make_train_step
 
 
 class Router(nnx.Module):

@@ -13,8 +13,8 @@ from shardtrain import UserError, build, load_config
 from shardtrain.config import ConfigError
 from shardtrain.launch.xla_flags import GPU_DEFAULT, _known, compiler_options, set_environment
 from shardtrain.optim import optimizer
-from shardtrain.state import abstract_state
-from shardtrain.step import make_eval_step, make_train_step
+from shardtrain.train.state import abstract_state
+from shardtrain.train.step import make_eval_step, make_train_step
 
 
 def test_options_reach_the_compilation_of_both_steps(tmp_path):

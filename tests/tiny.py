@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
 from shardtrain.nn import Precision
 from shardtrain.sharding import Partitioner
 from shardtrain.sharding.mesh import MeshSpec
+from shardtrain.train.model_def import ModelDef
 
 SIZES = {"n_layers": 2, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "d_ff": 64, "vocab_size": 64}
 ROWS, LENGTH = 16, 16

@@ -10,7 +10,7 @@ from shardtrain import load_config
 from shardtrain.config import ConfigError
 from shardtrain.data import catalog, open_source, write_tokens
 from shardtrain.errors import UserError
-from shardtrain.run_data import open_data
+from shardtrain.run.data import open_data
 
 
 def opened(directory, type, **changes):

@@ -9,9 +9,9 @@ from flax import nnx
 from helpers import equations, filled, packed_batch, quick
 from shardtrain import nn
 from shardtrain.errors import UserError
-from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
 from shardtrain.nn.remat import ACTIVATIONS
+from shardtrain.train.model_def import ModelDef
 from shardtrain.weights.paths import flatten
 from shardtrain.weights.precision import Precision
 

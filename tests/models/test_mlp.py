@@ -6,8 +6,8 @@ from flax import nnx
 
 from helpers import filled, packed_batch, quick
 from shardtrain import nn
-from shardtrain.model_def import ModelDef
 from shardtrain.models.mlp import MLP
+from shardtrain.train.model_def import ModelDef
 from shardtrain.weights.paths import flatten
 
 SIZES = {"n_layers": 3, "d_model": 4, "d_ff": 6, "vocab_size": 10}

@@ -9,12 +9,12 @@ from flax import nnx
 import tiny
 from shardtrain import nn
 from shardtrain.errors import UserError
-from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
 from shardtrain.nn.returned import RESERVED
 from shardtrain.pipeline import schedules
-from shardtrain.state import abstract_state
-from shardtrain.step import make_eval_step, make_train_step
+from shardtrain.train.model_def import ModelDef
+from shardtrain.train.state import abstract_state
+from shardtrain.train.step import make_eval_step, make_train_step
 
 ONE = jnp.ones(())
 EVERYWHERE = pytest.mark.parametrize(("kind", "pipe"), [(k, p) for k in ("train", "eval") for p in (1, 2)])

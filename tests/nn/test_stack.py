@@ -10,8 +10,8 @@ from jax.ad_checkpoint import checkpoint_name
 from helpers import equations, filled, packed_batch, quick
 from shardtrain import nn
 from shardtrain.errors import UserError
-from shardtrain.model_def import ModelDef
 from shardtrain.nn.param import describe
+from shardtrain.train.model_def import ModelDef
 from shardtrain.weights.paths import flatten
 
 F32 = nn.Precision()

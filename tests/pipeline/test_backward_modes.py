@@ -13,15 +13,15 @@ from jax.extend import core
 
 import tiny
 from shardtrain import nn
-from shardtrain.gradients import batch_gradients
-from shardtrain.model_def import ModelDef, split_layers
 from shardtrain.models.llama import Llama
 from shardtrain.pipeline import schedules
 from shardtrain.pipeline.halve import halve
 from shardtrain.pipeline.split_backward import split_stage
 from shardtrain.pipeline.stage import Visit, Work
 from shardtrain.sharding import use
-from shardtrain.state import init_state
+from shardtrain.train.gradients import batch_gradients
+from shardtrain.train.model_def import ModelDef, split_layers
+from shardtrain.train.state import init_state
 
 F64 = nn.Precision(jnp.float64, jnp.float64, jnp.float64)
 

@@ -13,16 +13,16 @@ from test_backward_modes import F64, Tied, make, v_shaped
 import tiny
 from helpers import equations
 from shardtrain.errors import UserError
-from shardtrain.generate import generate, next_token
 from shardtrain.hlo import collectives
-from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
 from shardtrain.nn import Precision
 from shardtrain.pipeline import schedules
 from shardtrain.sharding import use
-from shardtrain.state import abstract_state, init_state
-from shardtrain.step import make_eval_step
-from shardtrain.sums import batch_sums
+from shardtrain.train.generate import generate, next_token
+from shardtrain.train.loss_sums import batch_sums
+from shardtrain.train.model_def import ModelDef
+from shardtrain.train.state import abstract_state, init_state
+from shardtrain.train.step import make_eval_step
 
 
 def sizes_of(words):

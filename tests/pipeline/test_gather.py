@@ -14,15 +14,15 @@ from test_backward_modes import case, make, wanted
 import tiny
 from shardtrain.collectives.fsdp import whole_bytes
 from shardtrain.errors import UserError
-from shardtrain.gradients import batch_gradients
 from shardtrain.hlo import collectives
-from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
 from shardtrain.nn import Precision
 from shardtrain.pipeline import schedules
 from shardtrain.sharding import Partitioner, make_rules, use
-from shardtrain.state import abstract_state, init_state
-from shardtrain.step import make_train_step
+from shardtrain.train.gradients import batch_gradients
+from shardtrain.train.model_def import ModelDef
+from shardtrain.train.state import abstract_state, init_state
+from shardtrain.train.step import make_train_step
 from shardtrain.weights.paths import flatten
 
 #: Together: each backward mode; pipe 2 and 4, beside data and tensor; uneven layers; auxiliary terms; tied embeddings.

@@ -8,14 +8,14 @@ import pytest
 
 import tiny
 from shardtrain.errors import UserError
-from shardtrain.gradients import batch_gradients
 from shardtrain.hlo import collectives
-from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
 from shardtrain.nn import Precision
 from shardtrain.pipeline import schedules
 from shardtrain.sharding import Partitioner, make_rules, use
-from shardtrain.state import init_state
+from shardtrain.train.gradients import batch_gradients
+from shardtrain.train.model_def import ModelDef
+from shardtrain.train.state import init_state
 
 
 def gradients(place, attention, schedule=None, compute=jnp.float32):

@@ -10,13 +10,13 @@ import roll
 import tiny
 from shardtrain.hlo import collectives
 from shardtrain.hlo.text import leaves, parse
-from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
 from shardtrain.nn import Precision
 from shardtrain.optim import optimizer
 from shardtrain.pipeline import schedules
-from shardtrain.state import abstract_state
-from shardtrain.step import make_train_step
+from shardtrain.train.model_def import ModelDef
+from shardtrain.train.state import abstract_state
+from shardtrain.train.step import make_train_step
 
 RANKS = 4
 #: Stage inputs of 4 MiB beside weights of 10 MB a rank; and of 8 KiB beside weights of 8 MB.

@@ -12,9 +12,7 @@ import pytest
 
 import tiny
 from shardtrain.errors import UserError
-from shardtrain.gradients import batch_gradients
 from shardtrain.hlo import Collective, collectives
-from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
 from shardtrain.nn import Precision
 from shardtrain.optim import optimizer
@@ -22,8 +20,10 @@ from shardtrain.pipeline import schedules
 from shardtrain.pipeline.idle import AGREED
 from shardtrain.pipeline.layers import layers_per_stage
 from shardtrain.sharding import use
-from shardtrain.state import abstract_canonical, abstract_state, init_state
-from shardtrain.step import make_eval_step, make_train_step
+from shardtrain.train.gradients import batch_gradients
+from shardtrain.train.model_def import ModelDef
+from shardtrain.train.state import abstract_canonical, abstract_state, init_state
+from shardtrain.train.step import make_eval_step, make_train_step
 from shardtrain.weights.paths import flatten
 
 OPTIONS = {"n_layers": 6, "dropout": 0.1, "z_loss": 1e-3}

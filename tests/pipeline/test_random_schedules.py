@@ -9,14 +9,14 @@ import pytest
 from hypothesis import strategies as st
 
 import tiny
-from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
 from shardtrain.optim import optimizer
 from shardtrain.pipeline.schedules import Schedule
 from shardtrain.pipeline.schedules.check import check
 from shardtrain.pipeline.schedules.schedule import PHASES, Action, Pipeline, needs
-from shardtrain.state import init_state
-from shardtrain.step import make_train_step
+from shardtrain.train.model_def import ModelDef
+from shardtrain.train.state import init_state
+from shardtrain.train.step import make_train_step
 
 RANKS, LAYERS, STEPS = 2, 4, 20
 #: That a schedule is seen is what counts; to make it smaller would compile a hundred more.

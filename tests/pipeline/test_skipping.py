@@ -16,13 +16,13 @@ import tiny
 from shardtrain import nn
 from shardtrain.errors import UserError
 from shardtrain.hlo import collectives
-from shardtrain.model_def import ModelDef
 from shardtrain.models.llama import Llama
 from shardtrain.pipeline import schedules
 from shardtrain.pipeline.idle import AGREED, check_branches
 from shardtrain.sharding import constrain
-from shardtrain.state import abstract_state, init_state
-from shardtrain.step import make_train_step
+from shardtrain.train.model_def import ModelDef
+from shardtrain.train.state import abstract_state, init_state
+from shardtrain.train.step import make_train_step
 
 
 def llama(idle: str, ranks: int) -> ModelDef:

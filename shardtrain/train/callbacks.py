@@ -8,7 +8,7 @@ from typing import Protocol
 import jax
 
 from shardtrain.errors import UserError
-from shardtrain.state import TrainState
+from shardtrain.train.state import TrainState
 
 Values = dict[str, float]
 

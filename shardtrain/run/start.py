@@ -6,13 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from shardtrain.callbacks import Values
 from shardtrain.checkpoint import Checkpointer, load_weights
 from shardtrain.config import RunConfig
 from shardtrain.host.agree import by_process_zero
-from shardtrain.job import Job
 from shardtrain.metrics import MetricsLog
-from shardtrain.state import TrainState
+from shardtrain.run.job import Job
+from shardtrain.train.callbacks import Values
+from shardtrain.train.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from shardtrain.called import refuse_donated
 from shardtrain.errors import UserError
 from shardtrain.launch.cpu_collectives import ordered
-from shardtrain.model_def import ModelDef
 from shardtrain.nn.model import embedded
-from shardtrain.pipelined import pipelined_rows
 from shardtrain.sharding import Partitioner, use
-from shardtrain.state import TrainState, check_parts
+from shardtrain.train.called import refuse_donated
+from shardtrain.train.model_def import ModelDef
+from shardtrain.train.pipelined import pipelined_rows
+from shardtrain.train.state import TrainState, check_parts
 
 
 def generate(

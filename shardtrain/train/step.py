@@ -10,22 +10,22 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shardtrain.called import Step, check_batch
 from shardtrain.collectives.fsdp import Gather, split_dims
 from shardtrain.errors import UserError, described
-from shardtrain.gradients import batch_gradients
-from shardtrain.ids import IdCheck
 from shardtrain.launch.cpu_collectives import ordered
-from shardtrain.model_def import ModelDef
 from shardtrain.nn.model import Batch, Model
 from shardtrain.nn.returned import Sums
 from shardtrain.optim import Clipped, global_norm, updates_made
 from shardtrain.pipeline.idle import AGREED, CheckedStep
 from shardtrain.pipeline.schedules import bubble_warning
-from shardtrain.pipelined import pipelined_sums
 from shardtrain.sharding import Partitioner, use
-from shardtrain.state import TrainState, abstract_state, check_parts
-from shardtrain.sums import LossFunction, batch_sums, means
+from shardtrain.train.called import Step, check_batch
+from shardtrain.train.gradients import batch_gradients
+from shardtrain.train.ids import IdCheck
+from shardtrain.train.loss_sums import LossFunction, batch_sums, means
+from shardtrain.train.model_def import ModelDef
+from shardtrain.train.pipelined import pipelined_sums
+from shardtrain.train.state import TrainState, abstract_state, check_parts
 
 _log = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ import optax
 
 from shardtrain.errors import require_kind
 from shardtrain.launch.cpu_collectives import ordered
-from shardtrain.model_def import ModelDef, Tree
 from shardtrain.optim import state_shardings
 from shardtrain.pipeline.layers import check_ranks
 from shardtrain.sharding import Partitioner, use
+from shardtrain.train.model_def import ModelDef, Tree
 from shardtrain.weights.layout import shardings_like
 from shardtrain.weights.paths import dotted
 from shardtrain.weights.weight import Weight

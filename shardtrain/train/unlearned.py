@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from shardtrain.arrivals import Step
 from shardtrain.errors import UserError
+from shardtrain.train.arrivals import Step
 
 
 class Unlearned:

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from shardtrain.errors import UserError
-from shardtrain.model_def import ModelDef, Tree
 from shardtrain.nn.context import Context
 from shardtrain.nn.losses import Loss
 from shardtrain.nn.model import Batch, Model, forward
 from shardtrain.nn.returned import Sums, checked_loss, joined, refuse_sown
 from shardtrain.sharding import Partitioner
-from shardtrain.state import TrainState
+from shardtrain.train.model_def import ModelDef, Tree
+from shardtrain.train.state import TrainState
 from shardtrain.weights.weight import Weight
 
 LossFunction = Callable[[nnx.Module, Batch, Context], Loss]

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from shardtrain.callbacks import Values
 from shardtrain.metrics import memory_bytes, mfu
+from shardtrain.train.callbacks import Values
 
 _MEMORY_S = 0.1  # how old the memory reported of a step may be
 

@@ -7,17 +7,17 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from shardtrain.arrivals import Arrivals, Step
-from shardtrain.arrivals import Speed as Speed
-from shardtrain.callbacks import Callback as Callback
-from shardtrain.callbacks import Display, Values, join
 from shardtrain.checkpoint import Checkpointer
 from shardtrain.data import Loader
 from shardtrain.metrics import Background, MetricsLog
 from shardtrain.nn.model import Batch
-from shardtrain.state import TrainState
-from shardtrain.step import evaluate
-from shardtrain.unlearned import Unlearned
+from shardtrain.train.arrivals import Arrivals, Step
+from shardtrain.train.arrivals import Speed as Speed
+from shardtrain.train.callbacks import Callback as Callback
+from shardtrain.train.callbacks import Display, Values, join
+from shardtrain.train.state import TrainState
+from shardtrain.train.step import evaluate
+from shardtrain.train.unlearned import Unlearned
 
 _log = logging.getLogger(__name__)
 

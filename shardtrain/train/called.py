@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from shardtrain.errors import UserError, described, require_kind
 from shardtrain.pipeline.idle import Lowered
 from shardtrain.sharding import Partitioner
-from shardtrain.state import TrainState
+from shardtrain.train.state import TrainState
 
 #: Looks at a batch before the step does.
 Check = Callable[[Any], None]

@@ -11,7 +11,6 @@ import jax
 from jax.sharding import PartitionSpec
 
 from shardtrain.collectives.fsdp import NONE, entry_spec
-from shardtrain.model_def import ModelDef, Tree, join_layers, split_layers
 from shardtrain.nn.context import Context
 from shardtrain.nn.model import Batch, head_sums
 from shardtrain.nn.returned import Sums, joined
@@ -21,7 +20,8 @@ from shardtrain.pipeline.layers import pin
 from shardtrain.pipeline.schedules import allocate, forward
 from shardtrain.pipeline.stage import Work
 from shardtrain.sharding import Partitioner
-from shardtrain.sums import Total, aux_scales, kept, microbatches, row_axes
+from shardtrain.train.loss_sums import Total, aux_scales, kept, microbatches, row_axes
+from shardtrain.train.model_def import ModelDef, Tree, join_layers, split_layers
 
 
 def pipelined_gradients(

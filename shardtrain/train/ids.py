@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 from shardtrain.errors import UserError
-from shardtrain.model_def import ModelDef
 from shardtrain.nn.model import Batch
+from shardtrain.train.model_def import ModelDef
 from shardtrain.weights.paths import flatten
 
 

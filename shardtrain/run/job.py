@@ -19,14 +19,14 @@ from shardtrain.launch.cpu_collectives import ordered
 from shardtrain.launch.devices import select_devices
 from shardtrain.launch.xla_flags import compiler_options, set_environment
 from shardtrain.metrics import peak_flops, transformer_flops_per_token
-from shardtrain.model_def import ModelDef
 from shardtrain.optim import lr_schedules, optimizer
 from shardtrain.pipeline import schedules
 from shardtrain.sharding import Partitioner, make_rules
 from shardtrain.sharding.mesh import MeshSpec
-from shardtrain.state import TrainState, abstract_canonical, abstract_state, init_state
-from shardtrain.step import make_eval_step, make_train_step
-from shardtrain.trainer import Speed
+from shardtrain.train.loop import Speed
+from shardtrain.train.model_def import ModelDef
+from shardtrain.train.state import TrainState, abstract_canonical, abstract_state, init_state
+from shardtrain.train.step import make_eval_step, make_train_step
 from shardtrain.weights.paths import flatten
 from shardtrain.weights.precision import Precision
 from shardtrain.weights.report import ShardingReport, sharding_report

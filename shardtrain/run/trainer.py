@@ -16,16 +16,16 @@ from shardtrain.checkpoint import Checkpointer, RunLock
 from shardtrain.config import RunConfig, check_same_run
 from shardtrain.data import Loader, Source, Tokenizer
 from shardtrain.errors import UserError
-from shardtrain.generate import generate
 from shardtrain.host.agree import on_process_zero
 from shardtrain.host.closing import close_all
 from shardtrain.host.files import write_text
-from shardtrain.job import Job, build
 from shardtrain.launch.compile_cache import use_cache
 from shardtrain.metrics import MetricsLog, plot_loss
-from shardtrain.run_data import eval_batches, open_data
-from shardtrain.start import Start
-from shardtrain.trainer import Callback, Loop
+from shardtrain.run.data import eval_batches, open_data
+from shardtrain.run.job import Job, build
+from shardtrain.run.start import Start
+from shardtrain.train.generate import generate
+from shardtrain.train.loop import Callback, Loop
 
 _log = logging.getLogger(__name__)
 

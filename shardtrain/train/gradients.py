@@ -10,14 +10,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from shardtrain.collectives.fsdp import NONE, Gather, entry_spec, gathered, on_parts, split_dims, summed
-from shardtrain.model_def import ModelDef, Tree
 from shardtrain.nn.model import Batch
 from shardtrain.nn.returned import Sums, joined
 from shardtrain.pipeline.slots import microbatch
-from shardtrain.pipelined import pipelined_gradients
 from shardtrain.sharding import Partitioner
-from shardtrain.state import TrainState
-from shardtrain.sums import (
+from shardtrain.train.loss_sums import (
     LossFunction,
     Total,
     aux_scales,
@@ -28,6 +25,9 @@ from shardtrain.sums import (
     row_axes,
     weight_ratios,
 )
+from shardtrain.train.model_def import ModelDef, Tree
+from shardtrain.train.pipelined import pipelined_gradients
+from shardtrain.train.state import TrainState
 from shardtrain.weights.weight import Weight
 
 
