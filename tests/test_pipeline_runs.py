@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from commands import compiled_once, fit, losses, pair, saved, start  # noqa: F401
-from shardtrain.cli_summary import summary
+from shardtrain.cli.summary import summary
 
 LAYERS = "model.n_layers=4"
 #: Of one run, one after the other: none, four ranks, two ranks with two chunks each and weights gathered once a step.

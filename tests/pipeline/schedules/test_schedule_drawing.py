@@ -7,7 +7,7 @@ import typer
 from schedules.tokens import BUILT_IN
 from typer.testing import CliRunner
 
-from shardtrain.cli_schedule import schedule as command
+from shardtrain.cli.schedule import schedule as command
 from shardtrain.errors import UserError
 from shardtrain.pipeline.schedules import Costs, draw, make, textbook, to_csv
 

@@ -1,110 +1,28 @@
-"""The command line: train and config here, schedule and checkpoint in files of their own."""
+"""The command `shardtrain train`, in one process or in several."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
 import logging
-import os
 import shlex
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-import shardtrain
-from shardtrain.cli_checkpoint import checkpoint_app
-from shardtrain.cli_schedule import schedule
-from shardtrain.cli_summary import summary
-from shardtrain.errors import UserError
-from shardtrain.host.streams import safe_streams
+from shardtrain.cli.options import Debug, File, Overrides
+from shardtrain.cli.report import report
+from shardtrain.cli.summary import summary
 
 if TYPE_CHECKING:
     from shardtrain.config import RunConfig
     from shardtrain.launch.roll_call import RollCall
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-app.add_typer(checkpoint_app, name="checkpoint")
-app.command()(schedule)
 
-File = Annotated[str, typer.Argument(help="Config file, such as configs/quickstart.yaml.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as mesh.tensor=4.", show_default=False),
-]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
-
-def main() -> None:
-    """Entry point: a user's mistake is one message and exit code 2."""
-    with safe_streams() as output:
-        code = _run()
-        sys.stdout.flush()
-        # What `train` made is on the disk. The other commands are what they print.
-        if not code and output is not None and output.lost is not None and sys.argv[1:2] != ["train"]:
-            code = 2
-            if not isinstance(output.lost, BrokenPipeError):  # as `| head` leaves
-                print(f"error: standard output cannot be written: {output.lost.strerror}", file=sys.stderr)
-    sys.exit(code)
-
-
-def _run() -> int:
-    """Run the command; its exit code."""
-    try:
-        sys.path.append(_here())  # `type: my_model:MyModel` finds a file beside the user, as under `python -m`
-        app()
-    except SystemExit as end:  # how typer ends
-        if isinstance(end.code, str):  # of a user's own code
-            print(end.code, file=sys.stderr)
-            return 1
-        return end.code or 0
-    except (UserError, OSError) as error:
-        if "--debug" in sys.argv:
-            raise
-        return report(error)
-    return 0
-
-
-def _here() -> str:
-    try:
-        return os.getcwd()
-    except OSError as error:
-        raise UserError(f"the current directory cannot be used: {error.strerror}; cd to one that exists") from error
-
-
-def report(error: BaseException) -> int:
-    """Print an error as its reader needs it; the exit code for it."""
-    if "--debug" in sys.argv or not isinstance(error, UserError | OSError):
-        traceback.print_exception(error)
-        return 1
-    if isinstance(error, UserError):
-        print(f"error: {error}", file=sys.stderr)
-    else:  # a full disk, missing permissions
-        where = f": {error.filename}" if error.filename else ""
-        print(f"error: {error.strerror or error}{where}; correct that and run the same command again", file=sys.stderr)
-    return 2
-
-
-def _version(asked: bool) -> None:
-    if asked:
-        print(f"shardtrain {shardtrain.__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _common(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    """Train neural networks that are too large, or too slow, for one accelerator."""
-
-
-@app.command()
 def train(
     file: File,
     overrides: Overrides = None,
@@ -195,11 +113,3 @@ def resume_command() -> str:
     """This very command, for a shell."""
     program = "python -m shardtrain" if sys.argv[0].endswith("__main__.py") else Path(sys.argv[0]).name
     return f"{program} {shlex.join(sys.argv[1:])}"
-
-
-@app.command()
-def config(file: File, overrides: Overrides = None, *, debug: Debug = False) -> None:
-    """Print the resolved config as YAML; fed back, it gives the same result."""
-    from shardtrain.config import load_config
-
-    print(load_config(file, overrides or ()).to_yaml(), end="")
