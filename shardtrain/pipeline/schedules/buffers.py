@@ -61,8 +61,6 @@ class Program:
         B_x, B_r, B_g        slots of what to use; no B_g on the last stage if the loss is computed there and then
         I_x, I_r, I_g        the same, for a split backward
         I_w, W_w             slot to store in, or take from, what W needs of I
-        I_keep               last stage: slot to store the loss's gradient in, where W is to use it again
-        W_x, W_r, W_g        slots of what W uses, where it starts from the same values as I
         ==================== =========================================================================================
       slots: number of slots of each kind in `KINDS`, the most that any rank needs. (Where ranks that idle write too,
         the executor adds a slot for what nobody reads.)
@@ -105,24 +103,21 @@ class _Value:
     columns: tuple[tuple[str, int], ...]  # (column, tick)
 
 
-def allocate(schedule: Schedule, *, save_residuals: bool = False, split_from: str = "operands") -> Program:
+def allocate(schedule: Schedule, *, save_residuals: bool = False) -> Program:
     """Give every value a slot.
 
     Args:
       schedule: is checked.
       save_residuals: the backward uses what F kept, rather than the stage input to compute F again.
-      split_from: of a split backward, what W starts from: `operands` that I stored for it, or `inputs`, that is, from
-        what I itself started from, which then stays alive until W.
 
     Raises:
       UserError: the schedule is not right.
     """
     check(schedule)
-    assert split_from in {"operands", "inputs"}, split_from
     if schedule.phases == FORWARD:
         values = list(_inputs(schedule))
     else:
-        values = list(_values(schedule, "r" if save_residuals else "x", split_from == "inputs"))
+        values = list(_values(schedule, "r" if save_residuals else "x"))
     slots_by_rank = {kind: [0] * schedule.ranks for kind in KINDS}
     columns = _actions(schedule)
     edges = message_edges(schedule)
@@ -158,7 +153,7 @@ def _inputs(schedule: Schedule) -> Iterator[_Value]:
             yield _Value("x", rank, _MOMENTS * (before + 1) + _ARRIVE, _MOMENTS * tick + _F, columns)
 
 
-def _values(schedule: Schedule, kept: str, until_weights: bool) -> Iterator[_Value]:
+def _values(schedule: Schedule, kept: str) -> Iterator[_Value]:
     """Every value of every stage and microbatch. `kept` is the kind (x or r) that the backward starts from."""
     b, split = schedule.phases[1], "W" in schedule.phases
     when = {phase: schedule.when(phase).tolist() for phase in schedule.phases}
@@ -167,28 +162,22 @@ def _values(schedule: Schedule, kept: str, until_weights: bool) -> Iterator[_Val
         yield from _inputs(schedule)
     for stage, (rank, _) in enumerate(schedule.placement):
         for m in range(schedule.microbatches):
-            tf, tb, tw = when["F"][stage][m], when[b][stage][m], when["W"][stage][m] if split else -1
-            f, back, end = _MOMENTS * tf + _F, _MOMENTS * tb + _B, _MOMENTS * tw + _W
-            if not (split and until_weights):
-                end = back
-            weights = lambda kind, tw=tw: ((f"W_{kind}", tw),) if split and until_weights else ()  # noqa: E731
-
+            tf, tb = when["F"][stage][m], when[b][stage][m]
+            f, back = _MOMENTS * tf + _F, _MOMENTS * tb + _B
             arrival = () if stage == 0 else ((f"x_{direction(schedule, stage - 1)}", when["F"][stage - 1][m] + 1),)
             born = _MOMENTS * arrival[0][1] + _ARRIVE if arrival else f
             if kept == "x":
-                yield _Value("x", rank, born, end, (*arrival, ("F_x", tf), (f"{b}_x", tb), *weights("x")))
+                yield _Value("x", rank, born, back, (*arrival, ("F_x", tf), (f"{b}_x", tb)))
             else:
-                yield _Value("r", rank, f, end, (("F_r", tf), (f"{b}_r", tb), *weights("r")))
-
+                yield _Value("r", rank, f, back, (("F_r", tf), (f"{b}_r", tb)))
             if stage < last:
                 tick = when[b][stage + 1][m] + 1
                 arrival = ((f"g_{BACK[direction(schedule, stage)]}", tick),)
-                yield _Value("g", rank, _MOMENTS * tick + _ARRIVE, end, (*arrival, (f"{b}_g", tb), *weights("g")))
+                yield _Value("g", rank, _MOMENTS * tick + _ARRIVE, back, (*arrival, (f"{b}_g", tb)))
             elif kept == "r":
-                yield _Value("g", rank, f, end, (("F_g", tf), (f"{b}_g", tb), *weights("g")))
-            elif split and until_weights:
-                yield _Value("g", rank, back, end, (("I_keep", tb), *weights("g")))
-            if split and not until_weights:
+                yield _Value("g", rank, f, back, (("F_g", tf), (f"{b}_g", tb)))
+            if split:
+                tw = when["W"][stage][m]
                 yield _Value("w", rank, back, _MOMENTS * tw + _W, (("I_w", tb), ("W_w", tw)))
 
 

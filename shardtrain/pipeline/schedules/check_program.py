@@ -63,7 +63,7 @@ class _Run:
             )
         first, last = stage == 0, stage == self.schedule.stages - 1
         saves = "F_r" in self.program.columns
-        kept, split, again = "r" if saves else "x", "W" in self.schedule.phases, "W_g" in self.program.columns
+        kept, split = "r" if saves else "x", "W" in self.schedule.phases
         if phase == "F":
             if first and not saves and self.schedule.phases != FORWARD:
                 self.write("F_x", tick, rank, ("x", stage, m))
@@ -79,15 +79,10 @@ class _Run:
             self.read(f"{phase}_{kept}", tick, rank, (kept, stage, m))
             if not last or saves:
                 self.read(f"{phase}_g", tick, rank, ("g", stage, m))
-            elif again:
-                self.write("I_keep", tick, rank, ("g", stage, m))
-            if split and not again:
+            if split:
                 self.write("I_w", tick, rank, ("w", stage, m))
             if not first:
                 self.send("g", stage, stage - 1, m)
-        elif again:
-            self.read(f"W_{kept}", tick, rank, (kept, stage, m))
-            self.read("W_g", tick, rank, ("g", stage, m))
         else:
             self.read("W_w", tick, rank, ("w", stage, m))
 

@@ -14,8 +14,6 @@ SIZES = {"gpipe": (2, 4, 2), "1f1b": (3, 5, 1), "interleaved": (3, 4, 2), "zb_h1
 OPTIONS = [
     pytest.param({}, id="remat"),
     pytest.param({"save_residuals": True}, id="save"),
-    pytest.param({"split_from": "inputs"}, id="inputs"),
-    pytest.param({"save_residuals": True, "split_from": "inputs"}, id="save-inputs"),
 ]
 
 
