@@ -31,14 +31,14 @@ _ARRIVE, _F, _B, _W, _MOMENTS = 0, 1, 2, 3, 4
 class Segment:
     """Ticks `start` to `stop` (exclusive), in all of which some rank runs each of `phases` and none runs another.
 
-    `moves` are the message columns (`x_down`, `g_up`, ...) in which anything arrives there; `first` and `last` the
+    `messages` are the columns (`x_down`, `g_up`, ...) in which anything arrives there; `first` and `last` the
     phases that some rank runs on the first, or last, stage.
     """
 
     start: int
     stop: int
     phases: tuple[str, ...]
-    moves: tuple[str, ...]
+    messages: tuple[str, ...]
     first: tuple[str, ...]
     last: tuple[str, ...]
 
@@ -85,11 +85,11 @@ class Program:
         """What goes on from tick `start` to `stop` (exclusive), taken together."""
         schedule, ticks = self.schedule, range(start, stop)
         phases = tuple(phase for phase in schedule.phases if (self.columns[phase][start:stop] >= 0).any())
-        moves = tuple(name for name in self.edges if (self.columns[name][start:stop] >= 0).any())
+        messages = tuple(name for name in self.edges if (self.columns[name][start:stop] >= 0).any())
         first, last = (
             tuple(phase for phase in phases if np.isin(schedule.when(phase)[stage], ticks).any()) for stage in (0, -1)
         )
-        return Segment(start, stop, phases, moves, first, last)
+        return Segment(start, stop, phases, messages, first, last)
 
 
 @dataclasses.dataclass(frozen=True)

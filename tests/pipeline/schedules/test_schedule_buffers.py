@@ -38,7 +38,7 @@ def test_slots_are_as_many_as_values_are_ever_alive_at_once(name, chunks):
 def test_buffers_and_segments_do_not_grow_with_microbatches(name, chunks, options):
     small, large = (allocate(make(name, 4, m, chunks), **options) for m in (8, 64))
     assert small.slots == large.slots
-    assert [(s.phases, s.moves) for s in small.segments()] == [(s.phases, s.moves) for s in large.segments()]
+    assert [(s.phases, s.messages) for s in small.segments()] == [(s.phases, s.messages) for s in large.segments()]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_segments(name, chunks, phases):
             busy = (program.columns[phase][segment.start : segment.stop] >= 0).any(axis=1)
             assert (busy == (phase in segment.phases)).all()
         for name in program.edges:
-            assert (program.columns[name][segment.start : segment.stop] >= 0).any() == (name in segment.moves)
+            assert (program.columns[name][segment.start : segment.stop] >= 0).any() == (name in segment.messages)
 
 
 def test_messages_of_each_placement():
