@@ -40,8 +40,8 @@ def test_spec(cube, axes, spec):
         assert cube.spec(*axes) == spec
 
 
-def test_size_counts_the_pieces_of_a_dim(cube):
-    assert {name: cube.size(name) for name in ("batch", "embed", "seq", "head_dim")} == {
+def test_shards_counts_the_shards_of_a_dim(cube):
+    assert {name: cube.shards(name) for name in ("batch", "embed", "seq", "head_dim")} == {
         "batch": 4,
         "embed": 2,
         "seq": 1,
@@ -65,7 +65,7 @@ def test_an_unknown_name_suggests_the_nearest(cube):
     ):
         cube.spec("emned")
     with pytest.raises(UserError, match=r"'zzz' has no rule; use one of batch, seq, embed"):
-        cube.size("zzz")
+        cube.shards("zzz")
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_axes_that_are_manual_are_dropped_and_the_others_still_constrain(cube, m
 
 def test_a_manual_dim_is_checked_against_its_local_size(cube):
     def body(x):  # [8 / data 2, 4]: divides over fsdp 2, the axis that is left
-        with pytest.raises(UserError, match=r"size 3, which mesh axis fsdp 2 does not divide"):
+        with pytest.raises(UserError, match=r"size 3, which is not divisible by mesh axis fsdp 2"):
             cube.constrain(x[:3], "batch", "mlp")
         return x
 

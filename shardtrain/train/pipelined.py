@@ -119,7 +119,7 @@ def _through(
     by_hand = row_axes(partitioner)
 
     def local(params: Tree, batch: Batch) -> tuple[Any, Any]:
-        rows = jax.tree.leaves(batch)[0].shape[0] // partitioner.pieces("batch")
+        rows = jax.tree.leaves(batch)[0].shape[0] // partitioner.shards("batch")
         count = next(m for m in range(min(most, rows), 0, -1) if rows % m == 0)
         stage = dataclasses.replace(_stage(model, params, batch, partitioner, model.context(batch)), skip=skip)
         found = pipeline_forward(

@@ -176,7 +176,7 @@ def test_a_sharded_vocabulary_is_never_gathered(sizes, chunk):
     over_tensor = [c for c in found if "tensor" in c.axes]
     assert {c.kind for c in over_tensor} == {"all-reduce"}  # of sums over the vocabulary: no gather, no exchange
     sent = {size for c in over_tensor for shape in c.shapes for size in shape}
-    assert not sent & {vocab, vocab // partitioner.size("vocab")}
+    assert not sent & {vocab, vocab // partitioner.shards("vocab")}
 
 
 @pytest.mark.parametrize("chunk", [None, 2])

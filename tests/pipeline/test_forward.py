@@ -92,7 +92,7 @@ def test_rows_that_do_not_divide_over_the_mesh_are_refused():
     place, model = tiny.partitioner(pipe=2, data=2), ModelDef(make("llama", 2, "full"), schedule=table("1f1b 4 1", 2))
     state = abstract_state(model, optax.sgd(0.1), place)
     with pytest.raises(
-        UserError, match=r"batch\['\w+'\]: dim 0 \('batch'\) has size 7, which mesh axis data 2 does not"
+        UserError, match=r"batch\['\w+'\]: dim 0 \('batch'\) has size 7, which is not divisible by mesh axis data 2"
     ):
         make_eval_step(model, place).lower(state, tiny.batch(rows=7))
 
@@ -154,7 +154,7 @@ def compiled(step, microbatches, schedule="1f1b", chunks=1, **options):
         lambda rngs: Llama(**options, precision=Precision(*[jnp.float32] * 3), rngs=rngs),
         schedule=table(f"{schedule} {microbatches} {chunks}", 4),
     )
-    batch = tiny.batch(place, rows=microbatches * place.size("batch"), length=8)
+    batch = tiny.batch(place, rows=microbatches * place.shards("batch"), length=8)
     return step(model, place).lower(abstract_state(model, optax.sgd(0.1), place), batch).compile(), model, place
 
 

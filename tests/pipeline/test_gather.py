@@ -12,7 +12,7 @@ from jax.extend import core
 from test_backward_modes import case, make, wanted
 
 import tiny
-from shardtrain.collectives.fsdp import whole_bytes
+from shardtrain.collectives.fsdp import gathered_bytes
 from shardtrain.errors import UserError
 from shardtrain.hlo import collectives
 from shardtrain.models.llama import Llama
@@ -100,7 +100,7 @@ def check_bytes(found, model, place):
     """What is reported is what was gathered, and what was reduced."""
     results = [a.bytes for c in found if c.kind == "all-gather" for a in c.results]
     reduced = [a.bytes for c in found if c.kind != "all-gather" for a in c.operands if a.shape]
-    held = whole_bytes(model.weights, place)
+    held = gathered_bytes(model.weights, place)
     assert (held.weights, held.gradients) == (sum(results), sum(reduced))
 
 
