@@ -4,14 +4,15 @@ import jax
 import numpy as np
 from flax import nnx
 
-from helpers import filled, packed_batch, quick
+import tiny
+from helpers import filled, quick
 from shardtrain import nn
 from shardtrain.models.mlp import MLP
 from shardtrain.train.model_def import ModelDef
 from shardtrain.weights.paths import flatten
 
 SIZES = {"n_layers": 3, "d_model": 4, "d_ff": 6, "vocab_size": 10}
-BATCH = packed_batch(2, 5, 10)
+BATCH = tiny.batch(rows=2, length=5, vocab=10, packed=True)
 
 
 def test_parameters():
