@@ -22,7 +22,12 @@ OutputFunction = Callable[[Tree, Tree, Batch, Context], Tree]
 
 
 def forward_only(stage: StageFunctions, output: OutputFunction) -> Phase:
-    """Make the phase F of a schedule without a backward pass; outputs and auxiliary terms are added to `sums`."""
+    """Make the phase F of a schedule without a backward pass, which adds outputs and auxiliary terms to `sums`.
+
+    Args:
+      stage: the functions of the stage.
+      output: computes the outputs on the last stage.
+    """
 
     def forward(carry: Carry, row: TableRow, mb: MicrobatchAtStage) -> Carry:
         x = stage.when(mb.first, lambda: stage.embed(mb), read(carry["x"], row["F_x"]) if "F_x" in row else carry["y"])
@@ -35,9 +40,17 @@ def forward_only(stage: StageFunctions, output: OutputFunction) -> Phase:
 def stage_output(
     stage: StageFunctions, output: OutputFunction, x: Tree, mb: MicrobatchAtStage
 ) -> tuple[Tree, tuple[Tree, Aux]]:
-    """Run a stage; return its `y`, and the pair of `output` (zeros before the last stage) and auxiliary terms.
+    """Run a stage for one microbatch.
 
-    Both are zeros where the microbatch is not active.
+    Args:
+      stage: the functions of the stage.
+      output: computes the outputs on the last stage.
+      x: the stage's input.
+      mb: the microbatch.
+
+    Returns:
+      The stage's `y`, and the pair of outputs (zeros before the last stage) and auxiliary terms. The pair is zeros if
+      the microbatch is not active.
     """
     y, aux = stage.forward(stage.params(mb), x, mb)
 

@@ -85,7 +85,7 @@ class CheckedStep:
         self._compiled: dict[Any, jax.stages.Compiled] = {}
 
     def lower(self, *args: Any) -> Lowered:
-        """Lower it as `jax.jit` does; compiling the result raises the errors of `check_branches`."""
+        """Lower it for `args`, as `jax.jit` does; compiling the result raises the errors of `check_branches`."""
 
         def checked(compiled: jax.stages.Compiled) -> jax.stages.Compiled:
             check_branches(compiled.as_text() or "", self._mesh)

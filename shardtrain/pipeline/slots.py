@@ -12,22 +12,22 @@ Tree = Any
 
 
 def buffer(like: Tree, slots: int) -> Tree:
-    """Make a buffer of `slots` slots for a pytree of these shapes, and one more slot that is never read."""
+    """Make a buffer of `slots` slots for pytrees shaped like `like`, and one more slot that is never read."""
     return jax.tree.map(lambda a: jnp.zeros((slots + 1, *a.shape), a.dtype), like)
 
 
 def zeros_like(shapes: Tree) -> Tree:
-    """Make zeros of these shapes and dtypes."""
+    """Make zeros of the shapes and dtypes of a pytree."""
     return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
 
 
 def read(slots: Tree, slot: jax.Array | int) -> Tree:
-    """Read a slot; for -1, any value."""
+    """Read the slot with index `slot`; for -1, any value."""
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, jnp.maximum(slot, 0), 0, keepdims=False), slots)
 
 
 def write(slots: Tree, slot: jax.Array, value: Tree) -> Tree:
-    """Return the buffer with a value written to a slot; for -1, to the slot that is never read."""
+    """Return the buffer with `value` in the slot with index `slot`; -1 is the slot that is never read."""
 
     def put(a: jax.Array, v: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_index_in_dim(a, v.astype(a.dtype), jnp.where(slot < 0, a.shape[0] - 1, slot), 0)
@@ -36,7 +36,7 @@ def write(slots: Tree, slot: jax.Array, value: Tree) -> Tree:
 
 
 def microbatch(batch_M: Tree, m: jax.Array | int) -> Tree:
-    """Take one microbatch of leaves `[B / M, M, ...]`; its rows stay on the devices that held them in `[B, ...]`."""
+    """Take microbatch `m` of leaves `[B / M, M, ...]`; its rows stay on the devices that held them in `[B, ...]`."""
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, m, 1, keepdims=False), batch_M)
 
 

@@ -107,12 +107,12 @@ class StageFunctions:
         return jax.tree.map(lambda a: read_at(a, mb.chunk), self.stacked)
 
     def accumulate(self, total: Tree, dparams: Tree, mb: MicrobatchAtStage) -> Tree:
-        """Add the gradient of the stage's parameters to a total shaped like `stacked`."""
+        """Add `dparams`, the gradient of the stage's parameters, to `total`, which is shaped like `stacked`."""
         dparams = dparams if self.skip else masked(mb.active, dparams)
         return jax.tree.map(lambda t, d: add_at(t, d, mb.chunk), total, dparams)
 
     def embed(self, mb: MicrobatchAtStage, shared: Tree | None = None) -> Tree:
-        """Compute the input of the first stage."""
+        """Compute the input of the first stage, with the parameters `shared` if they are given."""
         return self.model.constrain(self.model.embed(shared or self.shared, mb.batch, self._context(mb)))
 
     def layer(self, params: Tree, x: Tree, index: jax.Array, mb: MicrobatchAtStage) -> tuple[Tree, Aux]:
@@ -130,14 +130,14 @@ class StageFunctions:
         return self.model.constrain(x), jax.tree.map(lambda a: a.sum(0), aux)
 
     def head(self, shared: Tree, y: Tree, mb: MicrobatchAtStage) -> dict[str, tuple[jax.Array, jax.Array]]:
-        """Compute the loss and the metrics of the last stage, as `{name: (sum, weight)}`."""
+        """Compute the loss and the metrics from the last stage's output `y`, as `{name: (sum, weight)}`."""
         loss, weight, metrics = self.model.head(shared, y, mb.batch, self._context(mb))
         return {"loss": (loss, weight), **metrics}
 
     def loss(self, y: Tree, g: Tree, mb: MicrobatchAtStage, totals: Totals) -> tuple[Tree, Totals]:
-        """Return the gradient of the stage's output, and `totals`.
+        """Return the gradient of the stage's output `y`, and `totals`.
 
-        On the last stage the gradient is that of the loss, which is added to `totals`; elsewhere it is `g`.
+        On the last stage it is the gradient of the loss, which is added to `totals`; elsewhere it is `g`.
         """
 
         def loss(shared: Tree, y: Tree) -> tuple[jax.Array, dict[str, Any]]:
@@ -156,7 +156,7 @@ class StageFunctions:
         return {name: (self.aux_scales[name].astype(s.dtype), jnp.zeros_like(w)) for name, (s, w) in aux.items()}
 
     def embed_gradient(self, dx: Tree, mb: MicrobatchAtStage, totals: Totals) -> Totals:
-        """On the first stage, add the gradient of the embedding's parameters to `totals`."""
+        """On the first stage, add the embedding's gradient to `totals`, given the gradient `dx` of its output."""
 
         def compute() -> Totals:
             _, back = jax.vjp(lambda shared: self.embed(mb, shared), self.shared)
@@ -209,7 +209,7 @@ class StageFunctions:
 
 
 def add_to_totals(totals: Totals, sums: Tree, dshared: Tree | None = None) -> Totals:
-    """Add sums, and a gradient of the shared parameters, to `totals`."""
+    """Add `sums`, and `dshared`, a gradient of the shared parameters, to `totals`."""
     more = {name: jax.tree.map(jnp.add, totals["sums"][name], s) for name, s in sums.items()}
     wide = totals["dshared"]
     if dshared is not None:

@@ -53,6 +53,6 @@ def gather_residual(x_BSD: jax.Array) -> jax.Array:
 
 
 def shards(logical: str) -> int:
-    """Return `Partitioner.shards` of the partitioner in use; 1 without one."""
+    """Return `Partitioner.shards(logical)` of the partitioner in use; 1 without one."""
     partitioner = current()
     return 1 if partitioner is None else partitioner.shards(logical)

@@ -36,7 +36,7 @@ def test_it_follows_the_contract_and_sees_the_current_token_only():
     ctx = nn.Context(BATCH)
     run = quick(lambda tokens: module.logits(module.blocks(module.embedder({"tokens": tokens}, ctx), ctx)[0]))
     logits = run(BATCH["tokens"])
-    changed = run(BATCH["tokens"].at[:, 2].add(1) % 10)
+    changed = run((BATCH["tokens"] + (np.arange(5) == 2)) % 10)
     assert (np.abs(changed - logits).max((0, 2)) > 0).tolist() == [False, False, True, False, False]
 
     (loss, weight, _), aux = quick(lambda: nn.forward(module, BATCH, ctx))()

@@ -11,12 +11,12 @@ from shardtrain.pipeline.schedules.schedule import Action, Placement, Schedule
 
 
 def ring(ranks: int, chunks: int = 1) -> Placement:
-    """Place stage s on rank `s % ranks`, chunk `s // ranks`."""
+    """Place stage s of `ranks * chunks` stages on rank `s % ranks`, chunk `s // ranks`."""
     return tuple((stage % ranks, stage // ranks) for stage in range(ranks * chunks))
 
 
 def vee(ranks: int) -> Placement:
-    """Place two chunks in a V: stages go down the ranks and back up, so rank 0 holds the first and the last."""
+    """Place two chunks in a V: stages go down the `ranks` and back up, so rank 0 holds the first and the last."""
     return tuple((rank, 0) for rank in range(ranks)) + tuple((rank, 1) for rank in reversed(range(ranks)))
 
 

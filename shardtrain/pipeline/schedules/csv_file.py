@@ -23,7 +23,7 @@ _ACTION = re.compile(r"(\d+)([FBIW])(\d+)")
 
 
 def to_csv(schedule: Schedule, path: Path | str) -> None:
-    """Write a schedule, overwriting the file."""
+    """Write a `schedule` to the CSV file at `path`, replacing it."""
     cells: list[list[list[str]]] = [[[] for _ in range(schedule.ticks)] for _ in range(schedule.ranks)]
     for tick, rank, (phase, chunk, microbatch) in schedule.actions():
         cells[rank][tick].append(f"{schedule.stage_RC[rank, chunk]}{phase}{microbatch}")
@@ -32,7 +32,7 @@ def to_csv(schedule: Schedule, path: Path | str) -> None:
 
 
 def from_csv(path: Path | str) -> Schedule:
-    """Read a schedule, named after the file. `check` tells whether it is valid.
+    """Read the schedule in the CSV file at `path`, named after the file. `check` tells whether it is valid.
 
     Raises:
       UserError: there is no such file, a cell is not an action, or the ranks have different numbers of stages.

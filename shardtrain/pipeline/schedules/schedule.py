@@ -73,7 +73,7 @@ class Pipeline:
         return stage_RC
 
     def describe(self, rank: int, action: Action) -> str:
-        """Describe an action of a rank in words, for messages."""
+        """Describe an `action` of a `rank` in words, for messages."""
         stage = self.stage_RC[rank, action.chunk]
         return f"{action.phase} of microbatch {action.microbatch} through chunk {action.chunk} (stage {stage})"
 
@@ -107,7 +107,7 @@ class Schedule(Pipeline):
             yield tick, rank, Action(self.phases[phase], chunk, microbatch)
 
     def when(self, phase: str) -> np.ndarray:
-        """Return the tick in which each stage runs a phase of each microbatch, int `[stages, microbatches]`."""
+        """Return the tick in which each stage runs `phase` of each microbatch, int `[stages, microbatches]`."""
         ticks, ranks = np.nonzero(self.table[:, :, (index := self.phases.index(phase))] >= 0)
         chunks, microbatches = np.divmod(self.table[ticks, ranks, index], self.microbatches)
         when_SM = np.full((self.stages, self.microbatches), -1)
