@@ -18,7 +18,7 @@ from shardtrain.hlo.text import parse
 from shardtrain.models.llama import Llama
 from shardtrain.nn import Precision
 from shardtrain.optim import optimizer
-from shardtrain.sharding import Partitioner, make_rules, use
+from shardtrain.sharding import use
 from shardtrain.train.gradients import batch_gradients
 from shardtrain.train.model_def import ModelDef
 from shardtrain.train.state import abstract_state, init_state
@@ -90,7 +90,7 @@ def test_rotary_tables_are_made_once_per_step(remat):
 
 
 def gradients(rules: dict[str, list[str]], **mesh: int):
-    place = Partitioner(tiny.partitioner(**mesh).mesh, make_rules(rules))
+    place = tiny.partitioner(rules, **mesh)
     model = tiny.llama(n_kv_heads=4)
     state = init_state(model, optax.sgd(0.1), place)
 

@@ -53,7 +53,7 @@ def draw_schedule(
     """
     from rich.console import Console
 
-    from shardtrain.pipeline.schedules import draw, make, registered, textbook
+    from shardtrain.pipeline.schedules import draw, make, published_order, registered
 
     if name is None and not compare:
         raise UserError(
@@ -67,7 +67,7 @@ def draw_schedule(
     for each in names:
         own = _chunks(each, chunks, compare)
         charts.append(draw.Chart.of(make(each, ranks, microbatches, own)))
-        if published and (order := textbook(each, ranks, microbatches, own)) is not None:
+        if published and (order := published_order(each, ranks, microbatches, own)) is not None:
             charts.append(draw.Chart.of(order))
 
     console = Console(highlight=False, soft_wrap=True)

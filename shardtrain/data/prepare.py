@@ -1,4 +1,4 @@
-"""Text is tokenised once, when a run begins, and kept in the run's directory:
+"""Text is tokenised once, when a run begins, and kept in the run's directory.
 
     tokens.bin, tokens.bin.json   the token file (`tokens.py`); the separator stands after each document
     tokenizer.json                the tokenizer, where it was learnt from the text
@@ -57,8 +57,9 @@ def prepare(
     seconds until it has finished, and read. No more than a few pieces of a text lie in memory at a time; `watch` is
     polled at each.
 
-    Raises UserError where other settings were kept, where a kept file is damaged, where `directory` cannot be
-    made, after a wait in vain, and where `watch` was asked to stop.
+    Raises:
+      UserError: other settings were kept, where a kept file is damaged, where `directory` cannot be made, after a wait
+        in vain, and where `watch` was asked to stop.
     """
     watch = watch or Watch()
     request = {"type": kind, "tokenizer": tokenizer, "vocab_size": tokenizer_vocab}

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from shardtrain.errors import UserError
 from shardtrain.launch.xla_flags import cuda_capability
-from shardtrain.sharding import current, pieces
+from shardtrain.sharding import current, shards
 from shardtrain.weights.precision import at_least_float32
 
 Implementation = Literal["auto", "einsum", "xla", "cudnn"]
@@ -110,7 +110,7 @@ def _by_rows_and_heads(
     """
     segment_ids = [] if segment_ids_BS is None else [segment_ids_BS]
     partitioner = current()
-    if partitioner is None or partitioner.mesh.size == 1 or partitioner.pieces("seq") > 1:
+    if partitioner is None or partitioner.mesh.size == 1 or partitioner.shards("seq") > 1:
         return attention(q_BSHK, k_BTGK, v_BTGK, *segment_ids)
     heads = ("batch", None, "heads", None)
     rows = [(ids, ("batch", None)) for ids in segment_ids]
@@ -148,7 +148,7 @@ def _cudnn_obstacles(q_BSHK: jax.Array, soft_cap: float | None) -> Iterator[str]
     most = 256 if capability is not None and capability >= 9 else 128
     if q_BSHK.shape[-1] % 8 or q_BSHK.shape[-1] > most:
         yield f"it needs a head_dim that is a multiple of 8 and at most {most}, not {q_BSHK.shape[-1]}"
-    if pieces("seq") > 1:
-        yield f"it needs whole sequences, and the mesh splits each into {pieces('seq')}"
+    if shards("seq") > 1:
+        yield f"it needs whole sequences, and the mesh splits each into {shards('seq')}"
     if soft_cap is not None:
         yield f"it has no logit_soft_cap (asked for {soft_cap})"

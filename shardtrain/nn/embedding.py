@@ -15,7 +15,7 @@ from flax import nnx
 from shardtrain.errors import UserError
 from shardtrain.nn.linear import added, einsum, gathered, scattered
 from shardtrain.nn.param import param
-from shardtrain.sharding import constrain, pieces
+from shardtrain.sharding import constrain, shards
 from shardtrain.weights.precision import Precision
 
 _AXES = ("vocab", "embed")
@@ -82,7 +82,7 @@ def lookup(table_VD: jax.Array, tokens_BS: jax.Array, precision: Precision, axes
     """Rows of a sharded table, `[B, S, D]`; its gradient is summed where the tokens are, then reduced once."""
     # Gathered over the batch's mesh axes before the lookup: XLA otherwise rematerialises the whole table.
     table_VD = gathered(table_VD, axes, precision.compute)
-    (V, D), parts = table_VD.shape, pieces(axes[0])
+    (V, D), parts = table_VD.shape, shards(axes[0])
     if parts == 1:
         return jnp.take(table_VD, tokens_BS, axis=0, mode="clip")
     # Each device looks in its own part of the vocabulary, and the parts are added: what XLA does by itself, but in so
@@ -106,7 +106,7 @@ def _lookup_bwd(
     precision: Precision, axes: tuple[str, str], saved: tuple[jax.Array, jax.Array], dy_BSD: jax.Array
 ) -> tuple[jax.Array, np.ndarray]:
     table_VD, tokens_BS = saved
-    (B, S), b, s = tokens_BS.shape, pieces("batch"), pieces("seq")
+    (B, S), b, s = tokens_BS.shape, shards("batch"), shards("seq")
 
     def split(a: jax.Array) -> jax.Array:
         """Each device's own rows and positions as dims 0 and 1."""

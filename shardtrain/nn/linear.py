@@ -155,7 +155,7 @@ def _input_gradient(
         if len(split) == 1:
             label, name, over = w_labels[split[0]], axes[split[0]], spec[split[0]]
             part = next(letter for letter in string.ascii_letters if letter not in w_labels + out)
-            count, inside = partitioner.pieces(str(name)), partitioner.sharding((name,)).mesh
+            count, inside = partitioner.shards(str(name)), partitioner.sharding((name,)).mesh
 
             def cut(a: jax.Array, labels: str) -> tuple[jax.Array, str]:
                 at = labels.index(label)

@@ -15,7 +15,7 @@ import numpy as np
 
 from shardtrain.errors import UserError
 from shardtrain.nn.linear import Axes, einsum, gathered, scattered
-from shardtrain.sharding import constrain, pieces
+from shardtrain.sharding import constrain, shards
 from shardtrain.weights.precision import Precision, at_least_float32
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
@@ -93,8 +93,8 @@ def chunk_count(chunk: Chunk, shape: tuple[int, ...], vocab: int) -> int:
     if chunk is None:
         return 1
     if chunk == "auto":
-        local = S // pieces("seq")  # a device's own positions: each chunk has its share of them
-        logits = B // pieces("batch") * local * vocab // pieces("vocab")
+        local = S // shards("seq")  # a device's own positions: each chunk has its share of them
+        logits = B // shards("batch") * local * vocab // shards("vocab")
         return next(n for n in range(1, local + 1) if local % n == 0 and (logits <= n * _AUTO or n == local))
     if not isinstance(chunk, int) or chunk < 1 or S % chunk:
         raise UserError(f"loss_chunk {chunk} does not divide the sequence of {S}; use a divisor of {S}, auto or null")
@@ -157,7 +157,7 @@ def _chunked_fwd(
 
 def _chunked_bwd(axes: Axes, precision: Precision, count: int, saved: tuple[Any, ...], dout: tuple[Any, Any]) -> Any:
     x_BSD, w, targets_BS, log_z_BS = saved
-    w_used, labels, devices = gathered(w, axes, precision.compute), _labels(axes), (pieces("batch"), pieces("seq"))
+    w_used, labels, devices = gathered(w, axes, precision.compute), _labels(axes), (shards("batch"), shards("seq"))
 
     wide = at_least_float32(precision.gradient)
     used = tuple("vocab" if axis == "vocab" else None for axis in axes)

@@ -1,4 +1,4 @@
-"""Which layers lie where in a pipeline, and how what goes from stage to stage is laid out."""
+"""The layers of each pipeline stage, and the sharding of activations between stages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from shardtrain.sharding import Partitioner
 
 
 def layers_per_stage(n_layers: int, stages: int) -> list[int]:
-    """How many layers each stage holds: as equal as can be, with fewer at the ends, which do more.
+    """Return the number of layers of each stage, as equal as possible, with fewer at the ends, which do more work.
+
+    Args:
+      n_layers: layers of the model.
+      stages: stages of the pipeline.
 
     Raises:
       UserError: fewer layers than stages.
@@ -36,8 +40,12 @@ def layers_per_stage(n_layers: int, stages: int) -> list[int]:
 def check_ranks(schedule: Schedule, mesh: Mesh) -> None:
     """Refuse a schedule on a mesh with another number of pipeline ranks.
 
+    Args:
+      schedule: the schedule.
+      mesh: the mesh, with its axis `pipe`.
+
     Raises:
-      UserError: names both.
+      UserError: the numbers differ; names both.
     """
     if schedule.ranks != (pipe := mesh.shape["pipe"]):
         raise UserError(
@@ -47,7 +55,15 @@ def check_ranks(schedule: Schedule, mesh: Mesh) -> None:
 
 
 def layer_table(schedule: Schedule, n_layers: int) -> np.ndarray:
-    """The layer in each slot, int32 `[chunks, ranks, k]`; -1 in slots of no layer."""
+    """Return the layer in each slot, int32 `[chunks, ranks, k]`, with -1 in padded slots.
+
+    Args:
+      schedule: the schedule, whose placement assigns stages to ranks and chunks.
+      n_layers: layers of the model.
+
+    Raises:
+      UserError: fewer layers than stages.
+    """
     counts = layers_per_stage(n_layers, schedule.stages)
     table = np.full((schedule.chunks, schedule.ranks, max(counts)), -1, np.int32)
     first = 0
@@ -57,15 +73,20 @@ def layer_table(schedule: Schedule, n_layers: int) -> np.ndarray:
     return table
 
 
-def pin(partitioner: Partitioner, batch: Batch) -> Callable[[Any], Any]:
-    """A function that pins the layout of what goes from stage to stage, a pytree of `[B, ...]`.
+def activation_constraint(partitioner: Partitioner, batch: Batch) -> Callable[[Any], Any]:
+    """Return a function that constrains the sharding of activations between stages, a pytree of `[B, ...]`.
 
-    Rows are split as rows are, and the second dim as a sequence between blocks, if it is as long as the batch's.
+    Rows are split by the rules of `batch`. The second dim is split as a sequence between blocks if it is as long as the
+    batch's.
+
+    Args:
+      partitioner: mesh and rules.
+      batch: a batch, whose `tokens` give the length of the sequence.
     """
     length = batch["tokens"].shape[1] if "tokens" in batch else None
 
-    def one(a: jax.Array) -> jax.Array:
+    def constrain(a: jax.Array) -> jax.Array:
         seq = "seq_residual" if a.ndim > 2 and a.shape[1] == length else None
         return partitioner.constrain(a, "batch", *(seq if dim == 1 else None for dim in range(1, a.ndim)))
 
-    return lambda x: jax.tree.map(one, x)
+    return lambda x: jax.tree.map(constrain, x)

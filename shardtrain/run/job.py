@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shardtrain.collectives.fsdp import WholeBytes, whole_bytes
+from shardtrain.collectives.fsdp import GatheredBytes, gathered_bytes
 from shardtrain.config import RunConfig, check_devices, thaw
 from shardtrain.errors import UserError
 from shardtrain.launch.cpu_collectives import ordered
@@ -45,7 +45,7 @@ class Job:
     report: ShardingReport
     compiler_options: Mapping[str, Any]
     #: What devices hold in a step because a pipeline gathers weights once per step.
-    whole: WholeBytes | None = None
+    whole: GatheredBytes | None = None
 
     def abstract_state(self) -> TrainState:
         """The state as shapes and shardings."""
@@ -157,7 +157,7 @@ def build(config: RunConfig, *, processes: int = 1, devices: Sequence[jax.Device
     report = sharding_report(model.weights, partitioner)
     report.check(max_replicated)
     tx, lr = _optimizer(config, model)
-    whole = whole_bytes(model.weights, partitioner) if ranks > 1 and pipeline.gather == "step" else None
+    whole = gathered_bytes(model.weights, partitioner) if ranks > 1 and pipeline.gather == "step" else None
     return Job(config, partitioner, model, precision, tx, lr, report, options, whole)
 
 

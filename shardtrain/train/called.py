@@ -13,6 +13,7 @@ from shardtrain.errors import UserError, described, require_kind
 from shardtrain.pipeline.idle import Lowered
 from shardtrain.sharding import Partitioner
 from shardtrain.train.state import TrainState
+from shardtrain.weights.paths import dotted
 
 #: Looks at a batch before the step does.
 Check = Callable[[Any], None]
@@ -127,7 +128,7 @@ def check_batch(batch: Any, partitioner: Partitioner) -> None:
 def _explain_devices(error: Exception, arguments: Any, devices: set[jax.Device]) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(arguments):
         if isinstance(leaf, jax.Array) and getattr(leaf, "committed", False) and leaf.sharding.device_set != devices:
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            name = dotted(path)
             raise UserError(
                 f"{name} lies on {_named(leaf.sharding.device_set)}, but the step runs on a mesh of "
                 f"{_named(devices)}; make the state with init_state, and put batches on the mesh too: "

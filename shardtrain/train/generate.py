@@ -54,7 +54,7 @@ def generate(
     if not hasattr(outline := model.outline({}), "logits"):
         raise UserError(f"{type(outline).__name__} has no method logits(x), which generation needs; add one")
     refuse_donated(state)
-    rows = partitioner.size("batch")
+    rows = partitioner.shards("batch")
     step = next_token(model, partitioner, float(temperature))
     known = min(len(prompt), window)
     text = np.zeros((rows, window), np.int32)

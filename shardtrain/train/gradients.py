@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from shardtrain.collectives.fsdp import NONE, Gather, entry_spec, gathered, on_parts, split_dims, summed
+from shardtrain.collectives.fsdp import NONE, Gather, entry_spec, gathered, on_shards, split_dims, summed
 from shardtrain.nn.model import Batch
 from shardtrain.nn.returned import Sums, joined
 from shardtrain.pipeline.slots import microbatch
@@ -77,7 +77,7 @@ def batch_gradients(
                 model, loss, params, model_state, batch, key, partitioner, accumulate, total
             )
         if reduced or pipe:
-            grads, sums = on_parts(total_gradients, model.weights, partitioner)(grads), total(sums)
+            grads, sums = on_shards(total_gradients, model.weights, partitioner)(grads), total(sums)
         return grads, sums, new_state
 
     run = local

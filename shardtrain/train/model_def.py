@@ -21,7 +21,7 @@ from shardtrain.nn.stack import Stack
 from shardtrain.pipeline.layers import layer_table
 from shardtrain.pipeline.phases import BackwardName, check_backward
 from shardtrain.pipeline.schedules import Program, Schedule, allocate, check_trains
-from shardtrain.pipeline.stage import Cut
+from shardtrain.pipeline.stage import ModelParts
 from shardtrain.weights.layout import Layout
 from shardtrain.weights.paths import dotted, flatten
 
@@ -118,7 +118,7 @@ class ModelDef:
         """What the module's parts are told of a batch."""
         return Context(inputs=batch, key=key, train=train, packed=self.packed)
 
-    def cut(self, pin: Callable[[Any], Any]) -> Cut:
+    def parts(self, constrain: Callable[[Any], Any]) -> ModelParts:
         """The module as the pure functions that a pipeline runs."""
         layer = [(path, variable) for path, variable in nnx.to_flat_state(self._params) if path[:2] == _LAYER]
         blocks = self.outline({}).blocks
@@ -127,12 +127,12 @@ class ModelDef:
             flat = flatten(params)
             return nnx.from_flat_state([(path[2:], v.replace(flat[dotted(path[2:])])) for path, v in layer])
 
-        return Cut(
+        return ModelParts(
             embed=lambda shared, batch, ctx: embedded(self.outline(shared), batch, ctx),
             block=lambda params, x, ctx: blocks.apply_block(of_layer(params), x, ctx),
             head=lambda shared, x, batch, ctx: head_sums(self.outline(shared), x, batch, ctx),
             remat=lambda body: rematerialized(body, blocks.remat),
-            pin=pin,
+            constrain=constrain,
         )
 
     def outline(self, shared: Tree) -> Any:

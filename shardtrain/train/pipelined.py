@@ -15,10 +15,10 @@ from shardtrain.nn.context import Context
 from shardtrain.nn.model import Batch, head_sums
 from shardtrain.nn.returned import Sums, joined
 from shardtrain.pipeline.executor import pipeline_forward, pipeline_gradients
-from shardtrain.pipeline.forward import Result
-from shardtrain.pipeline.layers import pin
+from shardtrain.pipeline.forward import OutputFunction
+from shardtrain.pipeline.layers import activation_constraint
 from shardtrain.pipeline.schedules import allocate, forward
-from shardtrain.pipeline.stage import Work
+from shardtrain.pipeline.stage import StageFunctions
 from shardtrain.sharding import Partitioner
 from shardtrain.train.loss_sums import Total, aux_scales, kept, microbatches, row_axes
 from shardtrain.train.model_def import ModelDef, Tree, join_layers, split_layers
@@ -34,26 +34,26 @@ def pipelined_gradients(
     """
     assert model.program is not None
     assert model.layers_CRk is not None
-    work = _work(model, params, batch, partitioner, model.context(batch, key, train=True))
+    stage = _stage(model, params, batch, partitioner, model.context(batch, key, train=True))
 
     def weights() -> tuple[jax.Array, dict[str, jax.Array]]:
         # All layers are alike, so one stands for all of them.
-        cut, shared, ctx = work.cut, work.shared, work.ctx
-        x, aux = cut.block(jax.tree.map(lambda a: a[0, 0], work.stacked), cut.embed(shared, batch, ctx), ctx)
-        return cut.head(shared, x, batch, ctx)[1], {name: w * model.layout.n_layers for name, (_, w) in aux.items()}
+        parts, shared, ctx = stage.model, stage.shared, stage.ctx
+        x, aux = parts.block(jax.tree.map(lambda a: a[0, 0], stage.stacked), parts.embed(shared, batch, ctx), ctx)
+        return parts.head(shared, x, batch, ctx)[1], {name: w * model.layout.n_layers for name, (_, w) in aux.items()}
 
     weights_stacked, weights_shared = split_layers(model.weights)
     of_rank = jax.tree.map(lambda w: dataclasses.replace(w, axes=(w.axes[0], *w.axes[2:])), weights_stacked)
 
-    def keep(stacked: Tree, shared: Tree) -> tuple[Tree, Tree]:
+    def constrain_gradients(stacked: Tree, shared: Tree) -> tuple[Tree, Tree]:
         return kept(stacked, of_rank, partitioner), kept(shared, weights_shared, partitioner)
 
     dstacked, dshared, sums = pipeline_gradients(
         model.program,
         model.layers_CRk,
-        dataclasses.replace(work, aux_scales=aux_scales(weights, total)),
+        dataclasses.replace(stage, aux_scales=aux_scales(weights, total)),
         microbatches(batch, model.program.schedule.microbatches),
-        keep,
+        constrain_gradients,
     )
     return join_layers(jax.tree.map(lambda g: g[:, None], dstacked), dshared), sums
 
@@ -95,7 +95,14 @@ def pipelined_rows(
 
 
 def _through(
-    model: ModelDef, params: Tree, batch: Batch, partitioner: Partitioner, most: int, result: Result, *, whole: bool
+    model: ModelDef,
+    params: Tree,
+    batch: Batch,
+    partitioner: Partitioner,
+    most: int,
+    result: OutputFunction,
+    *,
+    whole: bool,
 ) -> tuple[Any, Any]:
     """Results and auxiliary terms, summed over at most `most` microbatches.
 
@@ -112,11 +119,11 @@ def _through(
     by_hand = row_axes(partitioner)
 
     def local(params: Tree, batch: Batch) -> tuple[Any, Any]:
-        rows = jax.tree.leaves(batch)[0].shape[0] // partitioner.pieces("batch")
+        rows = jax.tree.leaves(batch)[0].shape[0] // partitioner.shards("batch")
         count = next(m for m in range(min(most, rows), 0, -1) if rows % m == 0)
-        work = dataclasses.replace(_work(model, params, batch, partitioner, model.context(batch)), skip=skip)
+        stage = dataclasses.replace(_stage(model, params, batch, partitioner, model.context(batch)), skip=skip)
         found = pipeline_forward(
-            allocate(forward(schedule, count)), layers_CRk, work, microbatches(batch, count), result
+            allocate(forward(schedule, count)), layers_CRk, stage, microbatches(batch, count), result
         )
         return jax.lax.psum(found, by_hand) if by_hand and whole else found
 
@@ -131,8 +138,9 @@ def _through(
     )(params, batch)
 
 
-def _work(model: ModelDef, params: Tree, batch: Batch, partitioner: Partitioner, ctx: Context) -> Work:
-    """What this rank does."""
+def _stage(model: ModelDef, params: Tree, batch: Batch, partitioner: Partitioner, ctx: Context) -> StageFunctions:
+    """The functions of this rank's stages."""
     stacked, shared = split_layers(params)
     mine = jax.tree.map(lambda a: a[:, 0], stacked)  # [chunks, 1, k, ...]: the only rank here is this one
-    return Work(model.cut(pin(partitioner, batch)), mine, shared, ctx, skip=model.idle == "skip")
+    parts = model.parts(activation_constraint(partitioner, batch))
+    return StageFunctions(parts, mine, shared, ctx, skip=model.idle == "skip")

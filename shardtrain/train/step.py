@@ -16,7 +16,7 @@ from shardtrain.launch.cpu_collectives import ordered
 from shardtrain.nn.model import Batch, Model
 from shardtrain.nn.returned import Sums
 from shardtrain.optim import Clipped, global_norm, updates_made
-from shardtrain.pipeline.idle import AGREED, CheckedStep
+from shardtrain.pipeline.idle import UNIFORM, CheckedStep
 from shardtrain.pipeline.schedules import bubble_warning
 from shardtrain.sharding import Partitioner, use
 from shardtrain.train.called import Step, check_batch
@@ -117,7 +117,7 @@ def make_train_step(
 
             # A branch, not a choice per element: that would keep the old moments beside the new ones until the end.
             old = (state.params, state.opt_state, state.model_state)
-            with jax.named_scope(AGREED):
+            with jax.named_scope(UNIFORM):
                 params, opt_state, model_state = jax.lax.cond(applied, update, lambda *old: old, *old)
             skipped = state.skipped + ~finite
             in_row = jnp.where(applied, 0, state.skipped_in_row + ~finite)
@@ -145,7 +145,7 @@ def make_eval_step(
     Under a pipeline too each rank applies its own layers; rows that the schedule's microbatches do not divide go in
     fewer.
 
-    Args and Raises: as for `make_train_step`.
+    Arguments and errors are those of `make_train_step`.
     """
     _check(model, loss, partitioner)
 

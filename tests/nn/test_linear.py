@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from helpers import equations, filled, partition
+import tiny
+from helpers import equations, filled
 from shardtrain import nn
 from shardtrain.hlo import collectives
 from shardtrain.models.llama import Llama
@@ -139,7 +140,7 @@ def step(partitioner, equation, axes, x, w, dx_axes, dy_axes):
 
 def test_fsdp_moves_weights_and_never_activations():
     _, found = step(
-        partition(fsdp=8),
+        tiny.partitioner(fsdp=8),
         "BSD,DF->BSF",
         ("embed", "mlp"),
         (16, 32, 64),
@@ -153,7 +154,7 @@ def test_fsdp_moves_weights_and_never_activations():
 
 
 def test_gradients_come_back_as_the_weight_is_kept():
-    partitioner = partition(data=2, fsdp=2, tensor=2)
+    partitioner = tiny.partitioner(data=2, fsdp=2, tensor=2)
     compiled, _ = step(
         partitioner,
         "BSD,DF->BSF",

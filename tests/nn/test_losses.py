@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from helpers import equations, partition, quick
+import tiny
+from helpers import equations, quick
 from shardtrain import nn
 from shardtrain.errors import UserError
 from shardtrain.hlo import collectives
@@ -99,7 +100,7 @@ def test_a_chunk_divides_the_sequence(chunk):
 
 def compiled_gradient(vocab, length, chunk, compute=jnp.float32, **sizes):
     """The loss's gradient by input and head, for 8 model dims; compiled, not run."""
-    place, precision = partition(**sizes), nn.Precision(compute=compute)
+    place, precision = tiny.partitioner(**sizes), nn.Precision(compute=compute)
     batch = place.sharding(("batch", "seq"))
 
     def loss(x, w, targets, mask):
@@ -156,7 +157,7 @@ def test_the_heads_gradient_adds_up_in_float32_over_bfloat16_chunks():
 
 @pytest.mark.parametrize(("sizes", "chunk"), [({"tensor": 8}, None), ({"fsdp": 2, "tensor": 4}, 2)], ids=str)
 def test_a_sharded_vocabulary_is_never_gathered(sizes, chunk):
-    partitioner = partition(**sizes)
+    partitioner = tiny.partitioner(**sizes)
     vocab = 80  # no other dim, whole or split, has a size of 80 / 8 or 80 / 4
     x, w, mask = X[..., :4].astype("f4"), RNG.normal(size=(4, vocab)).astype("f4"), MASK.astype("f4")
 
@@ -176,7 +177,7 @@ def test_a_sharded_vocabulary_is_never_gathered(sizes, chunk):
     over_tensor = [c for c in found if "tensor" in c.axes]
     assert {c.kind for c in over_tensor} == {"all-reduce"}  # of sums over the vocabulary: no gather, no exchange
     sent = {size for c in over_tensor for shape in c.shapes for size in shape}
-    assert not sent & {vocab, vocab // partitioner.size("vocab")}
+    assert not sent & {vocab, vocab // partitioner.shards("vocab")}
 
 
 @pytest.mark.parametrize("chunk", [None, 2])

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from helpers import equations, filled, packed_batch, quick
+import tiny
+from helpers import equations, filled, quick
 from shardtrain import nn
 from shardtrain.errors import UserError
 from shardtrain.nn.param import describe
@@ -16,7 +17,7 @@ from shardtrain.weights.paths import flatten
 
 F32 = nn.Precision()
 F64 = nn.Precision(jnp.float64, jnp.float64, jnp.float64)
-BATCH = packed_batch(3, 5, 10)
+BATCH = tiny.batch(rows=3, length=5, vocab=10, packed=True)
 WIDTH = 4
 
 

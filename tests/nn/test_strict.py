@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from helpers import equations, filled, packed_batch
+import tiny
+from helpers import equations, filled
 from shardtrain import nn
 
 POLICIES = {
@@ -15,7 +16,7 @@ POLICIES = {
     "float64": nn.Precision(jnp.float64, jnp.float64, jnp.float64),
 }
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
-BATCH = packed_batch(2, 6, 10)
+BATCH = tiny.batch(rows=2, length=6, vocab=10, packed=True)
 
 
 class Layers(nnx.Module):

@@ -154,7 +154,7 @@ def compiled(step, microbatches, schedule="1f1b", chunks=1, **options):
         lambda rngs: Llama(**options, precision=Precision(*[jnp.float32] * 3), rngs=rngs),
         schedule=table(f"{schedule} {microbatches} {chunks}", 4),
     )
-    batch = tiny.batch(place, rows=microbatches * place.size("batch"), length=8)
+    batch = tiny.batch(place, rows=microbatches * place.shards("batch"), length=8)
     return step(model, place).lower(abstract_state(model, optax.sgd(0.1), place), batch).compile(), model, place
 
 

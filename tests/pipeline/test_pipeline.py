@@ -17,7 +17,7 @@ from shardtrain.models.llama import Llama
 from shardtrain.nn import Precision
 from shardtrain.optim import optimizer
 from shardtrain.pipeline import schedules
-from shardtrain.pipeline.idle import AGREED
+from shardtrain.pipeline.idle import UNIFORM
 from shardtrain.pipeline.layers import layers_per_stage
 from shardtrain.sharding import use
 from shardtrain.train.gradients import batch_gradients
@@ -93,7 +93,7 @@ def test_a_table_whose_phases_change_all_the_time_is_one_loop_and_no_other_maths
     text = step.lower(abstract_state(model, optax.sgd(0.1), place), tiny.batch(place)).compile().as_text()
     branches = re.findall(r" conditional\(.*", text)
     assert len(branches) == len(table.phases) + 1  # and the guard against a gradient that is not finite
-    assert all(f"/{AGREED}/cond" in branch for branch in branches)
+    assert all(f"/{UNIFORM}/cond" in branch for branch in branches)
 
 
 @cache
@@ -176,7 +176,7 @@ def test_messages_move_at_the_top_of_the_tick_loop_as_open_chains_and_nothing_is
     text, found = program(4)
     conditionals = re.findall(r"( conditional\(.*)", text)
     assert len(conditionals) == 1
-    assert f"jit(step)/{AGREED}/cond" in conditionals[0]  # the guard against a gradient that is not finite
+    assert f"jit(step)/{UNIFORM}/cond" in conditionals[0]  # the guard against a gradient that is not finite
     moves = [c for c in found if c.kind == "collective-permute"]
     assert moves
     for move in moves:

@@ -1,6 +1,6 @@
-"""Pipeline schedules: tables that say which rank does what in which tick, and what follows from them.
+"""Pipeline schedules: tables of the action of each rank in each tick, and their checks, buffers, costs and pictures.
 
-A schedule is a function `(ranks, microbatches, chunks) -> Schedule` in a file of its own; `register` makes it known.
+A schedule is a function `(ranks, microbatches, chunks) -> Schedule` in a file of its own; `register` gives it a name.
 """
 
 from shardtrain.pipeline.schedules import gpipe, interleaved, one_f_one_b, zb_h1, zb_v  # noqa: F401  (they register)
@@ -10,19 +10,19 @@ from shardtrain.pipeline.schedules.check import check, check_trains
 from shardtrain.pipeline.schedules.check_program import check_program
 from shardtrain.pipeline.schedules.csv_file import from_csv, to_csv
 from shardtrain.pipeline.schedules.forward import forward
-from shardtrain.pipeline.schedules.registry import Entry, get, make, register, registered, textbook
-from shardtrain.pipeline.schedules.schedule import Action, Schedule, Textbook
-from shardtrain.pipeline.schedules.simulate import Costs, Result, bubble_warning, simulate
+from shardtrain.pipeline.schedules.registry import Entry, get, make, published_order, register, registered
+from shardtrain.pipeline.schedules.schedule import Action, PublishedOrder, Schedule
+from shardtrain.pipeline.schedules.simulate import Costs, Simulation, bubble_warning, simulate
 
 __all__ = [
     "Action",
     "Costs",
     "Entry",
     "Program",
-    "Result",
+    "PublishedOrder",
     "Schedule",
     "Segment",
-    "Textbook",
+    "Simulation",
     "allocate",
     "bubble_warning",
     "check",
@@ -32,12 +32,12 @@ __all__ = [
     "from_csv",
     "get",
     "make",
+    "published_order",
     "register",
     "registered",
     "ring",
     "simulate",
     "tabulate",
-    "textbook",
     "to_csv",
     "vee",
     "weights_last",

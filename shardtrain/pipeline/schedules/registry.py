@@ -11,7 +11,7 @@ from shardtrain.errors import UserError, did_you_mean
 from shardtrain.host.import_path import NotFoundError, find
 from shardtrain.pipeline.schedules.check import check, check_trains
 from shardtrain.pipeline.schedules.csv_file import from_csv
-from shardtrain.pipeline.schedules.schedule import Schedule, Textbook
+from shardtrain.pipeline.schedules.schedule import PublishedOrder, Schedule
 
 #: `(ranks, microbatches, chunks) -> Schedule`
 Builder = Callable[[int, int, int], Schedule]
@@ -24,13 +24,13 @@ class Entry:
     Attributes:
       name: what configs call it.
       build: makes the table.
-      textbook: makes the order as published, if there is one.
+      published_order: makes the order as published, if there is one.
       chunks: a number of chunks that shows it well, for pictures.
     """
 
     name: str
     build: Builder
-    textbook: Callable[[int, int, int], Textbook] | None
+    published_order: Callable[[int, int, int], PublishedOrder] | None
     chunks: int
 
 
@@ -42,12 +42,17 @@ registered: Mapping[str, Entry] = MappingProxyType(_ENTRIES)
 
 
 def register(
-    name: str, *, textbook: Callable[[int, int, int], Textbook] | None = None, chunks: int = 1
+    name: str, *, published_order: Callable[[int, int, int], PublishedOrder] | None = None, chunks: int = 1
 ) -> Callable[[Builder], Builder]:
-    """Decorator: makes a function `(ranks, microbatches, chunks) -> Schedule` known by a name.
+    """Decorate a function `(ranks, microbatches, chunks) -> Schedule`, to give it a name.
+
+    Args:
+      name: what configs call it.
+      published_order: makes the order as published, if there is one.
+      chunks: a number of chunks that shows it well, for pictures.
 
     Raises:
-      UserError: the name is taken, or would be read as a file's or an import path.
+      UserError: the name is taken, or looks like a file or an import path.
     """
     if name in _ENTRIES or name.endswith(".csv") or ":" in name:
         raise UserError(
@@ -55,17 +60,20 @@ def register(
         )
 
     def add(build: Builder) -> Builder:
-        _ENTRIES[name] = Entry(name, build, textbook, chunks)
+        _ENTRIES[name] = Entry(name, build, published_order, chunks)
         return build
 
     return add
 
 
 def get(name: str) -> Entry:
-    """The schedule of that name: a registered one, or the function of an import path, `package.module:function`.
+    """Return the schedule of a name: a registered one, or the function of an import path.
+
+    Args:
+      name: a registered name, or `package.module:function`.
 
     Raises:
-      UserError: there is none; names the nearest.
+      UserError: there is none; suggests the nearest.
     """
     if ":" in name:
         return Entry(name, _imported(name), None, 1)
@@ -93,7 +101,7 @@ def _imported(name: str) -> Builder:
 
 
 def make(name: str, ranks: int, microbatches: int, chunks: int = 1) -> Schedule:
-    """The checked schedule for these sizes.
+    """Make and check the schedule for these sizes.
 
     Args:
       name: a registered name, an import path `package.module:function`, or the path of a `.csv` file.
@@ -102,7 +110,7 @@ def make(name: str, ranks: int, microbatches: int, chunks: int = 1) -> Schedule:
       chunks: stages on each rank.
 
     Raises:
-      UserError: no such schedule, sizes that it does not allow, or a table that is not right.
+      UserError: there is no such schedule, it does not allow these sizes, or its table is not valid.
     """
     sizes = {"ranks": ranks, "microbatches": microbatches, "chunks": chunks}
     for what, size in sizes.items():
@@ -130,14 +138,20 @@ def make(name: str, ranks: int, microbatches: int, chunks: int = 1) -> Schedule:
     return schedule
 
 
-def textbook(name: str, ranks: int, microbatches: int, chunks: int = 1) -> Textbook | None:
-    """The published order for these sizes, checked; `None` where the schedule states none.
+def published_order(name: str, ranks: int, microbatches: int, chunks: int = 1) -> PublishedOrder | None:
+    """Make and check the published order for these sizes; `None` if the schedule states none.
+
+    Args:
+      name: a registered name, an import path, or the path of a `.csv` file.
+      ranks: size of the mesh axis `pipe`.
+      microbatches: per step.
+      chunks: stages on each rank.
 
     Raises:
       UserError: as `make`.
     """
-    if name.endswith(".csv") or (entry := get(name)).textbook is None:
+    if name.endswith(".csv") or (entry := get(name)).published_order is None:
         return None
-    order = entry.textbook(ranks, microbatches, chunks)
+    order = entry.published_order(ranks, microbatches, chunks)
     check(order.lockstep())
     return order
