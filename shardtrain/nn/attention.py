@@ -77,7 +77,7 @@ class Attention(nnx.Module):
         )
         self.key = Linear(*into_kv, bias=qkv_bias, **common)
         self.value = Linear(*into_kv, bias=qkv_bias, **common)
-        self.out = Linear("BSHK,HKD->BSD", (n_heads, size, dim), ("heads", "head_dim", "embed"), inputs=2, **common)
+        self.out = Linear("BSHK,HKD->BSD", (n_heads, size, dim), ("heads", "head_dim", "embed"), **common)
         self.query_norm = RMSNorm(size, eps=norm_eps, **common) if qk_norm else None
         self.key_norm = RMSNorm(size, eps=norm_eps, **common) if qk_norm else None
         self.dropout = Dropout(dropout, site="attention")

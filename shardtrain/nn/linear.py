@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from shardtrain.errors import UserError
 from shardtrain.nn import float8
 from shardtrain.nn.param import Initializer, param
 from shardtrain.sharding import current
@@ -182,14 +183,31 @@ def fan_in_normal(inputs: int, scale: float = 1.0) -> Initializer:
     return init
 
 
+def contracted(equation: str, axes: Axes) -> int:
+    """The number of dims of a weight that its einsum contracts; they come first.
+
+    Raises:
+      UserError: the equation has another number of dims than the weight has axes, or contracts dims that do not come
+        first.
+    """
+    inputs, _, out = equation.partition("->")
+    labels = inputs.partition(",")[2]
+    flags = [label not in out for label in labels]
+    if len(labels) != len(axes) or flags != sorted(flags, reverse=True):
+        raise UserError(
+            f"the equation {equation!r} does not fit a weight with axes {axes}; its second term needs one letter per "
+            "axis, those that the result lacks first, as in 'BSHK,HKD->BSD'"
+        )
+    return sum(flags)
+
+
 class Linear(nnx.Module):
     """`y = einsum(equation, x, weight) + bias`: a dense layer over any dims, sharded by the logical axes of its weight.
 
     Args:
       equation: einsum of activation and weight, e.g. `"BSD,DHK->BSHK"`.
-      shape: weight shape, contracted dims first.
+      shape: weight shape; the dims that the equation contracts come first.
       axes: logical axis of each weight dim.
-      inputs: number of contracted dims.
       bias: add a bias over the output dims.
     """
 
@@ -199,7 +217,6 @@ class Linear(nnx.Module):
         shape: Sequence[int],
         axes: Sequence[str | None],
         *,
-        inputs: int = 1,
         bias: bool = False,
         role: Role = "matrix",
         init: Initializer | None = None,
@@ -207,6 +224,7 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.equation, self.axes, self.precision = equation, tuple(axes), precision
+        inputs = contracted(equation, self.axes)
         init = init or fan_in_normal(inputs)
         self.weight = param(rngs.params(), shape, axes, init, precision.params, role, inputs, precision.compute)
         zeros, kept = jax.nn.initializers.zeros, [None if a == "embed" else a for a in axes[inputs:]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,9 +14,25 @@ from shardtrain.nn.context import Context
 from shardtrain.nn.param import describe, stacked
 from shardtrain.nn.remat import Remat, remat_policy, rematerialized
 from shardtrain.nn.returned import checked_block, refuse_bare_arrays, refuse_sown
+from shardtrain.sharding import constrain
 from shardtrain.weights.weight import Weight
 
 Aux = dict[str, tuple[jax.Array, jax.Array]]
+
+
+def pin(x: Any, inputs: Mapping[str, jax.Array]) -> Any:
+    """Pin the layout of the residual stream, a pytree of `[B, ...]` arrays, as it is between blocks and stages.
+
+    Rows are split like the rows of a batch, and the second dim like a sequence between blocks (`seq_residual`), if it
+    is as long as the tokens in `inputs`.
+    """
+    length = inputs["tokens"].shape[1] if "tokens" in inputs else None
+
+    def one(a: jax.Array) -> jax.Array:
+        seq = "seq_residual" if a.ndim > 2 and a.shape[1] == length else None
+        return constrain(a, *("batch", seq, *[None] * a.ndim)[: a.ndim])
+
+    return jax.tree.map(one, x)
 
 
 class Stack(nnx.Module):
@@ -81,7 +97,8 @@ class Stack(nnx.Module):
         block = nnx.merge(nnx.graphdef(self.layer), params)
         returned = block(x, ctx)
         refuse_sown(block)
-        return checked_block(type(block).__name__, x, returned)
+        y, aux = checked_block(type(block).__name__, x, returned)
+        return pin(y, ctx.inputs), aux
 
     def params(self) -> Any:
         """The parameters of all layers, `[layers, ...]` each."""
@@ -94,7 +111,7 @@ class Stack(nnx.Module):
             params, index = layer
             return self.apply_block(params, x, ctx.at_layer(index))
 
-        body = rematerialized(body, self.remat, in_scan=self.scan)
+        x, body = pin(x, ctx.inputs), rematerialized(body, self.remat, in_scan=self.scan)
         layers = (self.params(), jnp.arange(self.n_layers, dtype=jnp.int32))
         if self.scan:
             x, aux = jax.lax.scan(body, x, layers)

@@ -1,18 +1,12 @@
-"""Which layers lie where in a pipeline, and how what goes from stage to stage is laid out."""
+"""Which rank of a pipeline holds which layers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from shardtrain.errors import UserError
-from shardtrain.nn.model import Batch
 from shardtrain.pipeline.schedules import Schedule
-from shardtrain.sharding import Partitioner
 
 
 def layers_per_stage(n_layers: int, stages: int) -> list[int]:
@@ -55,17 +49,3 @@ def layer_table(schedule: Schedule, n_layers: int) -> np.ndarray:
         table[chunk, rank, :count] = np.arange(first, first + count)
         first += count
     return table
-
-
-def pin(partitioner: Partitioner, batch: Batch) -> Callable[[Any], Any]:
-    """A function that pins the layout of what goes from stage to stage, a pytree of `[B, ...]`.
-
-    Rows are split as rows are, and the second dim as a sequence between blocks, if it is as long as the batch's.
-    """
-    length = batch["tokens"].shape[1] if "tokens" in batch else None
-
-    def one(a: jax.Array) -> jax.Array:
-        seq = "seq_residual" if a.ndim > 2 and a.shape[1] == length else None
-        return partitioner.constrain(a, "batch", *(seq if dim == 1 else None for dim in range(1, a.ndim)))
-
-    return lambda x: jax.tree.map(one, x)

@@ -14,9 +14,9 @@ from shardtrain.collectives.fsdp import NONE, entry_spec
 from shardtrain.nn.context import Context
 from shardtrain.nn.model import Batch, head_sums
 from shardtrain.nn.returned import Sums, joined
+from shardtrain.nn.stack import pin
 from shardtrain.pipeline.executor import pipeline_forward, pipeline_gradients
 from shardtrain.pipeline.forward import Result
-from shardtrain.pipeline.layers import pin
 from shardtrain.pipeline.schedules import allocate, forward
 from shardtrain.pipeline.stage import Work
 from shardtrain.sharding import Partitioner
@@ -34,7 +34,7 @@ def pipelined_gradients(
     """
     assert model.program is not None
     assert model.layers_CRk is not None
-    work = _work(model, params, batch, partitioner, model.context(batch, key, train=True))
+    work = _work(model, params, batch, model.context(batch, key, train=True))
 
     def weights() -> tuple[jax.Array, dict[str, jax.Array]]:
         # All layers are alike, so one stands for all of them.
@@ -114,7 +114,7 @@ def _through(
     def local(params: Tree, batch: Batch) -> tuple[Any, Any]:
         rows = jax.tree.leaves(batch)[0].shape[0] // partitioner.pieces("batch")
         count = next(m for m in range(min(most, rows), 0, -1) if rows % m == 0)
-        work = dataclasses.replace(_work(model, params, batch, partitioner, model.context(batch)), skip=skip)
+        work = dataclasses.replace(_work(model, params, batch, model.context(batch)), skip=skip)
         found = pipeline_forward(
             allocate(forward(schedule, count)), layers_CRk, work, microbatches(batch, count), result
         )
@@ -131,8 +131,8 @@ def _through(
     )(params, batch)
 
 
-def _work(model: ModelDef, params: Tree, batch: Batch, partitioner: Partitioner, ctx: Context) -> Work:
+def _work(model: ModelDef, params: Tree, batch: Batch, ctx: Context) -> Work:
     """What this rank does."""
     stacked, shared = split_layers(params)
     mine = jax.tree.map(lambda a: a[:, 0], stacked)  # [chunks, 1, k, ...]: the only rank here is this one
-    return Work(model.cut(pin(partitioner, batch)), mine, shared, ctx, skip=model.idle == "skip")
+    return Work(model.cut(partial(pin, inputs=batch)), mine, shared, ctx, skip=model.idle == "skip")
