@@ -83,7 +83,7 @@ class Attention(nnx.Module):
         self.dropout = Dropout(dropout, site="attention")
 
     def __call__(self, x_BSD: jax.Array, ctx: Context) -> jax.Array:
-        """`[B, S, D]` to `[B, S, D]` in the compute dtype; reads `positions` and, of packed rows, `segment_ids`."""
+        """Map `[B, S, D]` to `[B, S, D]` in the compute dtype, from `positions` and, if there are any, `segment_ids`."""
         x_BSD = gather_residual(x_BSD)
         q_BSHK, k_BSGK, v_BSGK = together(x_BSD, self.query, self.key, self.value)
         q_BSHK = constrain(self._position(q_BSHK, self.query_norm, ctx), "batch", "seq", "heads", None)
@@ -94,7 +94,7 @@ class Attention(nnx.Module):
             checkpoint_name(k_BSGK, "key"),
             checkpoint_name(v_BSGK, "value"),
             window=self.window,
-            segment_ids_BS=ctx.inputs.get("segment_ids") if ctx.packed else None,
+            segment_ids_BS=ctx.inputs.get("segment_ids"),
             soft_cap=self.soft_cap,
             implementation=self.implementation,
         )

@@ -20,14 +20,12 @@ class Context:
       key: random key of this step, already folded with seed and step; `None` in evaluation.
       layer: int32 scalar, index of the layer in the whole model.
       train: whether dropout and the like are active.
-      packed: whether a row may hold several segments, as its `segment_ids` say, and attention has to keep them apart.
     """
 
     inputs: Mapping[str, jax.Array]
     key: jax.Array | None = None
     layer: jax.Array | int = 0
     train: bool = dataclasses.field(default=False, metadata={"static": True})
-    packed: bool = dataclasses.field(default=True, metadata={"static": True})
 
     def at_layer(self, layer: jax.Array | int) -> Context:
         """The same context, `layer` layers further on."""
