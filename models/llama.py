@@ -113,6 +113,11 @@ class Llama(nnx.Module):
             None if tie_embeddings else nn.Linear(*head, role="head", init=small, precision=precision, rngs=rngs)
         )
 
+    def flops_per_token(self, seq_len: int) -> float:
+        """Count the FLOPs of a training step per token, for MFU."""
+        attention = self.blocks.layer.attention.flops_per_token(seq_len)
+        return nn.matmul_flops(self) + self.blocks.n_layers * attention
+
     def embedder(self, batch: nn.Batch, ctx: nn.Context) -> jax.Array:
         """Look up the token vectors `[B, S, D]`."""
         return self.embedding(batch["tokens"])

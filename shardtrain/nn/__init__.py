@@ -12,6 +12,7 @@ from shardtrain.nn.mlp import GatedMLP
 from shardtrain.nn.model import Batch, Model, forward
 from shardtrain.nn.norm import LayerNorm, RMSNorm
 from shardtrain.nn.param import param
+from shardtrain.nn.sizes import matmul_flops
 from shardtrain.nn.stack import Stack
 from shardtrain.weights.precision import Precision
 from shardtrain.weights.weight import Weight
@@ -38,5 +39,6 @@ __all__ = [
     "forward",
     "linear_cross_entropy",
     "logits",
+    "matmul_flops",
     "param",
 ]

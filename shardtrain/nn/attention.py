@@ -83,7 +83,7 @@ class Attention(nnx.Module):
         self.dropout = Dropout(dropout, site="attention")
 
     def __call__(self, x_BSD: jax.Array, ctx: Context) -> jax.Array:
-        """Map `[B, S, D]` to `[B, S, D]` in the compute dtype, from `positions` and, if there are any, `segment_ids`."""
+        """Map `[B, S, D]` to `[B, S, D]` in the compute dtype; reads `positions` and, if present, `segment_ids`."""
         x_BSD = gather_residual(x_BSD)
         q_BSHK, k_BSGK, v_BSGK = together(x_BSD, self.query, self.key, self.value)
         q_BSHK = constrain(self._position(q_BSHK, self.query_norm, ctx), "batch", "seq", "heads", None)
@@ -100,6 +100,15 @@ class Attention(nnx.Module):
         )
         y_BSD = self.out(checkpoint_name(constrain(y_BSHK, "batch", "seq", "heads", None), "attn_mixed"))
         return self.dropout(checkpoint_name(constrain(y_BSD, "batch", "seq_residual", None), "attn_out"), ctx)
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """FLOPs of a training step per token for scores and weighted sums, without the matmuls with weights.
+
+        Per query and visible key of each head 4 K forward, and twice that backward; a query sees (seq_len + 1) / 2 keys
+        on average.
+        """
+        heads, head_dim = self.query.weight.shape[-2:]
+        return 12.0 * heads * head_dim * (seq_len + 1) / 2
 
     def _position(self, x_BSHK: jax.Array, norm: RMSNorm | None, ctx: Context) -> jax.Array:
         x_BSHK = x_BSHK if norm is None else norm(x_BSHK)

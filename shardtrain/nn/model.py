@@ -22,6 +22,17 @@ class Model(Protocol):
     `x` is any pytree of `[B, ...]` arrays. Weights that embedder and head share belong to the model itself. Every loss
     and metric is a `(sum, weight)` pair; the step divides, once, over the global batch. The weights depend on the batch
     only, never on parameters.
+
+    A model may also have:
+      `logits(x)`: the logits of the last block's output, with which text can be generated.
+      `flops_per_token(seq_len)`: the FLOPs of a training step per token, for MFU. Without it the matmuls with weights
+        count, and nothing else; `Llama` adds those of attention.
+      `size_options`: a class attribute, from logical axes to the options that are their sizes, where these do not have
+        the usual names (`SIZE_OPTIONS` in `nn/sizes.py`): `{"embed": "hidden_size"}`. With it a config is checked
+        against the mesh before anything is built.
+
+    Attributes:
+      blocks: the equal blocks.
     """
 
     blocks: Stack
