@@ -1,4 +1,4 @@
-"""Matmuls with sharded weights: gather the weight where it is used, scatter its gradient where it is kept."""
+"""Matmuls with sharded weights: gather the weight where it is used, scatter its gradient to where it is stored."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ Arrays = tuple[jax.Array, ...]
 
 
 def gathered(w: jax.Array, axes: Axes, dtype: Any) -> jax.Array:
-    """The weight as a matmul uses it: in the compute dtype, and whole along the mesh axes that split the batch.
+    """Lay out a weight as a matmul uses it: in the compute dtype, and whole along the mesh axes that split the batch.
 
-    Saying so makes FSDP move weights (in the narrow dtype), never activations.
+    This makes FSDP move weights (in the narrow dtype), never activations.
     """
     w, partitioner = narrowed(w, axes, dtype).astype(dtype), current()
     return w if partitioner is None else partitioner.constrain(w, *axes, drop=_batch_axes(axes))
 
 
 def narrowed(w: jax.Array, axes: Axes, dtype: Any) -> jax.Array:
-    """The weight in the compute dtype, laid out as it is kept, where it is going to be gathered; else as it is.
+    """Cast a weight that will be gathered to the compute dtype, in the layout that it is stored in.
 
-    Without this layout the one asked for spreads to before the cast, and XLA gathers the wide weight.
+    Without this constraint XLA moves the gather before the cast, and gathers the wide weight. A weight that is not
+    gathered is returned as it is.
     """
     partitioner = current()
     if partitioner is None or w.dtype == dtype:
@@ -45,15 +46,16 @@ def narrowed(w: jax.Array, axes: Axes, dtype: Any) -> jax.Array:
 
 
 def scattered(w: jax.Array, axes: Axes, dtype: Any) -> jax.Array:
-    """The gradient of a weight as it is kept: in the parameter's dtype, split as the parameter is."""
+    """Lay out the gradient of a weight as it is stored: in the parameter's dtype, split like the parameter."""
     partitioner = current()
     return (w if partitioner is None else partitioner.constrain(w, *axes)).astype(dtype)
 
 
 def added(parts: jax.Array) -> jax.Array:
-    """The sum over the leading dim, which devices hold in parts, sent in its own dtype (`jnp.sum` widens bfloat16).
+    """Sum over the leading dim, which devices hold in parts, and send its own dtype (`jnp.sum` widens bfloat16).
 
-    Not `lax.reduce`: within a pipeline XLA's CPU compiler ends the process over its bfloat16 (JAX 0.10.2 and 0.12).
+    This is not `lax.reduce`: within a pipeline, its bfloat16 makes XLA's CPU compiler end the process (JAX 0.10.2 and
+    0.12).
     """
     return jax.lax.reduce_sum(parts, (0,))
 
@@ -66,17 +68,17 @@ def _batch_axes(axes: Axes) -> tuple[str, ...]:
 
 
 def einsum(equation: str, x: jax.Array, w: jax.Array, axes: Axes, precision: Precision) -> jax.Array:
-    """`jnp.einsum(equation, x, w)` for an activation `x` and a sharded weight `w` with logical `axes`.
+    """Compute `jnp.einsum(equation, x, w)` for an activation `x` and a sharded weight `w` with logical `axes`.
 
-    `w` comes in its stored dtype and layout and is gathered in `precision.compute`, again in the backward pass, so
-    that no gathered copy stays alive. Its gradient is made and reduced over devices in `precision.gradient`.
-    Every label of the equation stands in at least two of its three terms.
+    `w` has its stored dtype and layout. It is gathered in `precision.compute`, and again in the backward pass, so that
+    no gathered copy stays alive. Its gradient is computed and reduced over devices in `precision.gradient`. Every label
+    of the equation appears in at least two of its three terms.
     """
     return einsums((equation,), x, (w,), (axes,), precision)[0]
 
 
 class _Products(NamedTuple):
-    """Products of one activation with several weights: of each the equation, logical axes and stored dtype."""
+    """Products of one activation with several weights: the equation, logical axes and stored dtype of each."""
 
     equations: tuple[str, ...]
     axes: tuple[Axes, ...]
@@ -87,7 +89,7 @@ class _Products(NamedTuple):
 def einsums(
     equations: tuple[str, ...], x: jax.Array, ws: Arrays, axes: tuple[Axes, ...], precision: Precision
 ) -> Arrays:
-    """`einsum` of one `x` with several weights, whose shares of `x`'s gradient are added before devices reduce it."""
+    """Multiply one `x` with several weights; their shares of the gradient of `x` are added before devices reduce it."""
     return _einsums(_Products(equations, axes, tuple(w.dtype for w in ws), precision), x, ws)
 
 
@@ -97,7 +99,7 @@ def _einsums(products: _Products, x: jax.Array, ws: Arrays) -> Arrays:
 
 
 def _einsums_fwd(products: _Products, x: jax.Array, ws: Arrays) -> tuple[Arrays, tuple[jax.Array, Arrays]]:
-    # Spelled out: a remat policy cannot look for matmuls inside of the custom_vjp itself. The backward pass starts
+    # Written out, because a remat policy does not see matmuls inside the custom_vjp itself. The backward pass starts
     # from the same narrow shards: only then does XLA share one gather between it and a rematerialised forward pass.
     equations, axes, _, precision = products
     ws = tuple(narrowed(w, names, precision.compute) for w, names in zip(ws, axes, strict=True))
@@ -129,7 +131,7 @@ def _einsums_bwd(products: _Products, saved: tuple[jax.Array, Arrays], dys: Arra
 def _product(
     equation: str, a: jax.Array, b: jax.Array, axes: Axes, precision: Precision, dtype: Any, *formats: Any
 ) -> jax.Array:
-    """One matmul, in float8 where the policy says so; the vocabulary's always in the compute dtype."""
+    """Multiply in float8 where the policy says so, with the vocabulary always in the compute dtype."""
     if precision.matmul == "float8" and "vocab" not in axes:
         return float8.einsum(equation, a, b, (formats[0], formats[1]), dtype)
     return jnp.einsum(equation, a, b, preferred_element_type=dtype)
@@ -141,9 +143,12 @@ _einsums.defvjp(_einsums_fwd, _einsums_bwd)
 def _input_gradient(
     x_labels: str, w_labels: str, out: str, w: jax.Array, axes: Axes, dy: jax.Array, precision: Precision, parts: bool
 ) -> tuple[Any, jax.Array]:
-    """The gradient of `x`; with `parts`, each device's share of it along a leading dim, and the mesh axes of that dim.
+    """Compute the gradient of `x`, or with `parts` each device's share of it along a leading dim.
 
-    XLA reduces each matmul's result over devices at once, also where the sum of several is wanted.
+    XLA reduces the result of each matmul over devices immediately, even where only the sum of several is needed.
+
+    Returns:
+      The mesh axes of the leading dim, `None` where there is none, and the gradient.
     """
 
     def multiply(equation: str, dy: jax.Array, w: jax.Array) -> jax.Array:
@@ -171,7 +176,7 @@ def _input_gradient(
 
 
 def fan_in_normal(inputs: int, scale: float = 1.0) -> Initializer:
-    """Truncated normal with variance `scale / fan_in`, fan-in counted over the first `inputs` dims (LeCun 1998)."""
+    """Make a truncated normal with variance `scale / fan_in`, the fan-in being the first `inputs` dims (LeCun 1998)."""
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         dims = tuple(range(inputs))
@@ -205,10 +210,22 @@ class Linear(nnx.Module):
     """`y = einsum(equation, x, weight) + bias`: a dense layer over any dims, sharded by the logical axes of its weight.
 
     Args:
-      equation: einsum of activation and weight, e.g. `"BSD,DHK->BSHK"`.
+      equation: einsum of activation and weight, for example `"BSD,DHK->BSHK"`.
       shape: weight shape; the dims that the equation contracts come first.
       axes: logical axis of each weight dim.
       bias: add a bias over the output dims.
+      role: see `Weight`.
+      init: initialiser; default `fan_in_normal`.
+      precision: dtypes.
+      rngs: seeds of the weights.
+
+    Raises:
+      UserError: the equation does not fit the axes.
+
+    Example:
+      >>> layer = nn.Linear("BSD,DHK->BSHK", (8, 2, 4), ("embed", "heads", "head_dim"), rngs=nnx.Rngs(0))
+      >>> layer(jnp.ones((1, 5, 8))).shape
+      (1, 5, 2, 4)
     """
 
     def __init__(
@@ -231,7 +248,7 @@ class Linear(nnx.Module):
         self.bias = param(rngs.params(), shape[inputs:], kept, zeros, precision.params, "bias") if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Apply to `x`; the result has the compute dtype."""
+        """Multiply `x` by the weight; the result has the compute dtype."""
         return together(x, self)[0]
 
     def _biased(self, y: jax.Array) -> jax.Array:
@@ -242,7 +259,7 @@ class Linear(nnx.Module):
 
 
 def together(x: jax.Array, *layers: Linear) -> tuple[jax.Array, ...]:
-    """`layer(x)` of each layer; layers of one precision that share their input send its gradient only once."""
+    """Apply several layers of one precision to the same `x`, so that its gradient is sent only once."""
     precision = layers[0].precision
     assert all(layer.precision == precision for layer in layers)
     equations, axes = tuple(layer.equation for layer in layers), tuple(layer.axes for layer in layers)

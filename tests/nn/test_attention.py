@@ -122,7 +122,7 @@ def test_masks():
         ),
         (
             {"implementation": "xla", "soft_cap": 30.0},
-            r"xla has no logit_soft_cap \(asked for 30.0\); use .*einsum",
+            r"xla has no logit_soft_cap, which is 30.0; use .*einsum",
         ),
     ],
 )
@@ -136,10 +136,10 @@ def test_a_kernel_that_cannot_is_an_error_and_never_replaced(options, match):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"n_heads": 4, "n_kv_heads": 3}, "n_heads 4 is no multiple of n_kv_heads 3"),
-        ({"n_heads": 4, "n_kv_heads": 0}, "n_heads 4 is no multiple of n_kv_heads 0"),
-        ({"n_heads": 3}, "16 dims do not divide over n_heads 3; use a multiple, or give head_dim"),
-        ({"n_heads": 4, "window": 0}, "sliding window 0 leaves a token nothing to see"),
+        ({"n_heads": 4, "n_kv_heads": 3}, "n_heads 4 is not a multiple of n_kv_heads 3"),
+        ({"n_heads": 4, "n_kv_heads": 0}, "n_heads 4 is not a multiple of n_kv_heads 0"),
+        ({"n_heads": 3}, "dim 16 is not a multiple of n_heads 3; use a multiple, or give head_dim"),
+        ({"n_heads": 4, "window": 0}, "sliding window 0 leaves nothing for a token to see"),
         ({"n_heads": 2, "head_dim": 3}, "head_dim 3 is odd"),
     ],
 )
