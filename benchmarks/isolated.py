@@ -26,7 +26,7 @@ from shardtrain.models.llama import Llama
 from shardtrain.nn import Precision, attend, linear_cross_entropy
 from shardtrain.nn.embedding import lookup
 from shardtrain.nn.head import chunk_count
-from shardtrain.nn.linear import einsum
+from shardtrain.nn.matmul import einsum
 from shardtrain.nn.rope import rope_frequencies, rotate
 from shardtrain.optim import optimizer
 from shardtrain.sharding import Partitioner

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from shardtrain.errors import UserError
-from shardtrain.nn.linear import added, einsum, gathered, scattered
+from shardtrain.nn.matmul import added, einsum, gathered, scattered
 from shardtrain.nn.param import param
 from shardtrain.sharding import constrain, pieces
 from shardtrain.weights.precision import Precision

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 
 from shardtrain.errors import UserError
 from shardtrain.nn.embedding import Embedding
-from shardtrain.nn.linear import Axes, Linear, einsum, gathered, scattered
+from shardtrain.nn.linear import Linear
 from shardtrain.nn.losses import Loss, cross_entropy, logits_gradient, loss_sums, no_gradient, softmax_terms
+from shardtrain.nn.matmul import Axes, einsum, gathered, scattered
 from shardtrain.sharding import constrain, gather_residual, pieces
 from shardtrain.weights.precision import Precision, at_least_float32
 

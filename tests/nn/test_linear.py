@@ -11,7 +11,8 @@ from shardtrain import nn
 from shardtrain.hlo import collectives
 from shardtrain.models.llama import Llama
 from shardtrain.models.mlp import MLP
-from shardtrain.nn.linear import einsum, fan_in_normal
+from shardtrain.nn.linear import fan_in_normal
+from shardtrain.nn.matmul import einsum
 from shardtrain.sharding import use
 
 SIZES = dict(zip("BSDFVHGK", (2, 3, 4, 6, 10, 4, 2, 5), strict=True))
