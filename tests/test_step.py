@@ -281,14 +281,16 @@ def test_evaluation_is_the_mean_over_all_batches_and_has_no_dropout():
 
 @pytest.mark.parametrize("mesh", [{}, {"pipe": 2}])
 @pytest.mark.parametrize("kind", ["train", "evaluation"])
-def test_only_a_step_on_packed_rows_reads_segment_ids(mesh, kind):
+def test_only_a_step_on_rows_with_segment_ids_reads_them(mesh, kind):
     place, tx = tiny.partitioner(**mesh), optax.sgd(0.1)
     schedule = schedules.make("1f1b", 2, 2, 1) if mesh else None
+    model = ModelDef(lambda rngs: Llama(**tiny.SIZES, rngs=rngs), schedule=schedule)
+    batch = tiny.batch(place)
+    bare = {name: leaf for name, leaf in batch.items() if name != "segment_ids"}
 
-    def leaves_read(*, packed):
-        model = ModelDef(lambda rngs: Llama(**tiny.SIZES, rngs=rngs), schedule=schedule, packed=packed)
+    def leaves_read(batch):
         step = make_train_step(model, tx, place) if kind == "train" else make_eval_step(model, place)
-        program = step.lower(abstract_state(model, tx, place), tiny.batch(place)).as_text()
+        program = step.lower(abstract_state(model, tx, place), batch).as_text()
         return program[: program.index("->")].count("%arg")
 
-    assert leaves_read(packed=True) == leaves_read(packed=False) + 1
+    assert leaves_read(batch) == leaves_read(bare) + 1

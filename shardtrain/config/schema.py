@@ -19,6 +19,7 @@ from shardtrain.config.frozen import FrozenDict, freeze, thaw
 from shardtrain.config.model_type import ModelType
 from shardtrain.config.strict_yaml import dump
 from shardtrain.launch.devices import Platform
+from shardtrain.nn.sizes import size_options
 from shardtrain.weights.weight import Role
 
 Count = Annotated[int, Field(ge=1)]
@@ -102,6 +103,14 @@ class Model(Section):
     def load(self) -> Callable[..., Any]:
         """The model's class."""
         return ModelType.find(self.type).cls
+
+    def size_options(self) -> dict[str, str]:
+        """The options that are sizes, by logical axis."""
+        return size_options(ModelType.find(self.type).cls)
+
+    def size(self, axis: str) -> Any:
+        """The option that is the size of a logical axis; `None` where it is not given."""
+        return self.options.get(self.size_options()[axis])
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for the class, of its signature's types, without `rngs` and `precision`."""

@@ -13,14 +13,13 @@ Row = dict[str, np.ndarray]
 class Source(Protocol):
     """A fixed list of rows. `source[i]` depends on nothing but `i`, and may be called from several threads.
 
-    A language-model row of S tokens holds at least `tokens`, `targets`, `segment_ids`, `positions` (int32
-    [S]) and `loss_mask` (float32 [S]); other models may use other names. All rows have the same names, shapes
-    and dtypes. Tokens are in `0 .. vocab_size - 1`; targets are so too, or negative where the loss must ignore
-    them. The name `row` is taken: the loader adds it.
+    A language-model row of S tokens holds at least `tokens`, `targets`, `positions` (int32 [S]) and `loss_mask`
+    (float32 [S]); other models may use other names. All rows have the same names, shapes and dtypes. Tokens are in
+    `0 .. vocab_size - 1`; so are targets, or they are negative where the loss must ignore them. The name `row` is
+    taken: the loader adds it.
 
-    An attribute `packed` may be False where each row is one segment. A run then sets `ModelDef.packed` to it, and
-    attention needs no mask of [B, S, S] to keep segments apart, with which fused attention on a GPU reads far more
-    memory. Without the attribute rows count as packed.
+    Only rows that hold several documents have `segment_ids` (int32 [S]), which keep the documents apart. They cost
+    attention a mask of [B, S, S], with which fused attention on a GPU reads far more memory.
     """
 
     @property
@@ -39,13 +38,12 @@ class Source(Protocol):
 
 
 def window(ids: np.ndarray) -> Row:
-    """Turns S + 1 consecutive token ids into one row that predicts each next id, all in one segment."""
+    """Turns S + 1 consecutive token ids into one row that predicts each next id."""
     size = len(ids) - 1
     return {
         "tokens": ids[:-1].astype(np.int32),
         "targets": ids[1:].astype(np.int32),
         "loss_mask": np.ones(size, np.float32),
-        "segment_ids": np.ones(size, np.int32),
         "positions": np.arange(size, dtype=np.int32),
     }
 
@@ -63,11 +61,6 @@ class Rows:
     source: Source
     start: int
     stop: int
-
-    @property
-    def packed(self) -> bool:
-        """The whole source's."""
-        return getattr(self.source, "packed", True)
 
     @property
     def fingerprint(self) -> str:

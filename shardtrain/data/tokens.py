@@ -13,7 +13,6 @@ import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 
@@ -50,7 +49,6 @@ class TokenWindows:
     used. Raises UserError for a file too short for one window.
     """
 
-    packed: ClassVar[bool] = False
     file: TokenFile
     seq_len: int
 

@@ -1,18 +1,12 @@
-"""The layers of each pipeline stage, and the sharding of activations between stages."""
+"""Which rank of a pipeline holds which layers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from shardtrain.errors import UserError
-from shardtrain.nn.model import Batch
 from shardtrain.pipeline.schedules import Schedule
-from shardtrain.sharding import Partitioner
 
 
 def layers_per_stage(n_layers: int, stages: int) -> list[int]:
@@ -71,22 +65,3 @@ def layer_table(schedule: Schedule, n_layers: int) -> np.ndarray:
         table[chunk, rank, :count] = np.arange(first, first + count)
         first += count
     return table
-
-
-def activation_constraint(partitioner: Partitioner, batch: Batch) -> Callable[[Any], Any]:
-    """Return a function that constrains the sharding of activations between stages, a pytree of `[B, ...]`.
-
-    Rows are split by the rules of `batch`. The second dim is split as a sequence between blocks if it is as long as the
-    batch's.
-
-    Args:
-      partitioner: mesh and rules.
-      batch: a batch, whose `tokens` give the length of the sequence.
-    """
-    length = batch["tokens"].shape[1] if "tokens" in batch else None
-
-    def constrain(a: jax.Array) -> jax.Array:
-        seq = "seq_residual" if a.ndim > 2 and a.shape[1] == length else None
-        return partitioner.constrain(a, "batch", *(seq if dim == 1 else None for dim in range(1, a.ndim)))
-
-    return lambda x: jax.tree.map(constrain, x)

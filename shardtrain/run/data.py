@@ -55,7 +55,7 @@ def _open(config: RunConfig, directory: Path, should_stop: Callable[[], bool] | 
         return open_source(
             data.type,
             seq_len=data.seq_len,
-            vocab_size=config.model.options["vocab_size"],
+            vocab_size=config.model.size("vocab"),
             seed=config.run.seed,
             path=data.path,
             tokenizer=data.tokenizer,

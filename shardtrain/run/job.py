@@ -18,7 +18,8 @@ from shardtrain.errors import UserError
 from shardtrain.launch.cpu_collectives import ordered
 from shardtrain.launch.devices import select_devices
 from shardtrain.launch.xla_flags import compiler_options, set_environment
-from shardtrain.metrics import peak_flops, transformer_flops_per_token
+from shardtrain.metrics import peak_flops
+from shardtrain.nn.sizes import flops_per_token
 from shardtrain.optim import lr_schedules, optimizer
 from shardtrain.pipeline import schedules
 from shardtrain.sharding import Partitioner, make_rules
@@ -27,7 +28,6 @@ from shardtrain.train.loop import Speed
 from shardtrain.train.model_def import ModelDef
 from shardtrain.train.state import TrainState, abstract_canonical, abstract_state, init_state
 from shardtrain.train.step import make_eval_step, make_train_step
-from shardtrain.weights.paths import flatten
 from shardtrain.weights.precision import Precision
 from shardtrain.weights.report import ShardingReport, sharding_report
 
@@ -100,21 +100,8 @@ class Job:
 
     def speed(self) -> Speed:
         """What turns step times into tokens/s and, on a GPU with a known peak, MFU."""
-        data, options = self.config.data, thaw(self.config.model.options)
-        weights = flatten(self.model.canonical_weights).values()
-        matmul = sum(weight.size for weight in weights if weight.role in ("matrix", "head", "router"))
-        if not any(weight.role == "head" for weight in weights):  # tied
-            matmul += sum(weight.size for weight in weights if weight.role == "embedding")
-        heads, head_dim = options.get("n_heads"), options.get("head_dim")
-        if heads and not head_dim and "d_model" in options:
-            head_dim = options["d_model"] // heads
-        flops = transformer_flops_per_token(
-            matmul,
-            n_layers=options.get("n_layers") or 0,
-            n_heads=heads or 0,
-            head_dim=head_dim or 0,  # a model without attention, or one that names its sizes otherwise
-            seq_len=data.seq_len,
-        )
+        data = self.config.data
+        flops = flops_per_token(self.model.outline({}), data.seq_len)
         devices = self.partitioner.mesh.devices
         peak = peak_flops(devices.flat[0].device_kind, jnp.dtype(self.precision.compute).name)
         return Speed(data.global_batch * data.seq_len, flops, None if peak is None else peak * devices.size)

@@ -86,7 +86,6 @@ class Trainer(Loop):
             if latest is not None:
                 _require_continues(config, directory, checkpointer, latest, allow_changes)
             source, held_out, tokenizer = open_data(config, directory, should_stop=interrupted)
-            job.model.packed = getattr(source, "packed", True)
             start = Start.of(config, job, checkpointer, latest)
             position = start.position
             if allow_changes and position is not None and position["fingerprint"] != source.fingerprint:

@@ -42,7 +42,6 @@ class ModelDef:
         it needs (`save`), as far as the layers' own remat policy lets it.
       idle: of a schedule, whether idle ranks compute on values that nobody reads, or `skip` their work, as well as
         embedding and head on all but the end stages. See `shardtrain.pipeline.idle` for when that is refused.
-      packed: whether rows may hold several segments; see `shardtrain.data.Source`.
       replicate_unannotated: accept weights without logical axes, whole on every device. By default a module opts in
         with an attribute of that name.
 
@@ -63,11 +62,10 @@ class ModelDef:
         schedule: Schedule | None = None,
         backward: BackwardName = "remat",
         idle: Idle = "compute",
-        packed: bool = True,
         replicate_unannotated: bool | None = None,
     ):
         module = built(make)
-        self.make, self.idle, self.packed = make, idle, packed
+        self.make, self.idle = make, idle
         self.graph, self._params, self._rngs, self._other = _split(module)
         self.canonical_weights: Tree = _nested(self._params, describe)
         _refuse_mesh_axes(self.canonical_weights)
@@ -116,7 +114,7 @@ class ModelDef:
 
     def context(self, batch: Mapping[str, jax.Array], key: jax.Array | None = None, *, train: bool = False) -> Context:
         """What the module's parts are told of a batch."""
-        return Context(inputs=batch, key=key, train=train, packed=self.packed)
+        return Context(inputs=batch, key=key, train=train)
 
     def parts(self, constrain: Callable[[Any], Any]) -> ModelParts:
         """The module as the pure functions that a pipeline runs."""

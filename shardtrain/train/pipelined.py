@@ -14,9 +14,9 @@ from shardtrain.collectives.fsdp import NONE, entry_spec
 from shardtrain.nn.context import Context
 from shardtrain.nn.model import Batch, head_sums
 from shardtrain.nn.returned import Sums, joined
+from shardtrain.nn.stack import constrain_residual
 from shardtrain.pipeline.executor import pipeline_forward, pipeline_gradients
 from shardtrain.pipeline.forward import OutputFunction
-from shardtrain.pipeline.layers import activation_constraint
 from shardtrain.pipeline.schedules import allocate, forward
 from shardtrain.pipeline.stage import StageFunctions
 from shardtrain.sharding import Partitioner
@@ -34,7 +34,7 @@ def pipelined_gradients(
     """
     assert model.program is not None
     assert model.layers_CRk is not None
-    stage = _stage(model, params, batch, partitioner, model.context(batch, key, train=True))
+    stage = _stage(model, params, batch, model.context(batch, key, train=True))
 
     def weights() -> tuple[jax.Array, dict[str, jax.Array]]:
         # All layers are alike, so one stands for all of them.
@@ -121,7 +121,7 @@ def _through(
     def local(params: Tree, batch: Batch) -> tuple[Any, Any]:
         rows = jax.tree.leaves(batch)[0].shape[0] // partitioner.shards("batch")
         count = next(m for m in range(min(most, rows), 0, -1) if rows % m == 0)
-        stage = dataclasses.replace(_stage(model, params, batch, partitioner, model.context(batch)), skip=skip)
+        stage = dataclasses.replace(_stage(model, params, batch, model.context(batch)), skip=skip)
         found = pipeline_forward(
             allocate(forward(schedule, count)), layers_CRk, stage, microbatches(batch, count), result
         )
@@ -138,9 +138,9 @@ def _through(
     )(params, batch)
 
 
-def _stage(model: ModelDef, params: Tree, batch: Batch, partitioner: Partitioner, ctx: Context) -> StageFunctions:
+def _stage(model: ModelDef, params: Tree, batch: Batch, ctx: Context) -> StageFunctions:
     """The functions of this rank's stages."""
     stacked, shared = split_layers(params)
     mine = jax.tree.map(lambda a: a[:, 0], stacked)  # [chunks, 1, k, ...]: the only rank here is this one
-    parts = model.parts(activation_constraint(partitioner, batch))
+    parts = model.parts(partial(constrain_residual, inputs=batch))
     return StageFunctions(parts, mine, shared, ctx, skip=model.idle == "skip")

@@ -26,7 +26,11 @@ class Precision:
       matmul: `compute`, or `float8` for the matmuls of the blocks (see `nn/float8.py`).
 
     Raises:
-      UserError: another word for `matmul`.
+      UserError: `matmul` is another word.
+
+    Example:
+      >>> nn.Precision(compute=jnp.bfloat16).softmax
+      dtype('float32')
     """
 
     params: Any = jnp.float32

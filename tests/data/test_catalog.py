@@ -48,7 +48,7 @@ import numpy as np
 from shardtrain.data import ByteTokenizer, window
 
 class Counting:
-    fingerprint, packed = "counting", False
+    fingerprint = "counting"
     tokenizer = ByteTokenizer()
 
     def __init__(self, seq_len: int, *, vocab_size: int, path=None, directory=None):

@@ -11,7 +11,7 @@ from helpers import equations
 from shardtrain import ModelDef, UserError, init_state, make_train_step, nn, optimizer
 from shardtrain.models.llama import Llama
 from shardtrain.nn import float8
-from shardtrain.nn.linear import einsum
+from shardtrain.nn.matmul import einsum
 
 F8 = nn.Precision(jnp.float32, jnp.bfloat16, jnp.float32, "float8")
 BF16 = nn.Precision(jnp.float32, jnp.bfloat16, jnp.float32)

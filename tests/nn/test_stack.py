@@ -181,7 +181,7 @@ class Dropping(nnx.Module):
     ("block", "named"), [(Normed, r"inner\.mean, a BatchStat"), (Dropping, r"drop\.rngs.*, a Rng")]
 )
 def test_a_block_with_mutable_state_is_refused_by_name(block, named):
-    with nnx.use_eager_sharding(False), pytest.raises(UserError, match=f"{named}.*outside of the stack"):
+    with nnx.use_eager_sharding(False), pytest.raises(UserError, match=f"{named}.*outside the stack"):
         nn.Stack(block, 2, rngs=nnx.Rngs(0))
 
 
@@ -216,10 +216,10 @@ def test_plain_flax_layers_stack_too():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"n_layers": 0}, "a stack of 0 layers; use 1 or more"),
-        ({"n_layers": 2, "remat": "some"}, "remat 'some' is no policy; use one of none, full, dots, offload"),
-        ({"n_layers": 2, "remat": "names:"}, "names nothing to keep"),
-        ({"n_layers": 2, "remat": []}, "names nothing to keep"),
+        ({"n_layers": 0}, "a stack has 0 layers; use 1 or more"),
+        ({"n_layers": 2, "remat": "some"}, "remat 'some' is not a policy; use one of none, full, dots, offload"),
+        ({"n_layers": 2, "remat": "names:"}, "lists no names"),
+        ({"n_layers": 2, "remat": []}, "lists no names"),
     ],
 )
 def test_mistakes_are_named(options, match):

@@ -36,8 +36,8 @@ class Layers(nnx.Module):
         x = x + self.attention(self.norms[0](x), ctx)
         x = x + self.mlp(self.norms[1](x), ctx)
         if chunk:
-            target, options = (batch["targets"], batch["loss_mask"]), {"chunk": chunk, "precision": self.head.precision}
-            return nn.linear_cross_entropy(x, self.head.weight[...], self.head.axes, *target, z_loss=0.1, **options)
+            target = batch["targets"], batch["loss_mask"]
+            return nn.linear_cross_entropy(x, self.embedding, *target, chunk=chunk, z_loss=0.1)
         logits = self.embedding.attend(x) + self.head(x)
         return nn.cross_entropy(logits, batch["targets"], batch["loss_mask"], z_loss=0.1)
 
