@@ -68,7 +68,7 @@ class Job:
     def _mover(
         self, move: Callable[[Any], Any], wanted: Callable[[], TrainState]
     ) -> Callable[[TrainState], TrainState]:
-        if self.model.program is None:
+        if self.model.is_canonical:
             return lambda state: state
         shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted())
         return jax.jit(move, out_shardings=shardings, compiler_options=ordered(self.partitioner.devices))
