@@ -18,11 +18,12 @@ from shardtrain.optim import optimizer
 from shardtrain.pipeline import schedules
 from shardtrain.pipeline.slots import microbatch
 from shardtrain.sharding import use
+from shardtrain.train.evaluation import evaluate
 from shardtrain.train.gradients import Gradients
 from shardtrain.train.loss_sums import microbatches
 from shardtrain.train.model_def import ModelDef
 from shardtrain.train.state import abstract_state, init_state
-from shardtrain.train.step import evaluate, make_eval_step, make_train_step
+from shardtrain.train.step import make_eval_step, make_train_step
 
 
 def test_microbatch_m_is_the_rows_m_mod_count():

@@ -67,11 +67,7 @@ class PipelinedModel:
         self.program = allocate(schedule, save_residuals=backward == "save")
 
     def check_mesh(self, mesh: Mesh) -> None:
-        """Refuse a mesh with another number of ranks than the schedule.
-
-        Raises:
-          UserError: names both.
-        """
+        """Refuse a mesh with another number of ranks than the schedule; raises what `check_ranks` raises."""
         check_ranks(self.program.schedule, mesh)
 
     def check_step(
@@ -162,12 +158,7 @@ class PipelinedModel:
         return join_layers(jax.tree.map(lambda g: g[:, None], dstacked), dshared), sums, model_state
 
     def sums(
-        self,
-        params: Tree,
-        model_state: Tree,
-        batch: Batch,
-        partitioner: Partitioner,
-        loss: LossFunction | None = None,
+        self, params: Tree, model_state: Tree, batch: Batch, partitioner: Partitioner, loss: LossFunction | None = None
     ) -> Sums:
         """The evaluation sums of one batch: loss, metrics and auxiliary terms.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -190,38 +190,3 @@ def _check(
     if accumulate < 1:
         raise UserError(f"optimizer.accumulate is {accumulate}; use 1 or more microbatches")
     model.execution.check_step(partitioner, loss, accumulate, gather)
-
-
-def evaluate(eval_step: Callable[[TrainState, Batch], Sums], state: TrainState, batches: Any) -> dict[str, float]:
-    """Means over all batches of every sum that `eval_step` returns; `loss` among them.
-
-    A metric or an auxiliary term whose weight is 0 over all batches is left out.
-
-    Args:
-      eval_step: from `make_eval_step`.
-      state: the state of a training run.
-      batches: an iterable of global batches.
-
-    Raises:
-      UserError: no batches, or a `Loader` that never ends; or none of their targets counts, so that there is no loss.
-    """
-    if getattr(batches, "endless", False):
-        raise UserError(
-            "evaluate got a Loader, which never ends; give the Loader epochs=1 (each row counts once), or the batches "
-            "that you want: itertools.islice(loader, 20)"
-        )
-    total: Sums | None = None
-    rows = 0
-    for batch in batches:
-        rows += jax.tree.leaves(batch)[0].shape[0]
-        # Fetched each time: at most one evaluation step is in flight.
-        sums = jax.device_get(jax.block_until_ready(eval_step(state, batch)))
-        total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
-    if total is None:
-        raise UserError("evaluation got no batches; give the held-out split at least one global batch of rows")
-    if total["loss"][1] == 0:
-        raise UserError(
-            f"evaluation has no loss: none of the targets in its {rows} rows counts, since loss_mask "
-            "is 0 or the target negative everywhere; evaluate on rows with targets that count"
-        )
-    return {name: float(value / weight) for name, (value, weight) in total.items() if weight != 0}

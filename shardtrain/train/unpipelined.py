@@ -133,12 +133,7 @@ class UnpipelinedModel:
         return grads, sums, model_state
 
     def sums(
-        self,
-        params: Tree,
-        model_state: Tree,
-        batch: Batch,
-        partitioner: Partitioner,
-        loss: LossFunction | None = None,
+        self, params: Tree, model_state: Tree, batch: Batch, partitioner: Partitioner, loss: LossFunction | None = None
     ) -> Sums:
         """The evaluation sums of one batch: loss, metrics and auxiliary terms.
 
