@@ -1,12 +1,15 @@
-"""What a run is about to do, in a few lines at its start."""
+"""The lines that introduce a run at its start."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shardtrain.run import Trainer
 
 
-def summary(run: Any) -> list[str]:
-    """What is about to happen, in a few lines."""
+def summary(run: Trainer) -> list[str]:
+    """Describe model, devices, memory, directory and pipeline of a run, in a few lines."""
     from shardtrain.weights.paths import flatten
 
     job, report = run.job, run.job.report

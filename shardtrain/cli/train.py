@@ -50,10 +50,10 @@ def train(
 
         _train(load_config(file, overrides or ()), allow_changes, processes)
     else:
-        from shardtrain.launch.processes import join, last_act
+        from shardtrain.launch.processes import exit_after, join
 
         others = join(coordinator, processes, process, join_timeout)  # before a model is imported, which may use JAX
-        with last_act(report):
+        with exit_after(report):
             _train(_same_config(file, overrides or (), others), allow_changes, processes)
 
 

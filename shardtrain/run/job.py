@@ -24,11 +24,11 @@ from shardtrain.optim import lr_schedules, optimizer
 from shardtrain.pipeline import schedules
 from shardtrain.sharding import Partitioner, make_rules
 from shardtrain.sharding.mesh import MeshSpec
-from shardtrain.train.arrivals import Speed
 from shardtrain.train.loss_sums import LossFunction
 from shardtrain.train.model_def import ModelDef
 from shardtrain.train.state import TrainState, abstract_canonical, abstract_state, init_state
 from shardtrain.train.step import make_eval_step, make_train_step
+from shardtrain.train.step_timer import Speed
 from shardtrain.weights.paths import flatten
 from shardtrain.weights.precision import Precision
 from shardtrain.weights.report import ShardingReport, sharding_report
@@ -113,7 +113,7 @@ class Job:
         )
 
     def speed(self) -> Speed:
-        """What turns step times into tokens/s and, on a GPU with a known peak, MFU."""
+        """The sizes that turn step times into tokens/s and, on a GPU with a known peak, MFU."""
         data, options = self.config.data, thaw(self.config.model.options)
         weights = flatten(self.model.canonical_weights).values()
         matmul = sum(weight.size for weight in weights if weight.role in ("matrix", "head", "router"))
@@ -190,7 +190,7 @@ def build(
 def _optimizer(config: RunConfig, model: ModelDef) -> tuple[optax.GradientTransformation, optax.Schedule]:
     section = config.optimizer
     schedule = section.schedule.model_dump()
-    schedule["decay_steps"] = schedule["decay_steps"] or config.run.steps  # a constant schedule has none
+    schedule["decay_steps"] = schedule["decay_steps"] or config.run.steps  # `None` for a constant schedule
     lr = lr_schedules.schedule(lr=section.lr, **schedule)
     tx = optimizer(
         section.type,
@@ -230,6 +230,6 @@ def _precision(config: RunConfig, device: jax.Device) -> Precision:
         compute = "float32" if device.platform == "cpu" else "bfloat16"
     dtypes = (config.precision.params, compute, config.precision.reduce)
     if "float64" in dtypes:
-        jax.config.update("jax_enable_x64", True)  # asked for by name; JAX would otherwise narrow it silently
+        jax.config.update("jax_enable_x64", True)  # otherwise JAX would silently use float32
     params, used, reduce = map(jnp.dtype, dtypes)
     return Precision(params, used, reduce, config.precision.matmul)

@@ -9,7 +9,7 @@ from typing import Any
 from shardtrain.checkpoint import Checkpointer, load_weights
 from shardtrain.config import RunConfig, check_same_run
 from shardtrain.errors import UserError
-from shardtrain.host.agree import by_process_zero
+from shardtrain.host.agree import decide_on_process_zero
 from shardtrain.host.files import write_text
 from shardtrain.metrics import MetricsLog
 from shardtrain.run.job import Job
@@ -100,7 +100,7 @@ class Start:
             log.truncate(step - 1)
             return 0
 
-        return None if by_process_zero(was_made) else self.unevaluated
+        return None if decide_on_process_zero(was_made) else self.unevaluated
 
 
 def _with_weights_of(path: str, state: TrainState, job: Job) -> TrainState:

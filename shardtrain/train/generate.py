@@ -13,7 +13,7 @@ import numpy as np
 from shardtrain.errors import UserError
 from shardtrain.launch.cpu_collectives import ordered
 from shardtrain.sharding import Partitioner, use
-from shardtrain.train.called import refuse_donated
+from shardtrain.train.jitted_step import refuse_donated
 from shardtrain.train.model_def import ModelDef
 from shardtrain.train.state import TrainState, check_parts
 

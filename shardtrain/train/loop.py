@@ -12,14 +12,14 @@ from shardtrain.data import Loader
 from shardtrain.host.closing import close_all
 from shardtrain.metrics import Background, MetricsLog
 from shardtrain.nn.model import Batch
-from shardtrain.train.arrivals import Arrivals, PendingStep
-from shardtrain.train.arrivals import Speed as Speed
 from shardtrain.train.callbacks import Callback as Callback
 from shardtrain.train.callbacks import Display, Values, join
-from shardtrain.train.called import Compilable, Metrics
 from shardtrain.train.evaluation import EvalStep, Evaluation, InterruptedEvaluationError
+from shardtrain.train.jitted_step import Compilable, Metrics
+from shardtrain.train.skipped_steps import SkippedSteps
 from shardtrain.train.state import TrainState
-from shardtrain.train.unlearned import Unlearned
+from shardtrain.train.step_timer import PendingStep, StepTimer
+from shardtrain.train.step_timer import Speed as Speed
 
 _log = logging.getLogger(__name__)
 
@@ -95,8 +95,8 @@ class Loop:
         if eval_step is not None and eval_batches is not None:
             self._evaluation = Evaluation(eval_step, eval_batches, self.callbacks)
         self._display: Display | None = None
-        self._unlearned = Unlearned(max_skipped, self.step, self._warn)
-        self._arrivals = Arrivals(speed)
+        self._skipped = SkippedSteps(max_skipped, self.step, self._warn)
+        self._timer = StepTimer(speed)
 
     def fit(self, display: Display | None = None) -> TrainState:
         """Train to the last step, or until `should_stop`; returns the final state.
@@ -117,7 +117,7 @@ class Loop:
                 self._train(reports)
         if self.checkpointer is not None:
             self.checkpointer.wait()
-        self._unlearned.sum_up()
+        self._skipped.sum_up()
         return self.state
 
     def close(self) -> None:
@@ -129,7 +129,7 @@ class Loop:
         batch = next(batches)
         train_step = self._compile(batch)
         pending: PendingStep | None = None
-        self._arrivals.restart()
+        self._timer.restart()
         while True:
             self.state, metrics = train_step(self.state, batch)
             self.step += 1
@@ -150,11 +150,11 @@ class Loop:
 
     def _pause(self, pending: PendingStep, reports: Background, saves: bool, evaluates: bool) -> None:
         """Save, evaluate and finish a step before the next one is sent."""
-        self._arrivals.wait_for(pending)
+        self._timer.wait_for(pending)
         if saves and not self.stopped_early and pending.number < self.steps:
-            saves = not self._unlearned.keeps_from_saving(pending)
+            saves = not self._skipped.keeps_from_saving(pending)
         unevaluated = dict(pending.values) if evaluates else None
-        if evaluates and not self.stopped_early and not self._unlearned.too_many(pending):
+        if evaluates and not self.stopped_early and not self._skipped.too_many(pending):
             if saves:
                 self._save(reports, unevaluated)
             pending.values |= self._evaluate_unless_stopped(pending.values)
@@ -162,7 +162,7 @@ class Loop:
         self._finish(pending, reports)
         if saves or self.stopped_early:
             self._save(reports, unevaluated)
-        self._arrivals.restart()
+        self._timer.restart()
 
     def evaluate(self) -> Values:
         """Held-out means of the present state, as `eval_loss` and so on; none without held-out batches."""
@@ -215,12 +215,12 @@ class Loop:
 
     def _finish(self, pending: PendingStep, reports: Background) -> None:
         """Show and store a step, in the background."""
-        self._arrivals.wait_for(pending)
+        self._timer.wait_for(pending)
         values = pending.values
         for callback in self.callbacks:
             join(values, callback.on_step(pending.number, values), callback, "on_step")
         reports.submit(self._report, pending.number, values)
-        self._unlearned.check(pending, self._saved)
+        self._skipped.check(pending, self._saved)
 
     def _report(self, step: int, values: Values) -> None:
         last = step == self.steps

@@ -18,9 +18,9 @@ from shardtrain.nn.returned import Sums
 from shardtrain.optim import Clipped, global_norm, updates_made
 from shardtrain.pipeline.idle import AGREED
 from shardtrain.sharding import Partitioner, use
-from shardtrain.train.called import Metrics, Step, check_batch
 from shardtrain.train.gradients import Gradients
 from shardtrain.train.ids import IdCheck
+from shardtrain.train.jitted_step import JittedStep, Metrics, check_batch
 from shardtrain.train.loss_sums import LossFunction, means
 from shardtrain.train.model_def import ModelDef
 from shardtrain.train.split_module import Tree
@@ -42,7 +42,7 @@ def make_train_step(
     gather: Gather = "tick",
     compiler_options: Mapping[str, Any] | None = None,
     debug: bool = False,
-) -> Step[tuple[TrainState, Metrics]]:
+) -> JittedStep[tuple[TrainState, Metrics]]:
     """The jitted `(state, batch) -> (state, metrics)`; the state is donated.
 
     Warns where a pipeline has so few microbatches that its ranks idle for more than a quarter of the time.
@@ -75,7 +75,7 @@ def make_train_step(
         for a module whose forward pass changes state; a `loss` for a pipeline; weights that cannot be gathered once per
         `step`; `debug` for a model without a known table. While tracing: a number of rows that is not divisible by the
         microbatches, or a part of the model or the loss returns something else than it should. When compiled: idle
-        ranks that cannot skip. When called: see `Step`.
+        ranks that cannot skip. When called: see `JittedStep`.
     """
     _check(model, loss, partitioner, accumulate, gather)
     if (warning := model.execution.warning()) and jax.process_index() == 0:
@@ -134,7 +134,7 @@ def make_eval_step(
     loss: LossFunction | None = None,
     compiler_options: Mapping[str, Any] | None = None,
     debug: bool = False,
-) -> Step[Sums]:
+) -> JittedStep[Sums]:
     """The jitted `(state, batch) -> {name: (sum, weight)}`, without dropout and without gradients.
 
     Under a pipeline, too, each rank applies its own layers; where the rows are not divisible by the schedule's
@@ -165,9 +165,9 @@ def make_eval_step(
     return _finished(jitted, model, partitioner, debug)
 
 
-def _finished(jitted: Any, model: ModelDef, partitioner: Partitioner, debug: bool) -> Step[Any]:
+def _finished(jitted: Any, model: ModelDef, partitioner: Partitioner, debug: bool) -> JittedStep[Any]:
     checked = model.execution.checked(jitted, partitioner.mesh)
-    return Step(checked, partitioner.mesh, IdCheck(model) if debug else None)
+    return JittedStep(checked, partitioner.mesh, IdCheck(model) if debug else None)
 
 
 def _check(

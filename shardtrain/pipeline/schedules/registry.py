@@ -22,10 +22,10 @@ class Entry:
     """A registered schedule.
 
     Attributes:
-      name: what configs call it.
+      name: used in configs.
       build: makes the table.
-      textbook: makes the order as published, if there is one.
-      chunks: a number of chunks that shows it well, for pictures.
+      textbook: makes the published order, if there is one.
+      chunks: the number of chunks in pictures.
     """
 
     name: str
@@ -44,10 +44,15 @@ registered: Mapping[str, Entry] = MappingProxyType(_ENTRIES)
 def register(
     name: str, *, textbook: Callable[[int, int, int], Textbook] | None = None, chunks: int = 1
 ) -> Callable[[Builder], Builder]:
-    """Decorator: makes a function `(ranks, microbatches, chunks) -> Schedule` known by a name.
+    """Register a function `(ranks, microbatches, chunks) -> Schedule` under a name; a decorator.
+
+    Args:
+      name: used in configs.
+      textbook: makes the published order.
+      chunks: the number of chunks in pictures.
 
     Raises:
-      UserError: the name is taken, or would be read as a file's or an import path.
+      UserError: the name is taken, or would be read as that of a file or as an import path.
     """
     if name in _ENTRIES or name.endswith(".csv") or ":" in name:
         raise UserError(
@@ -65,7 +70,7 @@ def get(name: str) -> Entry:
     """The schedule of that name: a registered one, or the function of an import path, `package.module:function`.
 
     Raises:
-      UserError: there is none; names the nearest.
+      UserError: there is none; suggests the nearest name.
     """
     if ":" in name:
         return Entry(name, _imported(name), None, 1)
@@ -87,7 +92,7 @@ def _imported(name: str) -> Builder:
     except (TypeError, ValueError) as error:  # ValueError: written in C, it has no signature
         raise UserError(
             f"pipeline schedule {name!r} cannot be called with (ranks, microbatches, chunks): {error}; a schedule is "
-            "a function of these three that returns a Schedule"
+            "a function of these three arguments that returns a Schedule"
         ) from error
     return build
 
@@ -102,7 +107,7 @@ def make(name: str, ranks: int, microbatches: int, chunks: int = 1) -> Schedule:
       chunks: stages on each rank.
 
     Raises:
-      UserError: no such schedule, sizes that it does not allow, or a table that is not right.
+      UserError: no such schedule, sizes that it does not allow, or a wrong table.
     """
     sizes = {"ranks": ranks, "microbatches": microbatches, "chunks": chunks}
     for what, size in sizes.items():

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from shardtrain.errors import UserError
-from shardtrain.train.arrivals import PendingStep
+from shardtrain.train.step_timer import PendingStep
 
 
-class Unlearned:
+class SkippedSteps:
     """Watches for steps whose loss or gradient is not finite, and for batches without a target.
 
     Args:

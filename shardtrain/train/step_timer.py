@@ -54,7 +54,7 @@ class PendingStep:
     values: Values = dataclasses.field(default_factory=dict)
 
 
-class Arrivals:
+class StepTimer:
     """Waits for the metrics of steps; the time of a step is the time since the metrics of the previous one arrived."""
 
     def __init__(self, speed: Speed):

@@ -31,7 +31,7 @@ class Compilable(Protocol[R_co]):
         """Run the step."""
 
 
-class Step(Generic[R]):
+class JittedStep(Generic[R]):
     """A jitted `(state, batch) -> result` that explains the mistakes of its callers.
 
     Checks beforehand only those mistakes on which JAX would crash; other errors are explained when they occur. All
@@ -81,7 +81,7 @@ class Step(Generic[R]):
         except (KeyError, TypeError, ValueError) as error:
             self._explain(error, state, batch)
             raise
-        return Lowered(lowered, lambda compiled: Step(compiled, self._mesh, self._check, frozenset(batch)))
+        return Lowered(lowered, lambda compiled: JittedStep(compiled, self._mesh, self._check, frozenset(batch)))
 
     def __getattr__(self, name: str) -> Any:
         if name == "_function":  # not set yet while a copy is made
