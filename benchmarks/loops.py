@@ -41,7 +41,7 @@ class Timed(Loop):
         self.total = self.spent["all"]
 
     def _finish(self, flight: Any, reports: Any) -> None:
-        self._arrivals.wait_for(flight)  # waiting for the step
+        self._timer.wait_for(flight)  # waiting for the step
         with self.timed("metrics"):
             super()._finish(flight, reports)
 

@@ -19,7 +19,7 @@ from shardtrain.models.llama import Llama
 from shardtrain.nn import Precision
 from shardtrain.optim import optimizer
 from shardtrain.sharding import use
-from shardtrain.train.gradients import batch_gradients
+from shardtrain.train.gradients import Gradients
 from shardtrain.train.model_def import ModelDef
 from shardtrain.train.state import abstract_state, init_state
 from shardtrain.train.step import make_train_step
@@ -97,7 +97,7 @@ def gradients(rules: dict[str, list[str]], **mesh: int):
     @jax.jit
     def run(state, batch):
         with use(place):
-            return batch_gradients(model, None, state, batch, jax.random.key(0), place, 1, jnp.float32)[0]
+            return Gradients(model, place)(state, batch, jax.random.key(0))[0]
 
     program = run.lower(state, tiny.batch(place)).compile()
     return jax.device_get(program(state, tiny.batch(place))), program.memory_analysis().temp_size_in_bytes

@@ -74,7 +74,7 @@ def test_a_model_without_a_known_table_has_nothing_to_debug():
         def __init__(self, rngs):
             super().__init__(4, rngs=rngs)
 
-    with pytest.raises(UserError, match="debug holds ids against weights with a logical axis 'vocab'"):
+    with pytest.raises(UserError, match="debug compares ids with weights of a logical axis 'vocab'"):
         make_train_step(ModelDef(Plain), TX, tiny.partitioner(), loss=lambda *_: None, debug=True)
 
 

@@ -18,11 +18,12 @@ from shardtrain.optim import optimizer
 from shardtrain.pipeline import schedules
 from shardtrain.pipeline.slots import microbatch
 from shardtrain.sharding import use
-from shardtrain.train.gradients import batch_gradients
+from shardtrain.train.evaluation import evaluate
+from shardtrain.train.gradients import Gradients
 from shardtrain.train.loss_sums import microbatches
 from shardtrain.train.model_def import ModelDef
 from shardtrain.train.state import abstract_state, init_state
-from shardtrain.train.step import evaluate, make_eval_step, make_train_step
+from shardtrain.train.step import make_eval_step, make_train_step
 
 
 def test_microbatch_m_is_the_rows_m_mod_count():
@@ -66,7 +67,7 @@ def test_each_auxiliary_term_has_its_own_global_normaliser(mesh, accumulate):
         def run(state, batch):
             with use(place):
                 key = jax.random.key(0)
-                return batch_gradients(model, None, state, batch, key, place, accumulate, jnp.float64)[:2]
+                return Gradients(model, place, accumulate=accumulate, reduce_dtype=jnp.float64)(state, batch, key)[:2]
 
         grads, sums = jax.jit(run)(state, tiny.batch(place))
         batch = tiny.batch()
@@ -91,7 +92,7 @@ def test_auxiliary_weights_cost_no_second_forward_pass():
                 return total / weight + (aux["size"][0] / aux["size"][1] if with_aux else 0)
 
             def run(state, batch):
-                return batch_gradients(model, None, state, batch, jax.random.key(0), place, 1, jnp.float64)[0]
+                return Gradients(model, place, reduce_dtype=jnp.float64)(state, batch, jax.random.key(0))[0]
 
             fn = run if with_aux else lambda state, batch: jax.grad(loss)(state.params, batch)
             return jax.jit(fn).lower(state, tiny.batch()).compile().cost_analysis()["flops"]
@@ -179,7 +180,7 @@ def gradients_of(model: ModelDef, place: Any, reduce: Any = jnp.float32) -> Any:
 
     def run(state, batch):
         with use(place):
-            return batch_gradients(model, None, state, batch, jax.random.key(0), place, 1, reduce)[0]
+            return Gradients(model, place, reduce_dtype=reduce)(state, batch, jax.random.key(0))[0]
 
     return jax.jit(run)(state, tiny.batch(place))
 

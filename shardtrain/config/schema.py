@@ -120,7 +120,7 @@ class Model(Section):
 class Data(Section):
     """What the model learns from. Batches are global, in sequences."""
 
-    type: Annotated[str, Field(examples=["corpus"])]  # a name in shardtrain.data.FACTORIES, or package.module:Class
+    type: Annotated[str, Field(examples=["corpus"])]  # a module of shardtrain.data.formats, or package.module:Class
     path: Annotated[str | tuple[str, ...] | None, Field(examples=["data/*.txt"])] = None  # text and tokens
     seq_len: Annotated[Count, Field(examples=[128])]
     global_batch: Annotated[Count, Field(examples=[16])]

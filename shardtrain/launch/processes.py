@@ -52,7 +52,7 @@ def join(coordinator: str | None, processes: int, process: int, patience: float)
 
 
 @contextlib.contextmanager
-def last_act(report: Callable[[BaseException], int]) -> Iterator[None]:
+def exit_after(report: Callable[[BaseException], int]) -> Iterator[None]:
     """Ends this process after the block, with code 0 or what `report` makes of an error.
 
     Python's own way out would first wait for the others (`jax.distributed` does so at exit), which wait for this one

@@ -34,13 +34,16 @@ class Stop:
     """The wish to stop; the loop calls it with the number of a step.
 
     Attributes:
-      run: what would be saved, once there is one.
       asked: whether a signal has come to this process.
     """
 
     def __init__(self) -> None:
-        self.run: Saving | None = None
         self.asked = False
+        self._run: Saving | None = None
+
+    def follow(self, run: Saving) -> None:
+        """Tell which run a stop would save, once there is one."""
+        self._run = run
 
     def __call__(self, step: int) -> bool:
         """Whether to stop after this step."""
@@ -58,15 +61,15 @@ class Stop:
             os._exit(128 + number)
 
     def _plan(self) -> str:
-        if self.run is None:
+        if self._run is None:
             return "stopping while data is prepared, else after the first step; send it again to stop at once"
         return f"saving after this step, then stopping; send it again to stop at once and lose {self._lost()}"
 
     def _lost(self) -> str:
-        if self.run is None or self.run.checkpointer is None:
+        if self._run is None or self._run.checkpointer is None:
             return "what was prepared"
-        kept = self.run.checkpointer.kept or 0
-        return "nothing" if self.run.step == kept else f"the steps since {kept}, up to {self.run.step}"
+        kept = self._run.checkpointer.kept or 0
+        return "nothing" if self._run.step == kept else f"the steps since {kept}, up to {self._run.step}"
 
 
 class StopTogether(Stop):

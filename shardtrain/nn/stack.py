@@ -39,8 +39,8 @@ class Stack(nnx.Module):
     """`n_layers` blocks of one kind, `block(x, ctx) -> (x, aux)`, applied one after the other.
 
     Each weight of a block gains a leading `layers` dim. `x`, the residual stream, is any pytree with the same structure
-    in and out; the stack constrains its sharding between blocks. `aux` is a dict of `(sum, weight)` pairs, which are added up
-    over the layers. Blocks hold parameters only, and no state that changes in the forward pass.
+    in and out; the stack constrains its sharding between blocks. `aux` is a dict of `(sum, weight)` pairs, which are
+    added up over the layers. Blocks hold parameters only, and no state that changes in the forward pass.
 
     Args:
       make_block: builds one block from its `nnx.Rngs`.

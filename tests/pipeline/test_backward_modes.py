@@ -19,8 +19,9 @@ from shardtrain.pipeline.split_backward import split_backward
 from shardtrain.pipeline.split_function import split_function
 from shardtrain.pipeline.stage import MicrobatchAtStage, StageFunctions
 from shardtrain.sharding import use
-from shardtrain.train.gradients import batch_gradients
-from shardtrain.train.model_def import ModelDef, split_layers
+from shardtrain.train.gradients import Gradients
+from shardtrain.train.model_def import ModelDef
+from shardtrain.train.split_module import split_layers
 from shardtrain.train.state import init_state
 
 F64 = nn.Precision(jnp.float64, jnp.float64, jnp.float64)
@@ -88,7 +89,7 @@ def gradients(mesh, model):
     @jax.jit
     def run(state, batch):
         with use(place):
-            grads, sums, _ = batch_gradients(model, None, state, batch, jax.random.key(7), place, 1, jnp.float64)
+            grads, sums, _ = Gradients(model, place, reduce_dtype=jnp.float64)(state, batch, jax.random.key(7))
             return sums, model.canonical(grads)
 
     return jax.tree.map(np.asarray, run(state, tiny.batch(place, rows=32)))

@@ -19,7 +19,7 @@ from shardtrain.models.llama import Llama
 from shardtrain.nn import Precision
 from shardtrain.pipeline import schedules
 from shardtrain.sharding import use
-from shardtrain.train.gradients import batch_gradients
+from shardtrain.train.gradients import Gradients
 from shardtrain.train.model_def import ModelDef
 from shardtrain.train.state import abstract_state, init_state
 from shardtrain.train.step import make_train_step
@@ -75,7 +75,7 @@ def test_gradients_are_the_single_device_ones_and_cross_fsdp_once(schedule, back
 def gradients(model, place, dtype, state, batch):
     with use(place):
         key = jax.random.key(7)
-        grads, sums, _ = batch_gradients(model, None, state, batch, key, place, 1, dtype, "step")
+        grads, sums, _ = Gradients(model, place, reduce_dtype=dtype, gather="step")(state, batch, key)
         return sums, grads
 
 

@@ -13,7 +13,7 @@ from shardtrain.models.llama import Llama
 from shardtrain.nn import Precision
 from shardtrain.pipeline import schedules
 from shardtrain.sharding import use
-from shardtrain.train.gradients import batch_gradients
+from shardtrain.train.gradients import Gradients
 from shardtrain.train.model_def import ModelDef
 from shardtrain.train.state import init_state
 
@@ -29,7 +29,7 @@ def gradients(place, attention, schedule=None, compute=jnp.float32):
     @jax.jit
     def run(state, batch):
         with use(place):
-            grads, sums, _ = batch_gradients(model, None, state, batch, jax.random.key(7), place, 1, jnp.float32)
+            grads, sums, _ = Gradients(model, place)(state, batch, jax.random.key(7))
             return sums, model.canonical(grads)
 
     return jax.tree.map(np.asarray, run(state, batch))

@@ -20,7 +20,7 @@ from shardtrain.pipeline import schedules
 from shardtrain.pipeline.idle import UNIFORM
 from shardtrain.pipeline.layers import layers_per_stage
 from shardtrain.sharding import use
-from shardtrain.train.gradients import batch_gradients
+from shardtrain.train.gradients import Gradients
 from shardtrain.train.model_def import ModelDef
 from shardtrain.train.state import abstract_canonical, abstract_state, init_state
 from shardtrain.train.step import make_eval_step, make_train_step
@@ -45,7 +45,7 @@ def gradients(mesh, schedule=None, **options):
     def run(state, batch):
         with use(place):
             key = jax.random.key(7)
-            grads, sums, _ = batch_gradients(model, None, state, batch, key, place, 1, jnp.float64)
+            grads, sums, _ = Gradients(model, place, reduce_dtype=jnp.float64)(state, batch, key)
             return sums, model.canonical(grads)
 
     return jax.tree.map(np.asarray, run(state, tiny.batch(place)))
@@ -139,7 +139,7 @@ def test_padded_slots_stay_zero():
     state, step = init_state(model, tx, place), make_train_step(model, tx, place)
     for _ in range(3):
         state, _ = step(state, tiny.batch(place))
-    empty = model.layers_CRk < 0
+    empty = model.execution.layers_CRk < 0
     assert empty.sum() == 3
     for leaf in jax.tree.leaves(state.params["blocks"]["layer"]):
         assert not np.asarray(leaf)[empty].any()

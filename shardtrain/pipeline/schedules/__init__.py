@@ -1,9 +1,12 @@
-"""Pipeline schedules: tables of the action of each rank in each tick, and their checks, buffers, costs and pictures.
+"""Pipeline schedules: tables that say which rank does what in which tick, and what follows from them.
 
-A schedule is a function `(ranks, microbatches, chunks) -> Schedule` in a file of its own; `register` gives it a name.
+A schedule is a function `(ranks, microbatches, chunks) -> Schedule`, decorated by `register`, in a file of its own: in
+this folder, where it is found by itself, or anywhere, named by its import path.
 """
 
-from shardtrain.pipeline.schedules import gpipe, interleaved, one_f_one_b, zb_h1, zb_v  # noqa: F401  (they register)
+import sys
+
+from shardtrain.host.import_path import modules_of
 from shardtrain.pipeline.schedules.buffers import Program, Segment, allocate
 from shardtrain.pipeline.schedules.build import ring, tabulate, vee, weights_last
 from shardtrain.pipeline.schedules.check import check, check_trains
@@ -42,3 +45,5 @@ __all__ = [
     "vee",
     "weights_last",
 ]
+
+modules_of(sys.modules[__name__])  # imports every file of this folder, so that its schedules are registered

@@ -22,10 +22,10 @@ class Entry:
     """A registered schedule.
 
     Attributes:
-      name: what configs call it.
+      name: used in configs.
       build: makes the table.
-      published_order: makes the order as published, if there is one.
-      chunks: a number of chunks that shows it well, for pictures.
+      published_order: makes the published order, if there is one.
+      chunks: the number of chunks in pictures.
     """
 
     name: str
@@ -44,15 +44,15 @@ registered: Mapping[str, Entry] = MappingProxyType(_ENTRIES)
 def register(
     name: str, *, published_order: Callable[[int, int, int], PublishedOrder] | None = None, chunks: int = 1
 ) -> Callable[[Builder], Builder]:
-    """Decorate a function `(ranks, microbatches, chunks) -> Schedule`, to give it a name.
+    """Register a function `(ranks, microbatches, chunks) -> Schedule` under a name; a decorator.
 
     Args:
-      name: what configs call it.
-      published_order: makes the order as published, if there is one.
-      chunks: a number of chunks that shows it well, for pictures.
+      name: used in configs.
+      published_order: makes the published order.
+      chunks: the number of chunks in pictures.
 
     Raises:
-      UserError: the name is taken, or looks like a file or an import path.
+      UserError: the name is taken, or would be read as that of a file or as an import path.
     """
     if name in _ENTRIES or name.endswith(".csv") or ":" in name:
         raise UserError(
@@ -67,13 +67,10 @@ def register(
 
 
 def get(name: str) -> Entry:
-    """Return the schedule of a name: a registered one, or the function of an import path.
-
-    Args:
-      name: a registered name, or `package.module:function`.
+    """The schedule of that name: a registered one, or the function of an import path, `package.module:function`.
 
     Raises:
-      UserError: there is none; suggests the nearest.
+      UserError: there is none; suggests the nearest name.
     """
     if ":" in name:
         return Entry(name, _imported(name), None, 1)
@@ -95,13 +92,13 @@ def _imported(name: str) -> Builder:
     except (TypeError, ValueError) as error:  # ValueError: written in C, it has no signature
         raise UserError(
             f"pipeline schedule {name!r} cannot be called with (ranks, microbatches, chunks): {error}; a schedule is "
-            "a function of these three that returns a Schedule"
+            "a function of these three arguments that returns a Schedule"
         ) from error
     return build
 
 
 def make(name: str, ranks: int, microbatches: int, chunks: int = 1) -> Schedule:
-    """Make and check the schedule for these sizes.
+    """The checked schedule for these sizes.
 
     Args:
       name: a registered name, an import path `package.module:function`, or the path of a `.csv` file.
@@ -110,7 +107,7 @@ def make(name: str, ranks: int, microbatches: int, chunks: int = 1) -> Schedule:
       chunks: stages on each rank.
 
     Raises:
-      UserError: there is no such schedule, it does not allow these sizes, or its table is not valid.
+      UserError: no such schedule, sizes that it does not allow, or a wrong table.
     """
     sizes = {"ranks": ranks, "microbatches": microbatches, "chunks": chunks}
     for what, size in sizes.items():
@@ -139,13 +136,7 @@ def make(name: str, ranks: int, microbatches: int, chunks: int = 1) -> Schedule:
 
 
 def published_order(name: str, ranks: int, microbatches: int, chunks: int = 1) -> PublishedOrder | None:
-    """Make and check the published order for these sizes; `None` if the schedule states none.
-
-    Args:
-      name: a registered name, an import path, or the path of a `.csv` file.
-      ranks: size of the mesh axis `pipe`.
-      microbatches: per step.
-      chunks: stages on each rank.
+    """The published order for these sizes, checked; `None` where the schedule states none.
 
     Raises:
       UserError: as `make`.

@@ -50,7 +50,7 @@ def test_a_config_names_it():
     config = load_config(
         CONFIG, ["mesh={pipe: 2, fsdp: 4}", "pipeline={schedule: 'own_schedules:mine', microbatches: 2}"]
     )
-    assert build(config).model.program.schedule.name == "mine"
+    assert build(config).model.execution.program.schedule.name == "mine"
 
 
 def test_the_command_line_draws_it():

@@ -7,6 +7,8 @@ import pytest
 from schedules.tokens import BUILT_IN, runs
 
 from shardtrain.errors import UserError
+from shardtrain.host.import_path import modules_of
+from shardtrain.pipeline import schedules
 from shardtrain.pipeline.schedules import (
     Schedule,
     allocate,
@@ -121,6 +123,26 @@ def test_a_user_registers_a_schedule_and_it_is_checked():
         make("test_reversed", 3, 4, 2)
     with pytest.raises(UserError, match="is taken"):
         register("gpipe")
+
+
+FILE = """
+from shardtrain.pipeline.schedules import make, register
+
+@register("dropped_in")
+def dropped_in(ranks, microbatches, chunks):
+    return make("gpipe", ranks, microbatches, chunks)
+"""
+
+
+def test_a_file_in_the_folder_is_a_schedule(tmp_path, monkeypatch):
+    (tmp_path / "dropped_in_schedule.py").write_text(FILE)
+    monkeypatch.setattr(schedules, "__path__", [*schedules.__path__, str(tmp_path)])
+    assert "dropped_in_schedule" in modules_of(schedules)  # as importing the package does
+    try:
+        assert "dropped_in" in registered
+        assert make("dropped_in", 2, 4).name == "gpipe"
+    finally:
+        registry._ENTRIES.pop("dropped_in")
 
 
 def test_placements():
