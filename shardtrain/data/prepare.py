@@ -1,4 +1,4 @@
-"""Text is tokenised once, when a run begins, and kept in the run's directory:
+"""Text is tokenised once, when a run begins, and kept in the run's directory.
 
     tokens.bin, tokens.bin.json   the token file (`tokens.py`); the separator stands after each document
     tokenizer.json                the tokenizer, where it was learnt from the text

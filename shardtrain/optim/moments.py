@@ -84,11 +84,11 @@ def with_moments(tx: optax.GradientTransformation, weights: Any, moments: Moment
 
 
 def blocks(weight: Weight) -> tuple[int, int] | None:
-    """Which dim of a weight is cut into blocks, and their size; `None` for a small weight, which has none, as for a
-    dim without a fitting divisor.
+    """Return the dim of a weight that is cut into blocks, and their size; `None` if the weight has no blocks.
 
-    It follows from the shape of one layer alone: checkpoints fit any mesh and any pipeline. Tokens differ in scale by
-    their frequency, so no block spans several: the dim is the longest one that is not the vocabulary.
+    A small weight has none, nor has a dim without a fitting divisor. The choice depends on the shape of one layer
+    alone, so checkpoints fit any mesh and any pipeline. Tokens differ in scale by their frequency, so no block spans
+    several: the dim is the longest one that is not the vocabulary.
     """
     dims = [dim for dim in range(weight.stack, len(weight.shape)) if weight.axes[dim] != "vocab"]
     if not dims or math.prod(weight.shape[weight.stack :]) < _SMALL:
