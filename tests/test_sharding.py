@@ -168,7 +168,7 @@ def test_axes_that_are_manual_are_dropped_and_the_others_still_constrain(cube, m
 
 def test_a_manual_dim_is_checked_against_its_local_size(cube):
     def body(x):  # [8 / data 2, 4]: divides over fsdp 2, the axis that is left
-        with pytest.raises(UserError, match=r"size 3, which is not divisible by mesh axis fsdp 2"):
+        with pytest.raises(UserError, match=r"size 3, which mesh axis fsdp 2 does not divide"):
             cube.constrain(x[:3], "batch", "mlp")
         return x
 

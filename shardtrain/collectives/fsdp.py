@@ -41,8 +41,8 @@ def split_dims(weights: Tree, partitioner: Partitioner) -> Tree:
     """
     if partitioner.mesh.shape[_AXIS] == 1:
         raise UserError(
-            "pipeline.gather step gathers weights that mesh.fsdp splits, and mesh.fsdp is 1; use gather tick, or an "
-            "fsdp of 2 or more"
+            "pipeline.gather step gathers what mesh.fsdp splits, and mesh.fsdp is 1; use gather tick, or an fsdp of 2 "
+            "or more"
         )
     if _AXIS not in partitioner.rules["batch"]:
         raise UserError(

@@ -49,8 +49,8 @@ def check_backward(schedule: Schedule, backward: str) -> None:
         raise UserError(f"backward {backward!r} does not exist (pipeline.backward); {near}")
     if backward != "remat" and "W" in schedule.phases:
         raise UserError(
-            f"backward {backward!r}: {schedule.name} splits the backward pass, and stores what W needs; "
-            "drop backward, or choose another schedule"
+            f"backward {backward!r}: {schedule.name} splits the backward pass, and keeps what its second half needs; "
+            "drop backward, or take another schedule"
         )
 
 

@@ -204,10 +204,12 @@ class Partitioner:
         if len(axes) != len(shape):
             raise UserError(f"{name} has shape {shape}, but {len(axes)} logical axes {tuple(axes)}: give one per dim")
         for dim, part in enumerate(spec):
-            if shape[dim] % (shards := count_shards(self.mesh, part)):
-                sizes = " x ".join(f"{axis} {self.mesh.shape[axis]}" for axis in mesh_axes(part))
+            split = mesh_axes(part)
+            pieces = math.prod(self.mesh.shape[axis] for axis in split)
+            if shape[dim] % pieces:
+                sizes = " x ".join(f"{axis} {self.mesh.shape[axis]}" for axis in split)
                 raise UserError(
-                    f"{name}: dim {dim} ({axes[dim]!r}) has size {shape[dim]}, which is not divisible by mesh axis "
-                    f"{sizes}; use a multiple of {shards}, a mesh size among {divisors(shape[dim])[:8]}, or "
+                    f"{name}: dim {dim} ({axes[dim]!r}) has size {shape[dim]}, which mesh axis {sizes} does not "
+                    f"divide; use a multiple of {pieces}, a mesh size among {divisors(shape[dim])[:8]}, or "
                     f"rules.{axes[dim]}=null to keep such dims whole"
                 )

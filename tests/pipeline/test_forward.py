@@ -92,7 +92,7 @@ def test_rows_that_do_not_divide_over_the_mesh_are_refused():
     place, model = tiny.partitioner(pipe=2, data=2), ModelDef(make("llama", 2, "full"), schedule=table("1f1b 4 1", 2))
     state = abstract_state(model, optax.sgd(0.1), place)
     with pytest.raises(
-        UserError, match=r"batch\['\w+'\]: dim 0 \('batch'\) has size 7, which is not divisible by mesh axis data 2"
+        UserError, match=r"batch\['\w+'\]: dim 0 \('batch'\) has size 7, which mesh axis data 2 does not"
     ):
         make_eval_step(model, place).lower(state, tiny.batch(rows=7))
 
