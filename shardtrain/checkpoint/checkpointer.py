@@ -41,14 +41,14 @@ class Checkpointer:
     when it fails it ends, and the supervisor restarts all.
 
     Args:
-        directory: where the steps go; made if missing.
-        keep: how many of the newest steps to keep, at least 1.
-        keep_every: also keep each step that is a multiple of this.
-        asynchronous: False makes `save` wait for its own end.
-        compress: zstd. Off: it makes saves about 3 times slower for 8% of size on float32 weights.
+      directory: where the steps go; made if missing.
+      keep: how many of the newest steps to keep, at least 1.
+      keep_every: also keep each step that is a multiple of this.
+      asynchronous: False makes `save` wait for its own end.
+      compress: zstd. Off: it makes saves about 3 times slower for 8% of size on float32 weights.
 
     Raises:
-        UserError: the directory cannot be written, or `keep` or `keep_every` is below 1.
+      UserError: the directory cannot be written, or `keep` or `keep_every` is below 1.
     """
 
     def __init__(
@@ -75,13 +75,13 @@ class Checkpointer:
         """Saves a step; its buffers may be donated as soon as this returns.
 
         Args:
-            step: newer than every step in the directory.
-            state: a pytree of arrays and numbers.
-            extra: JSON saved beside it (config, data position, mesh).
+          step: newer than every step in the directory.
+          state: a pytree of arrays and numbers.
+          extra: JSON saved beside it (config, data position, mesh).
 
         Raises:
-            UserError: the save before this one, or this one, failed (a full disk); the step is not a new one;
-                two leaves share a path; `extra` is not JSON.
+          UserError: the save before this one, or this one, failed (a full disk); the step is not a new one;
+            two leaves share a path; `extra` is not JSON.
         """
         self.wait()
         self._require_new(step)
@@ -100,7 +100,7 @@ class Checkpointer:
         """Blocks until the save under way is committed, hashed and verified.
 
         Raises:
-            UserError: it failed; the last good step is named, and intact.
+          UserError: it failed; the last good step is named, and intact.
         """
         if self._pending is not None:
             self._pending.exception()  # interrupted here, it stays pending
@@ -117,7 +117,7 @@ class Checkpointer:
         """The newest step that verifies, after cleaning up what a crash left; None in a fresh run.
 
         Raises:
-            UserError: checkpoints exist, and none can be trusted.
+          UserError: checkpoints exist, and none can be trusted.
         """
         self.wait()
         self._verified = trust.newest(self.directory)
@@ -127,12 +127,12 @@ class Checkpointer:
         """Verifies a step and loads it; None in a fresh run. What `latest` has just found is not hashed again.
 
         Args:
-            abstract: the state's tree with `jax.ShapeDtypeStruct` leaves that carry shardings, on any mesh.
-            step: which one; None takes `latest`. A step asked for by number is never replaced by another.
-            cast: allow another dtype than the saved one.
+          abstract: the state's tree with `jax.ShapeDtypeStruct` leaves that carry shardings, on any mesh.
+          step: which one; None takes `latest`. A step asked for by number is never replaced by another.
+          cast: allow another dtype than the saved one.
 
         Raises:
-            UserError: no step can be trusted; or paths, shapes or dtypes differ (each is named).
+          UserError: no step can be trusted; or paths, shapes or dtypes differ (each is named).
         """
         if step is None:
             step = self.latest()
@@ -147,7 +147,7 @@ class Checkpointer:
         """The record saved with a step, which is verified as `restore` does it.
 
         Raises:
-            UserError: the step cannot be trusted.
+          UserError: the step cannot be trusted.
         """
         self._require_intact(step)
         return reading.intact_extra(self.directory / str(step))
@@ -156,7 +156,7 @@ class Checkpointer:
         """Waits for the save under way, and ends the background thread.
 
         Raises:
-            UserError: that save failed.
+          UserError: that save failed.
         """
         close_all(self.wait, self._worker.shutdown)
 

@@ -36,9 +36,9 @@ def differences(saved: Mapping[str, ArrayInfo], wanted: Mapping[str, ArrayInfo],
     """One line per path on which checkpoint and model disagree; none when the checkpoint can be loaded.
 
     Args:
-        saved: what the checkpoint holds.
-        wanted: what the model asks for.
-        cast: accept another dtype where the cast keeps the meaning: between floats, and to wider integers.
+      saved: what the checkpoint holds.
+      wanted: what the model asks for.
+      cast: accept another dtype where the cast keeps the meaning: between floats, and to wider integers.
     """
     lines = [f"missing: {name} {wanted[name]}" for name in wanted if name not in saved]
     lines += [f"unexpected: {name} {saved[name]}" for name in saved if name not in wanted]

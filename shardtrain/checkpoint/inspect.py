@@ -42,11 +42,11 @@ def list_steps(directory: Path | str, *, hashes: bool = True) -> list[StepRecord
     """Everything in a checkpoint directory, oldest step first, also what was set aside.
 
     Args:
-        directory: a run directory or its ``checkpoints``.
-        hashes: read and hash every file. False compares sizes, which takes no time and misses flipped bits.
+      directory: a run directory or its `checkpoints`.
+      hashes: read and hash every file. False compares sizes, which takes no time and misses flipped bits.
 
     Raises:
-        UserError: there is no such directory.
+      UserError: there is no such directory.
     """
     return sorted(_records(reading.locate(directory), hashes), key=lambda record: (record.step, record.path.name))
 
@@ -55,7 +55,7 @@ def verify(directory: Path | str, step: int | None = None) -> list[StepRecord]:
     """The records of the steps that a run could restore, or of one, with every file hashed.
 
     Raises:
-        UserError: there is no such directory or step.
+      UserError: there is no such directory or step.
     """
     folder = reading.locate(directory)
     steps = sorted({*lifecycle.committed(folder), *lifecycle.with_manifest(folder)})
@@ -68,7 +68,7 @@ def parameter_table(directory: Path | str, step: int) -> list[Parameter]:
     """Path, shape, dtype and bytes of each array of a step by path, from its metadata alone.
 
     Raises:
-        UserError: no such step, or a corrupt one.
+      UserError: no such step, or a corrupt one.
     """
     arrays = reading.describe(directory, step).arrays
     return [Parameter(name, info.shape, info.dtype.name, info.bytes) for name, info in sorted(arrays.items())]

@@ -2,10 +2,10 @@
 
 ======================================  =============================================================
 uncommitted (Orbax's temporary name)    removed
-``N.deleting`` (retention interrupted)  removed
-``N`` without manifest                  died before the hashes were written: renamed ``N.unverified``;
+`N.deleting` (retention interrupted)  removed
+`N` without manifest                  died before the hashes were written: renamed `N.unverified`;
                                         the newest of these is kept, the others are removed
-``N`` that differs from its manifest    corrupt: renamed ``N.corrupt``
+`N` that differs from its manifest    corrupt: renamed `N.corrupt`
 ======================================  =============================================================
 
 Then the newest step that agrees with its manifest is trusted. Where none is left but some are corrupt, that
@@ -45,7 +45,7 @@ def uncommitted(directory: Path) -> list[Path]:
 
 
 def set_aside(directory: Path) -> list[Path]:
-    """What was renamed ``N.corrupt`` or ``N.unverified``; of a corrupt step, maybe the manifest alone."""
+    """What was renamed `N.corrupt` or `N.unverified`; of a corrupt step, maybe the manifest alone."""
     pattern = re.compile(rf"\d+\.({CORRUPT}|{UNVERIFIED})(-\d+)?({re.escape(manifest.SUFFIX)})?")
     found = {path.name.removesuffix(manifest.SUFFIX) for path in directory.iterdir() if pattern.fullmatch(path.name)}
     return [directory / name for name in sorted(found)]
@@ -67,7 +67,7 @@ def prepare(directory: Path) -> None:
     """Cleans up, and sets aside each step without a manifest: of those, only the newest stays on the disk.
 
     Raises:
-        UserError: there are several, and no step has a manifest.
+      UserError: there are several, and no step has a manifest.
     """
     clean(directory)
     complete = with_manifest(directory)
@@ -96,7 +96,7 @@ def require_none_corrupt(directory: Path, problems: list[str]) -> None:
     """Checks, where no step can be trusted, that there never was one.
 
     Raises:
-        UserError: there are corrupt ones; `problems` are what was found just now.
+      UserError: there are corrupt ones; `problems` are what was found just now.
     """
     corrupt = [path.name for path in set_aside(directory) if f".{CORRUPT}" in path.name]
     if corrupt:
@@ -111,7 +111,7 @@ def require_manifest(directory: Path, step: int) -> None:
     """Checks that a step that was asked for by number has a manifest.
 
     Raises:
-        UserError: it does not exist, or has none.
+      UserError: it does not exist, or has none.
     """
     if step not in with_manifest(directory):
         reason = "has no manifest" if step in committed(directory) else "does not exist"
@@ -122,7 +122,7 @@ def require_no_problem(directory: Path, step: int, problem: str | None) -> None:
     """Checks that a step that was asked for by number agrees with its manifest; renames nothing.
 
     Raises:
-        UserError: there is a problem.
+      UserError: there is a problem.
     """
     if problem is not None:
         others = [other for other in with_manifest(directory) if other != step]
@@ -130,7 +130,7 @@ def require_no_problem(directory: Path, step: int, problem: str | None) -> None:
 
 
 def rename(directory: Path, step: int, label: str) -> Path:
-    """Moves a step and its manifest to ``N.<label>``, or ``N.<label>-2`` and so on when that is taken."""
+    """Moves a step and its manifest to `N.<label>`, or `N.<label>-2` and so on when that is taken."""
     taken = {path.name for path in set_aside(directory)}
     target, count = directory / f"{step}.{label}", 1
     while target.name in taken:
@@ -164,7 +164,7 @@ def _unverified(directory: Path) -> list[Path]:
 
 
 def _age(path: Path) -> tuple[int, int]:
-    """Of ``N.unverified-k``: the step, and how often it was set aside before."""
+    """Of `N.unverified-k`: the step, and how often it was set aside before."""
     step, label = path.name.split(".")
     return int(step), int(label.partition("-")[2] or 1)
 

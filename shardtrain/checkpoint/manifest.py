@@ -1,6 +1,6 @@
 """Hashes of a step's files, kept beside it: array data in Orbax has no checksum that catches a flipped bit.
 
-``<step>.manifest.json`` is ``{"version": 1, "step": 100, "files": {"state/d/...": [size, sha256], ...}}``. It
+`<step>.manifest.json` is `{"version": 1, "step": 100, "files": {"state/d/...": [size, sha256], ...}}`. It
 lies outside of the step's directory, and is written atomically once every file that it names is on the disk.
 """
 
@@ -27,7 +27,7 @@ def write(directory: Path, step: int) -> None:
     """Hashes the files of a committed step, forces them to disk, then writes the manifest (atomically).
 
     Raises:
-        OSError: the disk is full or failing.
+      OSError: the disk is full or failing.
     """
     root = directory / str(step)
     files = {}
@@ -44,13 +44,13 @@ def problem(directory: Path, step: int, hash_up_to: int | None = None, share: tu
     """The first difference between a step and its manifest, naming the file; None when all agrees.
 
     Args:
-        directory: the folder of the step and its manifest.
-        step: the step to check.
-        hash_up_to: hash only files of at most so many bytes, and compare the others by size. None hashes all.
-        share: (i, n) hashes the i-th of n shares of the files, about equal in bytes, and compares the others by size.
+      directory: the folder of the step and its manifest.
+      step: the step to check.
+      hash_up_to: hash only files of at most so many bytes, and compare the others by size. None hashes all.
+      share: (i, n) hashes the i-th of n shares of the files, about equal in bytes, and compares the others by size.
 
     Raises:
-        UserError: a file may not be read (permissions): that is no corruption.
+      UserError: a file may not be read (permissions): that is no corruption.
     """
     root = directory / str(step)
     try:

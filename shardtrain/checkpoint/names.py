@@ -1,8 +1,8 @@
 """A state tree as a flat dict of dotted paths, so that container types never reach the disk.
 
-``{"params": {"head": {"kernel": x}}}`` and a dataclass with a field ``params`` both store
-``params.head.kernel``; an optax named tuple at position 0 of ``opt_state`` stores
-``opt_state.0.mu.head.kernel``.
+`{"params": {"head": {"kernel": x}}}` and a dataclass with a field `params` both store
+`params.head.kernel`; an optax named tuple at position 0 of `opt_state` stores
+`opt_state.0.mu.head.kernel`.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ def flatten(tree: Tree) -> dict[str, Any]:
     """The leaves of a pytree by dotted path, in the tree's own order.
 
     Raises:
-        UserError: two leaves share a path, as ``{"a.b": x, "a": {"b": y}}`` does, or the tree is a bare leaf.
+      UserError: two leaves share a path, as `{"a.b": x, "a": {"b": y}}` does, or the tree is a bare leaf.
     """
     leaves: dict[str, Any] = {}
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -43,7 +43,7 @@ def storable(name: str, leaf: Any) -> jax.Array | np.ndarray:
     """A leaf as the array that is written; Python numbers take JAX's default dtype for them.
 
     Raises:
-        UserError: the leaf is no array and no number.
+      UserError: the leaf is no array and no number.
     """
     if isinstance(leaf, jax.Array | np.ndarray):
         return leaf
@@ -58,7 +58,7 @@ def restorable(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
     """What to restore a leaf into: shape, dtype and sharding of an array or of a `jax.ShapeDtypeStruct`.
 
     Raises:
-        UserError: there is no sharding to restore into, or JAX cannot hold the dtype.
+      UserError: there is no sharding to restore into, or JAX cannot hold the dtype.
     """
     sharding = getattr(leaf, "sharding", None)
     if sharding is None:

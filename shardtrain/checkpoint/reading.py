@@ -16,12 +16,12 @@ def read_state(path: Path, abstract: Any, *, cast: bool) -> tuple[Any, dict]:
     """The state and the extra record of an intact step.
 
     Args:
-        path: the directory of the step.
-        abstract: the tree to restore; leaves with shape, dtype and sharding.
-        cast: allow a change of dtype.
+      path: the directory of the step.
+      abstract: the tree to restore; leaves with shape, dtype and sharding.
+      cast: allow a change of dtype.
 
     Raises:
-        UserError: written by a newer shardtrain; or paths, shapes or dtypes differ (each is named).
+      UserError: written by a newer shardtrain; or paths, shapes or dtypes differ (each is named).
     """
     wanted = {name: names.restorable(name, leaf) for name, leaf in names.flatten(abstract).items()}
     description = _describe(path)
@@ -31,16 +31,16 @@ def read_state(path: Path, abstract: Any, *, cast: bool) -> tuple[Any, dict]:
 
 
 def load_weights(directory: Path | str, abstract_params: Any, step: int | None = None, *, cast: bool = False) -> Any:
-    """Another run's weights alone: the leaves below ``params.``. That run's directory is not changed.
+    """Another run's weights alone: the leaves below `params.`. That run's directory is not changed.
 
     Args:
-        directory: a run directory or its ``checkpoints``.
-        abstract_params: the tree below ``params``; leaves with shape, dtype and sharding.
-        step: which step; None takes the newest that verifies, and warns of each newer one that does not.
-        cast: allow a change of dtype.
+      directory: a run directory or its `checkpoints`.
+      abstract_params: the tree below `params`; leaves with shape, dtype and sharding.
+      step: which step; None takes the newest that verifies, and warns of each newer one that does not.
+      cast: allow a change of dtype.
 
     Raises:
-        UserError: no intact step; or paths, shapes or dtypes differ (each is named).
+      UserError: no intact step; or paths, shapes or dtypes differ (each is named).
     """
     folder = locate(directory)
     if step is None:
@@ -59,7 +59,7 @@ def read_extra(directory: Path | str, step: int) -> dict:
     """The record saved with a step; its small files are verified, its arrays are not touched.
 
     Raises:
-        UserError: no such step, a corrupt one, or one written by a newer shardtrain.
+      UserError: no such step, a corrupt one, or one written by a newer shardtrain.
     """
     return describe(directory, step).record["extra"]
 
@@ -68,7 +68,7 @@ def intact_extra(path: Path) -> dict:
     """The record saved with a step that is known to be intact.
 
     Raises:
-        UserError: it was written by a newer shardtrain.
+      UserError: it was written by a newer shardtrain.
     """
     return _describe(path).record["extra"]
 
@@ -77,7 +77,7 @@ def describe(directory: Path | str, step: int) -> store.Description:
     """What a step holds, after verifying its small files and the sizes of all.
 
     Raises:
-        UserError: no such step, a corrupt one, or one written by a newer shardtrain.
+      UserError: no such step, a corrupt one, or one written by a newer shardtrain.
     """
     folder = locate(directory)
     lifecycle.require_manifest(folder, step)
@@ -87,10 +87,10 @@ def describe(directory: Path | str, step: int) -> store.Description:
 
 
 def locate(directory: Path | str) -> Path:
-    """The folder that holds the steps: the given one, or its ``checkpoints`` when given a run directory.
+    """The folder that holds the steps: the given one, or its `checkpoints` when given a run directory.
 
     Raises:
-        UserError: it does not exist, cannot be read, or is the folder of something else.
+      UserError: it does not exist, cannot be read, or is the folder of something else.
     """
     given = Path(directory).absolute()
     try:

@@ -18,7 +18,7 @@ def newest(directory: Path) -> int | None:
     """Cleans up, and returns the newest step that verifies; None when the run never had a trusted one.
 
     Raises:
-        UserError: checkpoints exist or existed, and none of them can be trusted.
+      UserError: checkpoints exist or existed, and none of them can be trusted.
     """
     agree.by_process_zero(lambda: lifecycle.prepare(directory))
     problems: list[str] = []
@@ -36,7 +36,7 @@ def newest_intact(directory: Path) -> int:
     """The newest step that verifies, of a directory that is not ours to change; warns of each newer one.
 
     Raises:
-        UserError: there is none.
+      UserError: there is none.
     """
     for step in _newest_first(directory):
         problem = _problem(directory, step)
@@ -50,7 +50,7 @@ def require_intact(directory: Path, step: int) -> None:
     """Checks one step that was asked for by number; renames nothing.
 
     Raises:
-        UserError: it does not exist, has no manifest, or differs from it.
+      UserError: it does not exist, has no manifest, or differs from it.
     """
     agree.by_process_zero(lambda: lifecycle.require_manifest(directory, step))
     lifecycle.require_no_problem(directory, step, _problem(directory, step))

@@ -104,9 +104,10 @@ FACTORIES: dict[str, Callable[[Request], Opened]] = {
 def check_type(
     type: str, *, path: Paths | None = None, tokenizer: str | None = None, tokenizer_vocab: int | None = None
 ) -> None:
-    """Whether there is such a type, before anything is opened; of an import path, also whether it takes the settings.
+    """Check that there is such a type, before anything is opened; for an import path, also that it takes the settings.
 
-    Raises UserError where not.
+    Raises:
+      UserError: there is no such type, or it does not take a setting.
     """
     if ":" in type:
         check_imported(type, Request(type, 1, 1, 0, path, tokenizer, tokenizer_vocab, None, False).fields)
@@ -131,19 +132,20 @@ def open_source(
     """Opens the rows that a config asks for, and the tokenizer where there is one.
 
     Args:
-        type: a name in `FACTORIES`: `corpus`, `text`, `tokens` or `synthetic`; or `package.module:Class`
-            (`imported.py` says what that is called with).
-        seq_len: tokens in a row.
-        vocab_size: the model's; the data's must not be larger.
-        seed: of synthetic tokens. (The order of rows has its own, in `Loader`.)
-        path: files for `text` (a file, folder or glob, or several), the file for `tokens`.
-        tokenizer: `bpe` (the default) or `byte`, for `corpus` and `text`.
-        tokenizer_vocab: for `bpe` (`data.vocab_size` in a config); the model's when not given.
-        directory: where `corpus` and `text` keep their tokens (`prepare.py`).
-        write: whether this process may write there; with several, true in just one.
-        should_stop: polled several times a second while text is tokenised or tokens are checked; True ends it.
+      type: a name in `FACTORIES`: `corpus`, `text`, `tokens` or `synthetic`; or `package.module:Class`
+        (`imported.py` says what that is called with).
+      seq_len: tokens in a row.
+      vocab_size: the model's; the data's must not be larger.
+      seed: of synthetic tokens. (The order of rows has its own, in `Loader`.)
+      path: files for `text` (a file, folder or glob, or several), the file for `tokens`.
+      tokenizer: `bpe` (the default) or `byte`, for `corpus` and `text`.
+      tokenizer_vocab: for `bpe` (`data.vocab_size` in a config); the model's when not given.
+      directory: where `corpus` and `text` keep their tokens (`prepare.py`).
+      write: whether this process may write there; with several, true in just one.
+      should_stop: polled several times a second while text is tokenised or tokens are checked; True ends it.
 
-    Raises UserError for anything wrong with these, or with the data, and where `should_stop` said so.
+    Raises:
+      UserError: anything is wrong with these or with the data, or `should_stop` returned True.
     """
     check_type(type, path=path, tokenizer=tokenizer, tokenizer_vocab=tokenizer_vocab)
     kept, watch = Path(directory) if directory is not None else None, Watch(should_stop)

@@ -27,8 +27,7 @@ _SKIPPED = frozenset(
 
 
 def corpus_documents(max_bytes: int = 4_000_000) -> Iterator[Document]:
-    """Yields Python's documentation topics, then its standard library's sources, each in the order of their
-    names.
+    """Yield Python's documentation topics, then the sources of its standard library, each in the order of their names.
 
     Stops before the document that would pass `max_bytes` (of UTF-8). The same for every run of one Python
     version; another version has another text, so a run keeps the tokens that it began with (see

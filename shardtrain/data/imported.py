@@ -23,11 +23,11 @@ def check_imported(type: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     """What to call the class with, if it can be called with what a config says.
 
     Args:
-        type: the import path.
-        fields: those of a `Request`, by name.
+      type: the import path.
+      fields: those of a `Request`, by name.
 
-    Raises UserError where there is no such class, where it needs something else, or where it does not take a setting
-    that was given.
+    Raises:
+      UserError: there is no such class, it needs something else, or it does not take a setting that was given.
     """
     accepted = _parameters(type, _class(type))
     anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
@@ -52,7 +52,8 @@ def check_imported(type: str, fields: Mapping[str, Any]) -> dict[str, Any]:
 def open_imported(type: str, fields: Mapping[str, Any]) -> tuple[Source, Tokenizer | None]:
     """The source of an import path, and its tokenizer where it has one.
 
-    Raises UserError as `check_imported`, and where what came is no source.
+    Raises:
+      UserError: as `check_imported`, or the result is not a source.
     """
     source = _class(type)(**check_imported(type, fields))
     if lacking := [part for part in _PARTS if not hasattr(source, part)]:

@@ -21,7 +21,7 @@ def learn(
 ) -> tokenizers.Tokenizer:
     """Returns `tokenizer` with the merges that are learnt from `texts`, which another thread reads.
 
-    Raises what `watch` raises, at once, and what reading the texts raised.
+    Errors of `watch`, and of reading the texts, are raised at once.
     """
     request = {"tokenizer": tokenizer.to_str(), "vocab_size": vocab_size, "special_tokens": special_tokens}
     errors: list[BaseException] = []

@@ -21,7 +21,8 @@ def text_files(paths: Paths) -> list[Path]:
     A path is a file, a folder (all files below it, but no hidden ones, nor those in folders that are links) or a glob
     (`corpus/**/*.txt`, which follows links). Links to one file, hard links too, count as that one file.
 
-    Raises UserError where one of them stands for no file, or a folder cannot be read.
+    Raises:
+      UserError: one of them stands for no file, or a folder cannot be read.
     """
     return once(file for path in each(paths) for file in expand(path))
 

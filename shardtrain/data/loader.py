@@ -30,25 +30,26 @@ class Loader:
     It is endless, unless `epochs` are given.
 
     Args:
-        source: where the rows come from.
-        global_batch: B, the rows in a batch over all devices.
-        seed: of the order of rows.
-        sharding: of a [B, S] leaf, such as `P(("data", "fsdp"), "context")` on a mesh. A leaf of fewer dims
-            takes the first entries of its spec.
-        state: where to continue, from the `state` of an earlier loader. Another `global_batch` is allowed:
-            batches then begin at the next row that was not consumed.
-        shuffle: False gives the rows in the source's order, in every epoch.
-        prefetch: batches made and sent to the devices ahead, while steps run; 0 makes each when it is asked for.
-        threads: that make them, a batch each, at most `prefetch` at a time. More than one is for a source that waits,
-            for a network say; otherwise they wait for the interpreter, and two deliver two thirds of what one does.
-        epochs: the loader ends after so many times over the source, of which each row counts once: rows that fill up
-            the last batch have a `loss_mask` of 0. With 1, and `shuffle` False, what `evaluate` wants.
+      source: where the rows come from.
+      global_batch: B, the rows in a batch over all devices.
+      seed: of the order of rows.
+      sharding: of a [B, S] leaf, such as `P(("data", "fsdp"), "context")` on a mesh. A leaf of fewer dims
+        takes the first entries of its spec.
+      state: where to continue, from the `state` of an earlier loader. Another `global_batch` is allowed:
+        batches then begin at the next row that was not consumed.
+      shuffle: False gives the rows in the source's order, in every epoch.
+      prefetch: batches made and sent to the devices ahead, while steps run; 0 makes each when it is asked for.
+      threads: that make them, a batch each, at most `prefetch` at a time. More than one is for a source that waits,
+        for a network say; otherwise they wait for the interpreter, and two deliver two thirds of what one does.
+      epochs: the loader ends after so many times over the source, of which each row counts once: rows that fill up
+        the last batch have a `loss_mask` of 0. With 1, and `shuffle` False, what `evaluate` wants.
 
     `state` counts the batches that were returned, not those made ahead, and is the same in every process.
     Close a loader, or use it in a `with` statement, to end its threads. One thread uses it.
 
-    Raises UserError for what is no source, an empty one, sizes that do not divide, and a state of other data; also
-    while it runs, for a row that is not as the others, or holds ids that are not in the source's vocabulary.
+    Raises:
+      UserError: the source is not one or is empty, sizes do not divide, or the state is of other data; while it runs, a
+        row is not like the others, or holds ids that are not in the source's vocabulary.
     """
 
     def __init__(

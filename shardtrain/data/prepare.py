@@ -57,8 +57,9 @@ def prepare(
     seconds until it has finished, and read. No more than a few pieces of a text lie in memory at a time; `watch` is
     polled at each.
 
-    Raises UserError where other settings were kept, where a kept file is damaged, where `directory` cannot be
-    made, after a wait in vain, and where `watch` was asked to stop.
+    Raises:
+      UserError: other settings were kept, a kept file is damaged, `directory` cannot be made, the wait was in vain, or
+        `watch` was asked to stop.
     """
     watch = watch or Watch()
     request = {"type": kind, "tokenizer": tokenizer, "vocab_size": tokenizer_vocab}

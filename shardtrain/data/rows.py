@@ -25,7 +25,8 @@ MASK = "loss_mask"
 class RowCheck:
     """What the rows of a source are, learnt from one of them: all have its names, shapes and dtypes.
 
-    Raises UserError, with the source, the row and the leaf, for what no source or row may be.
+    Raises:
+      UserError: a source or row is not valid; names the source, the row and the leaf.
     """
 
     def __init__(self, source: Source, number: int):

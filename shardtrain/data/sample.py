@@ -16,8 +16,8 @@ def sample(pieces: Callable[[], Iterable[str]], watch: Watch, limit: int = DIFFE
     """Every piece of a text; or every second, fourth, eighth, ..., so that all different words fit into `limit` bytes.
 
     Args:
-        pieces: yields the text from its start.
-        watch: polled at each piece.
+      pieces: yields the text from its start.
+      watch: polled at each piece.
     """
     held, size = [], 0
     for piece in pieces():

@@ -93,7 +93,8 @@ def split(source: Source, fraction: float) -> tuple[Source, Source]:
     A contiguous tail, so that of windows cut from one stream no target is in both parts; they share a single
     token, the last target of the first part, which is the first input of the second.
 
-    Raises UserError where either part would be empty.
+    Raises:
+      UserError: either part would be empty.
     """
     if not 0 < fraction < 1:
         raise UserError(

@@ -91,9 +91,9 @@ class BPETokenizer:
         """Learns merges until the vocabulary is full, or the text (when short) has no more pairs.
 
         Args:
-            texts: read once, by another thread.
-            vocab_size: bytes, merges and the separator.
-            watch: polled meanwhile; what it raises ends the wait at once.
+          texts: read once, by another thread.
+          vocab_size: bytes, merges and the separator.
+          watch: polled meanwhile; what it raises ends the wait at once.
         """
         check_bpe_vocab(vocab_size)
         tokenizer = tokenizers.Tokenizer(models.BPE())
@@ -143,8 +143,8 @@ def encode_documents(tokenizer: Tokenizer, texts: Iterable[str | Iterable[str]])
     """Yields the ids of each text in turn, in pieces, the last of which is the separator.
 
     Args:
-        tokenizer: for all of them.
-        texts: each a string, or its parts, cut anywhere.
+      tokenizer: for all of them.
+      texts: each a string, or its parts, cut anywhere.
     """
     for text in texts:
         yield from tokenizer.encode_parts([text] if isinstance(text, str) else text)

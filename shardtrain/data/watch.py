@@ -13,8 +13,8 @@ class Watch:
     """Told every now and then how far the work is.
 
     Args:
-        should_stop: whether the program was asked to stop.
-        every_s: seconds before the first line, and between two: work that takes less says nothing.
+      should_stop: whether the program was asked to stop.
+      every_s: seconds before the first line, and between two: work that takes less says nothing.
     """
 
     def __init__(self, should_stop: ShouldStop | None = None, every_s: float = 5.0):

@@ -76,7 +76,7 @@ def require_writable(directory: Path, what: str) -> None:
     """Makes a directory if it is missing, and tries to write there.
 
     Raises:
-        UserError: it cannot be written; `what` (checkpoints, ...) is what should go there.
+      UserError: it cannot be written; `what` (checkpoints, ...) is what should go there.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -145,7 +145,7 @@ def make_eval_step(
     Under a pipeline too each rank applies its own layers; rows that the schedule's microbatches do not divide go in
     fewer.
 
-    Args and Raises: as for `make_train_step`.
+    Arguments and errors are those of `make_train_step`.
     """
     _check(model, loss, partitioner)
 
