@@ -111,7 +111,7 @@ class Checkpointer:
     @property
     def kept(self) -> int | None:
         """The newest step that is committed and verified by now."""
-        return max(lifecycle.sealed(self.directory), default=None)
+        return max(lifecycle.with_manifest(self.directory), default=None)
 
     def latest(self) -> int | None:
         """The newest step that verifies, after cleaning up what a crash left; None in a fresh run.
@@ -179,14 +179,14 @@ class Checkpointer:
             if problem is not None:
                 lifecycle.rename(self.directory, step, lifecycle.CORRUPT)
                 raise OSError(f"what was written does not read back: {problem}")
-            for old in expired(lifecycle.sealed(self.directory), self._keep, self._keep_every):
+            for old in expired(lifecycle.with_manifest(self.directory), self._keep, self._keep_every):
                 lifecycle.delete(self.directory, old)
         except Exception as error:
             raise self._failure(step, error) from error
         _log.info("checkpoint %d in %s is committed and verified", step, self.directory)
 
     def _failure(self, step: int, error: Exception) -> UserError:
-        older = [kept for kept in lifecycle.sealed(self.directory) if kept != step]
+        older = [kept for kept in lifecycle.with_manifest(self.directory) if kept != step]
         kept = f"the last good checkpoint, step {older[-1]}, is intact" if older else "there is no earlier checkpoint"
         reason = next(iter(str(error).splitlines()), type(error).__name__)  # the rest is Orbax's own traceback
         return UserError(
@@ -196,7 +196,7 @@ class Checkpointer:
         )
 
     def _require_new(self, step: int) -> None:
-        existing = {*lifecycle.committed(self.directory), *lifecycle.sealed(self.directory)}
+        existing = {*lifecycle.committed(self.directory), *lifecycle.with_manifest(self.directory)}
         if existing and step <= max(existing):
             raise UserError(
                 f"cannot save step {step} in {self.directory}: step {max(existing)} is there already; "

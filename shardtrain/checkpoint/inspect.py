@@ -58,7 +58,7 @@ def verify(directory: Path | str, step: int | None = None) -> list[StepRecord]:
       UserError: there is no such directory or step.
     """
     folder = reading.locate(directory)
-    steps = sorted({*lifecycle.committed(folder), *lifecycle.sealed(folder)})
+    steps = sorted({*lifecycle.committed(folder), *lifecycle.with_manifest(folder)})
     if step is not None and step not in steps:
         raise UserError(f"step {step} does not exist in {folder}; the steps are {steps}")
     return [_step_record(folder, each, hashes=True) for each in steps if step is None or each == step]
@@ -75,7 +75,7 @@ def parameter_table(directory: Path | str, step: int) -> list[Parameter]:
 
 
 def _records(folder: Path, hashes: bool) -> Iterator[StepRecord]:
-    for step in sorted({*lifecycle.committed(folder), *lifecycle.sealed(folder)}):
+    for step in sorted({*lifecycle.committed(folder), *lifecycle.with_manifest(folder)}):
         yield _step_record(folder, step, hashes)
     for path in lifecycle.uncommitted(folder):
         yield _record(path, "uncommitted", "its save did not finish")
@@ -86,7 +86,7 @@ def _records(folder: Path, hashes: bool) -> Iterator[StepRecord]:
 
 def _step_record(folder: Path, step: int, hashes: bool) -> StepRecord:
     path = folder / str(step)
-    if step not in lifecycle.sealed(folder):
+    if step not in lifecycle.with_manifest(folder):
         return _record(path, "unverified", "it has no manifest")
     problem = manifest.problem(folder, step, hash_up_to=None if hashes else 0)
     if problem is not None:

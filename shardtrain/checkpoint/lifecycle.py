@@ -33,7 +33,7 @@ def committed(directory: Path) -> list[int]:
     return sorted(int(path.name) for path in directory.iterdir() if path.is_dir() and _is_step(path.name))
 
 
-def sealed(directory: Path) -> list[int]:
+def with_manifest(directory: Path) -> list[int]:
     """Steps that have a manifest, oldest first; their files may have been lost or damaged since."""
     names = [path.name.removesuffix(manifest.SUFFIX) for path in directory.glob(f"*{manifest.SUFFIX}")]
     return sorted(int(name) for name in names if _is_step(name))
@@ -70,9 +70,9 @@ def prepare(directory: Path) -> None:
       UserError: there are several, and no step has a manifest.
     """
     clean(directory)
-    with_manifest = sealed(directory)
-    without = [step for step in committed(directory) if step not in with_manifest]
-    if len(without) > 1 and not with_manifest:
+    complete = with_manifest(directory)
+    without = [step for step in committed(directory) if step not in complete]
+    if len(without) > 1 and not complete:
         # An interrupted run leaves one at most, so these manifests were lost in another way, such as a copy.
         raise UserError(
             f"the steps {without} in {directory} have no manifest: nothing says if they are intact. Bring "
@@ -107,15 +107,15 @@ def require_none_corrupt(directory: Path, problems: list[str]) -> None:
         )
 
 
-def require_sealed(directory: Path, step: int) -> None:
+def require_manifest(directory: Path, step: int) -> None:
     """Checks that a step that was asked for by number has a manifest.
 
     Raises:
       UserError: it does not exist, or has none.
     """
-    if step not in sealed(directory):
+    if step not in with_manifest(directory):
         reason = "has no manifest" if step in committed(directory) else "does not exist"
-        raise UserError(f"step {step} in {directory} {reason}; the verifiable steps are {sealed(directory)}")
+        raise UserError(f"step {step} in {directory} {reason}; the verifiable steps are {with_manifest(directory)}")
 
 
 def require_no_problem(directory: Path, step: int, problem: str | None) -> None:
@@ -125,7 +125,7 @@ def require_no_problem(directory: Path, step: int, problem: str | None) -> None:
       UserError: there is a problem.
     """
     if problem is not None:
-        others = [other for other in sealed(directory) if other != step]
+        others = [other for other in with_manifest(directory) if other != step]
         raise UserError(f"checkpoint {step} in {directory} is corrupt: {problem}; the others are {others}")
 
 

@@ -80,7 +80,7 @@ def describe(directory: Path | str, step: int) -> store.Description:
       UserError: no such step, a corrupt one, or one written by a newer shardtrain.
     """
     folder = locate(directory)
-    lifecycle.require_sealed(folder, step)
+    lifecycle.require_manifest(folder, step)
     problem = manifest.problem(folder, step, hash_up_to=_METADATA_BYTES)
     lifecycle.require_no_problem(folder, step, problem)
     return _describe(folder / str(step))
@@ -108,7 +108,7 @@ def locate(directory: Path | str) -> Path:
 def _is_ours(folder: Path) -> bool:
     """Whether a folder holds a step of ours, whole or not, or a manifest. (Other people number their folders, too.)"""
     steps = [folder / str(step) for step in lifecycle.committed(folder)]
-    named = [*lifecycle.sealed(folder), *lifecycle.uncommitted(folder), *lifecycle.set_aside(folder)]
+    named = [*lifecycle.with_manifest(folder), *lifecycle.uncommitted(folder), *lifecycle.set_aside(folder)]
     return bool(named) or any((step / store.ITEM).is_dir() for step in steps)
 
 

@@ -52,7 +52,7 @@ def require_intact(directory: Path, step: int) -> None:
     Raises:
       UserError: it does not exist, has no manifest, or differs from it.
     """
-    agree.decide_on_process_zero(lambda: lifecycle.require_sealed(directory, step))
+    agree.decide_on_process_zero(lambda: lifecycle.require_manifest(directory, step))
     lifecycle.require_no_problem(directory, step, _problem(directory, step))
 
 
@@ -70,4 +70,4 @@ def _newest_first(directory: Path) -> Iterator[int]:
 
 
 def _newest_below(directory: Path, limit: int | None) -> int | None:
-    return max((step for step in lifecycle.sealed(directory) if limit is None or step < limit), default=None)
+    return max((step for step in lifecycle.with_manifest(directory) if limit is None or step < limit), default=None)

@@ -210,7 +210,7 @@ def check_data_path(data: Data, run: Run) -> Iterator[Problem]:
 def check_init_from(init_from: str, run: Run) -> Iterator[Problem]:
     """The run to start from exists, unless this one has checkpoints already and goes on from them."""
     own = Path(run.dir or f"runs/{run.name}") / "checkpoints"
-    if not os.path.isdir(init_from) and not (own.is_dir() and lifecycle.sealed(own)):
+    if not os.path.isdir(init_from) and not (own.is_dir() and lifecycle.with_manifest(own)):
         fix = "name a run directory, or a step below its checkpoints/"
         yield Problem("init_from", init_from, "there is no such directory", fix)
 

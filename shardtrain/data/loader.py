@@ -48,8 +48,8 @@ class Loader:
     Close a loader, or use it in a `with` statement, to end its threads. One thread uses it.
 
     Raises:
-      UserError: what is no source, an empty one, sizes that do not divide, and a state of other data; also while it
-        runs, for a row that is not as the others, or holds ids that are not in the source's vocabulary.
+      UserError: the source is not one or is empty, sizes do not divide, or the state is of other data; while it runs, a
+        row is not like the others, or holds ids that are not in the source's vocabulary.
     """
 
     def __init__(

@@ -58,8 +58,8 @@ def prepare(
     polled at each.
 
     Raises:
-      UserError: other settings were kept, where a kept file is damaged, where `directory` cannot be made, after a wait
-        in vain, and where `watch` was asked to stop.
+      UserError: other settings were kept, a kept file is damaged, `directory` cannot be made, the wait was in vain, or
+        `watch` was asked to stop.
     """
     watch = watch or Watch()
     request = {"type": kind, "tokenizer": tokenizer, "vocab_size": tokenizer_vocab}

@@ -26,7 +26,7 @@ class RowCheck:
     """What the rows of a source are, learnt from one of them: all have its names, shapes and dtypes.
 
     Raises:
-      UserError: with the source, the row and the leaf, for what no source or row may be.
+      UserError: a source or row is not valid; names the source, the row and the leaf.
     """
 
     def __init__(self, source: Source, number: int):

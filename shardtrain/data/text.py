@@ -17,9 +17,8 @@ def text_documents(paths: Paths) -> Iterator[TextFile]:
     """Yields one document for each file with text in it: UTF-8, read when the document is.
 
     Raises:
-      UserError: a path stands for no file, with the file where one cannot be read or is not UTF-8 (and the byte
-        offset), for a file that is named itself and empty, and where there is no text at all. Empty files inside of
-        folders and globs hold no document.
+      UserError: a path matches no file; a file cannot be read or is not UTF-8 (names it, and the byte offset); a file
+        that is named itself is empty; or there is no text at all. Empty files in folders and globs hold no document.
     """
     files, named, empty = text_files(paths), set(map(Path, each(paths))), True
     for document in map(TextFile, files):

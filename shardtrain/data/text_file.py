@@ -54,7 +54,7 @@ class TextFile:
         `digest`, of hashlib, is updated with the file's bytes: its sha256 is then what `sha256sum` prints.
 
         Raises:
-          UnreadableError: with the file, where it cannot be read, and where it is not UTF-8, with the byte offset.
+          UnreadableError: the file cannot be read, or is not UTF-8; names it, and the byte offset.
         """
         decoder = codecs.getincrementaldecoder("utf-8")()
         end = 0

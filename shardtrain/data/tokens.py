@@ -110,8 +110,8 @@ def open_tokens(path: str | os.PathLike[str], watch: Watch | None = None) -> Tok
     """Opens a token file, reading it once from end to end to check every id and to fingerprint it, polling `watch`.
 
     Raises:
-      UserError: with the file and the offset, for a missing file or sidecar, a sidecar that does not follow the layout,
-        an empty file, a size that is not the sidecar's, and an id at or above the vocabulary.
+      UserError: the file or its sidecar is missing, the sidecar does not follow the format, the file is empty or of
+        another size than the sidecar states, or an id is not in the vocabulary; names the file and the offset.
     """
     path = Path(path)
     dtype, count, vocab_size = _read_sidecar(path)
