@@ -20,8 +20,8 @@ from shardtrain.weights.weight import Weight
 Aux = dict[str, tuple[jax.Array, jax.Array]]
 
 
-def pin(x: Any, inputs: Mapping[str, jax.Array]) -> Any:
-    """Pin the layout of the residual stream, a pytree of `[B, ...]` arrays, as it is between blocks and stages.
+def constrain_residual(x: Any, inputs: Mapping[str, jax.Array]) -> Any:
+    """Constrain the layout of the residual stream, a pytree of `[B, ...]` arrays, between blocks and stages.
 
     Rows are split like the rows of a batch, and the second dim like a sequence between blocks (`seq_residual`), if it
     is as long as the tokens in `inputs`.
@@ -39,7 +39,7 @@ class Stack(nnx.Module):
     """`n_layers` blocks of one kind, `block(x, ctx) -> (x, aux)`, applied one after the other.
 
     Each weight of a block gains a leading `layers` dim. `x`, the residual stream, is any pytree with the same structure
-    in and out; the stack pins its layout between blocks. `aux` is a dict of `(sum, weight)` pairs, which are added up
+    in and out; the stack constrains its layout between blocks. `aux` is a dict of `(sum, weight)` pairs, added up
     over the layers. Blocks hold parameters only, and no state that changes in the forward pass.
 
     Args:
@@ -111,7 +111,7 @@ class Stack(nnx.Module):
         returned = block(x, ctx)
         refuse_sown(block)
         y, aux = checked_block(type(block).__name__, x, returned)
-        return pin(y, ctx.inputs), aux
+        return constrain_residual(y, ctx.inputs), aux
 
     def params(self) -> Any:
         """Return the parameters of all layers, `[layers, ...]` each."""
@@ -124,7 +124,7 @@ class Stack(nnx.Module):
             params, index = layer
             return self.apply_block(params, x, ctx.at_layer(index))
 
-        x, body = pin(x, ctx.inputs), rematerialized(body, self.remat, in_scan=self.scan)
+        x, body = constrain_residual(x, ctx.inputs), rematerialized(body, self.remat, in_scan=self.scan)
         layers = (self.params(), jnp.arange(self.n_layers, dtype=jnp.int32))
         if self.scan:
             x, aux = jax.lax.scan(body, x, layers)

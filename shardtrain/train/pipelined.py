@@ -14,7 +14,7 @@ from shardtrain.collectives.fsdp import NONE, entry_spec
 from shardtrain.nn.context import Context
 from shardtrain.nn.model import Batch, head_sums
 from shardtrain.nn.returned import Sums, joined
-from shardtrain.nn.stack import pin
+from shardtrain.nn.stack import constrain_residual
 from shardtrain.pipeline.executor import pipeline_forward, pipeline_gradients
 from shardtrain.pipeline.forward import Result
 from shardtrain.pipeline.schedules import allocate, forward
@@ -135,4 +135,4 @@ def _work(model: ModelDef, params: Tree, batch: Batch, ctx: Context) -> Work:
     """What this rank does."""
     stacked, shared = split_layers(params)
     mine = jax.tree.map(lambda a: a[:, 0], stacked)  # [chunks, 1, k, ...]: the only rank here is this one
-    return Work(model.cut(partial(pin, inputs=batch)), mine, shared, ctx, skip=model.idle == "skip")
+    return Work(model.cut(partial(constrain_residual, inputs=batch)), mine, shared, ctx, skip=model.idle == "skip")
