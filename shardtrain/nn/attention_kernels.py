@@ -71,8 +71,7 @@ def attend(
       UserError: the requested implementation cannot do this here; it is never replaced by another.
 
     Example:
-      >>> q, k = jnp.ones((2, 5, 4, 8)), jnp.ones((2, 5, 2, 8))
-      >>> nn.attend(q, k, k).shape
+      >>> nn.attend(jnp.ones((2, 5, 4, 8)), jnp.ones((2, 5, 2, 8)), jnp.ones((2, 5, 2, 8))).shape
       (2, 5, 4, 8)
     """
     scale = q_BSHK.shape[-1] ** -0.5 if scale is None else scale

@@ -21,7 +21,7 @@ Aux = dict[str, tuple[jax.Array, jax.Array]]
 
 
 def constrain_residual(x: Any, inputs: Mapping[str, jax.Array]) -> Any:
-    """Pin the layout of the residual stream, a pytree of `[B, ...]` arrays, as it is between blocks and stages.
+    """Constrain the layout of the residual stream, a pytree of `[B, ...]` arrays, between blocks and stages.
 
     Rows are split like the rows of a batch, and the second dim like a sequence between blocks (`seq_residual`), if it
     is as long as the tokens in `inputs`.
@@ -39,8 +39,8 @@ class Stack(nnx.Module):
     """`n_layers` blocks of one kind, `block(x, ctx) -> (x, aux)`, applied one after the other.
 
     Each weight of a block gains a leading `layers` dim. `x`, the residual stream, is any pytree with the same structure
-    in and out; the stack constrains its sharding between blocks. `aux` is a dict of `(sum, weight)` pairs, which are
-    added up over the layers. Blocks hold parameters only, and no state that changes in the forward pass.
+    in and out; the stack constrains its layout between blocks. `aux` is a dict of `(sum, weight)` pairs, added up
+    over the layers. Blocks hold parameters only, and no state that changes in the forward pass.
 
     Args:
       make_block: builds one block from its `nnx.Rngs`.

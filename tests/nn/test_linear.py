@@ -9,6 +9,7 @@ from flax import nnx
 import tiny
 from helpers import equations, filled
 from shardtrain import nn
+from shardtrain.errors import UserError
 from shardtrain.hlo import collectives
 from shardtrain.models.llama import Llama
 from shardtrain.models.mlp import MLP
@@ -102,6 +103,21 @@ def test_the_bias_has_the_output_dims():
     # The bias is added where the activation is whole along embed.
     assert (layer.bias.shape, layer.bias.axes, layer.bias.role) == ((4,), (None,), "bias")
     assert (dense(True).bias.shape, dense(True).bias.axes) == ((4, 5), ("heads", "head_dim"))
+
+
+@pytest.mark.parametrize(
+    ("equation", "axes", "inputs"),
+    [("BSD,DF->BSF", ("embed", "mlp"), 1), ("BSHK,HKD->BSD", ("heads", "head_dim", "embed"), 2)],
+)
+def test_the_equation_says_which_dims_are_contracted(equation, axes, inputs):
+    layer = nnx.eval_shape(lambda: nn.Linear(equation, (4,) * len(axes), axes, rngs=nnx.Rngs(0)))
+    assert layer.weight.inputs == inputs
+
+
+@pytest.mark.parametrize("equation", ["BSD,FD->BSF", "BSD,DHK->BSHK", "BSD->BSF"])
+def test_an_equation_that_does_not_fit_the_axes_is_refused(equation):
+    with pytest.raises(UserError, match=r"does not fit a weight with axes \('embed', 'mlp'\); its second term needs"):
+        nn.Linear(equation, (4, 6), ("embed", "mlp"), rngs=nnx.Rngs(0))
 
 
 def test_linear_with_bias():
