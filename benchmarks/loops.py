@@ -19,8 +19,9 @@ from shardtrain import Checkpointer, Loader, MeshSpec, ModelDef, Partitioner, in
 from shardtrain.data import SyntheticTokens, TokenWindows, open_tokens, write_tokens
 from shardtrain.metrics import MetricsLog
 from shardtrain.models.llama import Llama
-from shardtrain.train.loop import Loop, Speed
+from shardtrain.train.loop import Loop
 from shardtrain.train.state import TrainState
+from shardtrain.train.step_timer import Speed
 
 
 class Timed(Loop):

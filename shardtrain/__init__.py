@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from shardtrain.sharding import Partitioner as Partitioner
     from shardtrain.sharding import constrain as constrain
     from shardtrain.sharding import make_rules as make_rules
+    from shardtrain.train.callbacks import Callback as Callback
     from shardtrain.train.evaluation import evaluate as evaluate
     from shardtrain.train.generate import generate as generate
-    from shardtrain.train.loop import Callback as Callback
     from shardtrain.train.model_def import ModelDef as ModelDef
     from shardtrain.train.state import TrainState as TrainState
     from shardtrain.train.state import init_state as init_state
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "Callback": "train.loop",
+    "Callback": "train.callbacks",
     "Checkpointer": "checkpoint",
     "ConfigError": "config",
     "Job": "run",

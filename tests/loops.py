@@ -11,10 +11,11 @@ from shardtrain.checkpoint import Restored
 from shardtrain.data import Loader, Source, SyntheticTokens
 from shardtrain.models.mlp import MLP
 from shardtrain.optim import optimizer
-from shardtrain.train.loop import Loop, Speed
+from shardtrain.train.loop import Loop
 from shardtrain.train.model_def import ModelDef
 from shardtrain.train.state import TrainState, abstract_state, init_state
 from shardtrain.train.step import make_train_step
+from shardtrain.train.step_timer import Speed
 
 
 class Watched:

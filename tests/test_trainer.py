@@ -13,7 +13,7 @@ from commands import assert_same_bits
 from shardtrain.checkpoint import Checkpointer
 from shardtrain.errors import UserError
 from shardtrain.metrics import MetricsLog, read
-from shardtrain.train.loop import Callback
+from shardtrain.train.callbacks import Callback
 
 
 class Recorder(Callback):

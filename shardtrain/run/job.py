@@ -20,11 +20,13 @@ from shardtrain.launch.cpu_collectives import ordered
 from shardtrain.launch.devices import select_devices
 from shardtrain.launch.xla_flags import compiler_options, set_environment
 from shardtrain.metrics import peak_flops
+from shardtrain.nn.returned import Sums
 from shardtrain.nn.sizes import flops_per_token
 from shardtrain.optim import lr_schedules, optimizer
 from shardtrain.pipeline import schedules
 from shardtrain.sharding import Partitioner, make_rules
 from shardtrain.sharding.mesh import MeshSpec
+from shardtrain.train.jitted_step import JittedStep, Metrics
 from shardtrain.train.loss_sums import LossFunction
 from shardtrain.train.model_def import ModelDef
 from shardtrain.train.state import TrainState, abstract_canonical, abstract_state, init_state
@@ -86,7 +88,7 @@ class Job:
         """A fresh sharded state from the config's seed."""
         return init_state(self.model, self.tx, self.partitioner, seed=self.config.run.seed)
 
-    def train_step(self) -> Any:
+    def train_step(self) -> JittedStep[tuple[TrainState, Metrics]]:
         """See `make_train_step`."""
         return make_train_step(
             self.model,
@@ -102,7 +104,7 @@ class Job:
             debug=self.config.run.debug,
         )
 
-    def eval_step(self) -> Any:
+    def eval_step(self) -> JittedStep[Sums]:
         """See `make_eval_step`."""
         return make_eval_step(
             self.model,

@@ -12,14 +12,12 @@ from shardtrain.data import Loader
 from shardtrain.host.closing import close_all
 from shardtrain.metrics import Background, MetricsLog
 from shardtrain.nn.model import Batch
-from shardtrain.train.callbacks import Callback as Callback
-from shardtrain.train.callbacks import Display, Values, join
+from shardtrain.train.callbacks import Callback, Display, Values, join
 from shardtrain.train.evaluation import EvalStep, Evaluation, InterruptedEvaluationError
 from shardtrain.train.jitted_step import Compilable, Metrics
 from shardtrain.train.skipped_steps import SkippedSteps
 from shardtrain.train.state import TrainState
-from shardtrain.train.step_timer import PendingStep, StepTimer
-from shardtrain.train.step_timer import Speed as Speed
+from shardtrain.train.step_timer import PendingStep, Speed, StepTimer
 
 _log = logging.getLogger(__name__)
 

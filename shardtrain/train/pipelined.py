@@ -31,6 +31,7 @@ from shardtrain.weights.layout import Layout
 
 if TYPE_CHECKING:
     from shardtrain.train.gradients import Gradients
+    from shardtrain.train.state import TrainState
 
 
 class PipelinedModel:
@@ -157,9 +158,7 @@ class PipelinedModel:
         )
         return join_layers(jax.tree.map(lambda g: g[:, None], dstacked), dshared), sums, model_state
 
-    def sums(
-        self, params: Tree, model_state: Tree, batch: Batch, partitioner: Partitioner, loss: LossFunction | None = None
-    ) -> Sums:
+    def sums(self, state: TrainState, batch: Batch, partitioner: Partitioner, loss: LossFunction | None = None) -> Sums:
         """The evaluation sums of one batch: loss, metrics and auxiliary terms.
 
         The batch is cut into as many microbatches as the schedule has, or where the rows of a device are not a multiple
@@ -174,7 +173,7 @@ class PipelinedModel:
             return {"loss": (loss, weight), **metrics}
 
         most = self.program.schedule.microbatches
-        return joined(*self._forward(params, batch, partitioner, most, sums, added=True))
+        return joined(*self._forward(state.params, batch, partitioner, most, sums, added=True))
 
     def outputs(
         self,

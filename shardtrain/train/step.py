@@ -45,11 +45,9 @@ def make_train_step(
 ) -> JittedStep[tuple[TrainState, Metrics]]:
     """The jitted `(state, batch) -> (state, metrics)`; the state is donated.
 
-    Warns where a pipeline has so few microbatches that its ranks idle for more than a quarter of the time.
-
     A step whose loss or gradient is not finite leaves parameters and optimizer as they were and counts in
-    `metrics["skipped"]` (total) and `metrics["skipped_in_row"]`. A batch without a target that counts leaves them too,
-    but is not counted there: its `loss` and `weight` are 0.
+    `metrics["skipped"]` (total) and `metrics["skipped_in_row"]`. So does a batch without a target that counts, but
+    it is not counted there: its `loss` and `weight` are 0.
 
     Args:
       model: the definition of the model.
@@ -58,24 +56,20 @@ def make_train_step(
       seed: of dropout.
       loss: `(module, batch, ctx) -> (loss_sum, weight_sum, metrics)` for a module that does not follow `nn.Model`.
       accumulate: microbatches per step; microbatch m is the rows `m::accumulate`. The result is that of the full batch.
-      reduce_dtype: dtype in which gradients that were accumulated, in float32, cross the `data` and `island` axes.
-        Without microbatches each crosses where it is computed, in the model's own `Precision.reduce`.
+      reduce_dtype: of accumulated float32 gradients where they cross the `data` and `island` axes. Without microbatches
+        each crosses where it is computed, in the model's own `Precision.reduce`.
       lr: the schedule, to report.
       gather: for a pipeline, whether the weights that fsdp splits are gathered in each `tick`, or once per `step`.
       compiler_options: for XLA; `shardtrain.launch.xla_flags.compiler_options` checks and completes them.
       debug: look for ids out of range in each batch first, and wait for the result. See `IdCheck`, also for its limits.
 
     Returns:
-      A `jax.jit` function that explains mistakes. Metrics are scalars, float32 at least: `loss`, `grad_norm`, `weight`
-      (the loss's normaliser), `lr`, and every metric and auxiliary term of the model, each divided by its own weight, 0
-      where that is 0.
+      A jitted function. Metrics are scalars, float32 at least: `loss`, `grad_norm`, `weight` (the loss's normaliser),
+      `lr`, and every metric and auxiliary term of the model, each divided by its own weight, 0 where that is 0.
 
     Raises:
-      UserError: an argument of another kind; a schedule that does not fit the mesh; `accumulate` > 1 for a pipeline, or
-        for a module whose forward pass changes state; a `loss` for a pipeline; weights that cannot be gathered once per
-        `step`; `debug` for a model without a known table. While tracing: a number of rows that is not divisible by the
-        microbatches, or a part of the model or the loss returns something else than it should. When compiled: idle
-        ranks that cannot skip. When called: see `JittedStep`.
+      UserError: an argument of another kind, or options that the model or the mesh cannot have. While tracing: rows not
+        divisible by the microbatches, or wrong results of a part of the model. When called: see `JittedStep`.
     """
     _check(model, loss, partitioner, accumulate, gather)
     if (warning := model.execution.warning()) and jax.process_index() == 0:
@@ -158,7 +152,7 @@ def make_eval_step(
     def step(state: TrainState, batch: Batch) -> Sums:
         check_batch(batch, partitioner)
         with use(partitioner):
-            return model.execution.sums(state.params, state.model_state, batch, partitioner, loss)
+            return model.execution.sums(state, batch, partitioner, loss)
 
     options = ordered(partitioner.devices, compiler_options)
     jitted = jax.jit(step, out_shardings=partitioner.sharding(()), compiler_options=options)

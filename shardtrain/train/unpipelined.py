@@ -20,6 +20,7 @@ from shardtrain.train.split_module import SplitModule, Tree
 
 if TYPE_CHECKING:
     from shardtrain.train.gradients import Gradients
+    from shardtrain.train.state import TrainState
 
 
 class UnpipelinedModel:
@@ -132,15 +133,13 @@ class UnpipelinedModel:
         (grads, sums), _ = jax.lax.scan(body, zeros, jnp.arange(accumulate))
         return grads, sums, model_state
 
-    def sums(
-        self, params: Tree, model_state: Tree, batch: Batch, partitioner: Partitioner, loss: LossFunction | None = None
-    ) -> Sums:
+    def sums(self, state: TrainState, batch: Batch, partitioner: Partitioner, loss: LossFunction | None = None) -> Sums:
         """The evaluation sums of one batch: loss, metrics and auxiliary terms.
 
         Raises:
           UserError: a part of the model, or the loss function, returned something else than it should.
         """
-        sums, aux, _ = self._sums(loss, params, model_state, batch, None, train=False)
+        sums, aux, _ = self._sums(loss, state.params, state.model_state, batch, None, train=False)
         return joined(sums, aux)
 
     def outputs(

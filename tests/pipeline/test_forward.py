@@ -179,7 +179,7 @@ def test_no_device_ever_holds_all_layers():
 
         def step(state, batch):
             with use(place):
-                return UnpipelinedModel(model).sums(model.canonical(state.params), {}, batch, place)
+                return UnpipelinedModel(model).sums(model.canonical(state), batch, place)
 
         return jax.jit(step)
 
