@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from shardtrain.config import layout_checks, value_checks
@@ -15,8 +15,9 @@ from shardtrain.config.overrides import apply_overrides
 from shardtrain.config.resolve import resolve
 from shardtrain.config.schema import RunConfig
 from shardtrain.config.validate import validate_sections
+from shardtrain.errors import UserError, mistakes
 
-Check = Callable[..., Iterator[Problem]]
+Check = Callable[..., Iterable[UserError] | None]
 
 #: Sizes against the mesh, which are looked at again once the devices are known.
 LAYOUT: tuple[Check, ...] = (
@@ -35,9 +36,8 @@ VALUES: tuple[Check, ...] = (
     layout_checks.check_mesh,
     layout_checks.check_rules,
     value_checks.check_model_numbers,
-    value_checks.check_remat,
+    value_checks.check_model_remat,
     value_checks.check_heads,
-    value_checks.check_data_type,
     value_checks.check_data,
     value_checks.check_vocabulary,
     value_checks.check_optimizer,
@@ -76,7 +76,7 @@ def check_devices(config: RunConfig, devices: int) -> None:
     Raises:
       ConfigError: every problem found.
     """
-    problems = list(layout_checks.check_product(config.mesh, devices, "found"))
+    problems = [*map(Problem.of, layout_checks.check_product(config.mesh, devices, "found"))]
     sections = {name: getattr(config, name) for name in RunConfig.model_fields}
     problems += _run(LAYOUT, sections, devices)
     if problems:
@@ -102,7 +102,7 @@ def _run(checks: Sequence[Check], sections: Mapping[str, Any], devices: int | No
         sections = {**sections, "mesh": layout_checks.filled(sections["mesh"], devices)}
     problems: list[Problem] = []
     for check in checks:
-        needs = inspect.signature(check).parameters
-        if all(sections.get(name) is not None for name in needs):
-            problems += check(**{name: sections[name] for name in needs})
+        arguments = [sections.get(name) for name in inspect.signature(check).parameters]
+        if None not in arguments:
+            problems += map(Problem.of, mistakes(check, *arguments))
     return problems

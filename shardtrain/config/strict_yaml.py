@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from shardtrain.config.errors import ConfigError, Problem, shortened
+from shardtrain.config.errors import ConfigError, Problem
+from shardtrain.errors import shortened
 
 INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 FLOAT = re.compile(

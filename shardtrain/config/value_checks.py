@@ -1,219 +1,144 @@
-"""Checks of values against each other and of paths against the disk: functions over valid sections."""
+"""Checks of values against each other and of paths against the disk: functions over valid sections.
+
+A check yields the mistakes that it finds, or raises one. Most of them are those of the room that owns the rule.
+"""
 
 from __future__ import annotations
 
-import glob
-import inspect
+import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from shardtrain.checkpoint import lifecycle
-from shardtrain.config.errors import Problem
 from shardtrain.config.schema import Data, Devices, Model, Optimizer, Run, Sample, Xla
 from shardtrain.data.catalog import check_type
-from shardtrain.data.listing import each
+from shardtrain.data.checks import NOT_TEXT, READ_FILES, check_prompt, setting_problems, vocabulary_problems
+from shardtrain.data.listing import check_path, each
 from shardtrain.data.prepare import is_kept
-from shardtrain.errors import UserError, did_you_mean
-from shardtrain.nn.remat import ACTIVATIONS, check_names, remat_names
-from shardtrain.optim import OPTIMIZERS
-from shardtrain.sharding.mesh import divisors
+from shardtrain.errors import UserError, mistakes
+from shardtrain.launch.devices import check_emulate
+from shardtrain.launch.xla_flags import check_preset
+from shardtrain.nn.attention import head_problems
+from shardtrain.nn.dropout import check_dropout
+from shardtrain.nn.remat import ACTIVATIONS, check_remat
+from shardtrain.optim.lr_schedules import schedule_problems
+from shardtrain.optim.optimizers import option_problems
 
-#: Ids of the byte tokenizer: 256 bytes and the separator. A byte-level BPE has these and its merges.
-BYTE_VOCAB = 257
 #: Model options of these names are sizes or scales, and so above 0.
 POSITIVE = (
     *("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size", "sliding_window"),
     *("loss_chunk", "rope_theta", "norm_eps", "logit_soft_cap"),
 )
-#: Types without a tokenizer. (Whether one of the user's own has one, is known once it is open.)
-TOKEN_TYPES = ("tokens", "synthetic")
 
 
-def check_devices_section(devices: Devices) -> Iterator[Problem]:
+def check_devices_section(devices: Devices) -> None:
     """Emulated devices are CPU devices."""
-    if devices.platform == "cuda" and devices.emulate is not None:
-        rule = "emulated devices are CPU devices, and devices.platform is cuda"
-        yield Problem("devices.emulate", devices.emulate, rule, "set devices.emulate=null or devices.platform=cpu")
+    check_emulate(devices.platform, devices.emulate)
 
 
-def check_xla(xla: Xla, devices: Devices) -> Iterator[Problem]:
-    """The GPU preset needs a GPU. Which flags there are, only XLA knows, once it has started."""
-    if xla.preset == "gpu-default" and (devices.platform == "cpu" or devices.emulate is not None):
-        rule = "gpu-default is for NVIDIA GPUs, and the devices are CPU devices"
-        yield Problem("xla.preset", xla.preset, rule, "use auto, which takes it on GPUs only, or none")
+def check_xla(xla: Xla, devices: Devices) -> None:
+    """The GPU preset needs a GPU. Which flags exist, only XLA knows, once it has started."""
+    if devices.platform == "cpu" or devices.emulate is not None:
+        check_preset(xla.preset, "cpu")
 
 
-def check_model_numbers(model: Model) -> Iterator[Problem]:
+def _of_model(check: Callable[[], Iterable[UserError] | None]) -> Iterator[UserError]:
+    """The mistakes that a check of layers finds in their arguments, as those of the model's options."""
+    for error in mistakes(check):
+        yield UserError(f"model.{error.key}", error.value, error.rule, error.fix)
+
+
+def _size(value: object) -> int | None:
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def check_model_numbers(model: Model) -> Iterator[UserError]:
     """Numbers that no model can have."""
     options = model.options
     for name in POSITIVE:
         if isinstance(value := options.get(name), int | float) and not value > 0:
-            yield Problem(f"model.{name}", value, "must be greater than 0", f"give model.{name} a positive value")
-    if isinstance(dropout := options.get("dropout"), int | float) and not 0 <= dropout < 1:
-        yield Problem("model.dropout", dropout, "a probability from 0 to below 1", "for example model.dropout=0.1")
+            yield UserError(f"model.{name}", value, "must be greater than 0", f"give model.{name} a positive value")
+    if isinstance(dropout := options.get("dropout"), int | float):
+        yield from _of_model(lambda: check_dropout(dropout))
     if isinstance(z_loss := options.get("z_loss"), int | float) and not 0 <= z_loss <= 1:
-        yield Problem("model.z_loss", z_loss, "must be from 0 to 1", "0 for none, or for example model.z_loss=1e-4")
+        yield UserError("model.z_loss", z_loss, "must be from 0 to 1", "0 for none, or for example model.z_loss=1e-4")
 
 
-def check_remat(model: Model) -> Iterator[Problem]:
+def check_model_remat(model: Model) -> Iterator[UserError]:
     """What the backward pass keeps; a model of the user's own may name its own activations."""
     remat = model.options.get("remat", "none")
-    if not isinstance(remat, str | tuple | list):
-        return
-    try:
-        names = remat_names(remat)
-        if ":" not in model.type:
-            check_names(names, ACTIVATIONS)
-    except UserError as error:
-        rule, _, fix = str(error).partition("; ")
-        yield Problem("model.remat", remat, rule, fix)
+    if isinstance(remat, str | tuple | list):
+        yield from _of_model(lambda: check_remat(remat, None if ":" in model.type else ACTIVATIONS))
 
 
-def check_heads(model: Model) -> Iterator[Problem]:
-    """Heads against the model dim and the key-value heads."""
-    width, heads, groups = (model.options.get(name) for name in ("d_model", "n_heads", "n_kv_heads"))
-    if not (isinstance(heads, int) and heads > 0):
-        return
-    if isinstance(width, int) and "head_dim" in model.options and not model.options["head_dim"] and width % heads:
-        rule = f"without model.head_dim a head has d_model / n_heads = {width} / {heads} dims: no whole number"
-        yield Problem("model.n_heads", heads, rule, "choose n_heads that divides d_model, or set model.head_dim")
-    if isinstance(groups, int) and groups > 0 and heads % groups:
-        fix = f"use one of {divisors(heads)}"
-        yield Problem("model.n_kv_heads", groups, f"must divide model.n_heads = {heads}", fix)
+def check_heads(model: Model) -> Iterator[UserError]:
+    """Heads against the width of the model and the key-value heads."""
+    options = model.options
+    dim, heads, groups = (_size(options.get(name)) for name in ("d_model", "n_heads", "n_kv_heads"))
+    if heads:
+        if dim is None or "head_dim" not in options or options["head_dim"]:
+            dim = heads  # the width does not limit the heads
+        yield from _of_model(lambda: head_problems(dim, heads, groups, None))
 
 
-def check_data_type(data: Data) -> Iterator[Problem]:
-    """There is such a type; one of the user's own takes the settings that are given."""
-    try:
-        check_type(data.type, path=data.path, tokenizer=data.tokenizer, tokenizer_vocab=data.vocab_size)
-    except UserError as error:
-        rule, _, fix = str(error).partition("; ")
-        yield Problem("data.type", data.type, rule, fix)
+def check_data(data: Data) -> Iterator[UserError]:
+    """The type of the data, and the settings that it needs or does not use."""
+    yield from mistakes(check_type, data.type, data.path, data.tokenizer, data.vocab_size)
+    yield from setting_problems(data.type, data.path, data.tokenizer)
 
 
-def check_data(data: Data) -> Iterator[Problem]:
-    """Settings that the data's type does not use, or needs."""
-    if data.type in ("text", "tokens") and not data.path:
-        rule = f"data.type {data.type} reads files and needs their path"
-        yield Problem("data.path", data.path, rule, "set data.path to where they are")
-    if data.type == "tokens" and isinstance(data.path, tuple):
-        yield Problem("data.path", data.path, "data.type tokens reads one file", "join the files into one")
-    if data.type in ("corpus", "synthetic") and data.path is not None:
-        rule = f"data.type {data.type} reads no files"
-        yield Problem("data.path", data.path, rule, "set data.path=null, or data.type to text or tokens")
-    if data.type in TOKEN_TYPES and data.tokenizer is not None:
-        rule = f"data.type {data.type} is no text, so there is nothing to tokenize"
-        yield Problem("data.tokenizer", data.tokenizer, rule, "set data.tokenizer=null")
+def check_vocabulary(data: Data, model: Model) -> Iterator[UserError]:
+    """The tokenizer's ids against the rows of the model's embedding."""
+    rows = model.options.get("vocab_size")
+    if not isinstance(rows, int):
+        rule = f"the data sources provide token ids, and model.type {model.type} has no option vocab_size"
+        yield UserError("model.vocab_size", rows, rule, "give the class a keyword parameter vocab_size: int")
+    elif rows > 0:
+        yield from vocabulary_problems(rows, data.tokenizer, data.vocab_size)
 
 
-def check_vocabulary(data: Data, model: Model) -> Iterator[Problem]:
-    """The tokenizer's ids against its least number and the rows of the model's embedding."""
-    vocab, limit = data.vocab_size, model.options.get("vocab_size")
-    if not isinstance(limit, int):
-        rule = f"the data sources speak token ids, and model.type {model.type} has no option vocab_size"
-        yield Problem("model.vocab_size", limit, rule, "give the class a keyword parameter vocab_size: int")
-        return
-    if data.tokenizer == "byte" and limit < BYTE_VOCAB:
-        rule = f"the byte tokenizer has {BYTE_VOCAB} ids: 256 bytes and a separator"
-        yield Problem("model.vocab_size", limit, rule, f"use model.vocab_size={BYTE_VOCAB} or more")
-    if data.tokenizer != "bpe" and vocab is not None:
-        rule = "only a bpe tokenizer has a vocabulary to choose"
-        yield Problem("data.vocab_size", vocab, rule, "set data.vocab_size=null")
-    elif vocab is not None and vocab > limit > 0:
-        rule = f"each of the data's {vocab} token ids needs a row in the model, and model.vocab_size is {limit}"
-        fix = f"set model.vocab_size={vocab}, or a smaller data.vocab_size"
-        yield Problem("data.vocab_size", vocab, rule, fix)
-    elif vocab is not None and 0 < vocab < BYTE_VOCAB:
-        path = "model.vocab_size" if vocab == limit else "data.vocab_size"
-        rule = f"a byte-level BPE has at least {BYTE_VOCAB} ids: 256 bytes and a separator"
-        yield Problem(path, vocab, rule, f"use {path}={BYTE_VOCAB} or more, for example 2048")
+def check_optimizer(optimizer: Optimizer) -> Iterator[UserError]:
+    """The optimizer's type and options. The factory of an import path judges its own, once it is imported."""
+    if not set(".:") & set(optimizer.type):
+        yield from option_problems(optimizer.type, optimizer.options)
 
 
-def check_optimizer(optimizer: Optimizer) -> Iterator[Problem]:
-    """The optimizer's name and options, and its schedule."""
-    factory = OPTIMIZERS.get(optimizer.type)
-    if factory is None and not set(".:") & set(optimizer.type):
-        fix = f"{did_you_mean(optimizer.type, OPTIMIZERS)} (or an import path: package.module:factory)"
-        yield Problem("optimizer.type", optimizer.type, "there is no such optimizer", fix)
-    if factory is not None:
-        accepted = inspect.signature(factory).parameters
-        for name in set(optimizer.options) - set(accepted):
-            rule = f"{optimizer.type} has no such option"
-            yield Problem(f"optimizer.options.{name}", optimizer.options[name], rule, did_you_mean(name, accepted))
-
-
-def check_schedule(optimizer: Optimizer) -> Iterator[Problem]:
+def check_schedule(optimizer: Optimizer) -> Iterator[UserError]:
     """The order of warm-up, decay and end."""
-    plan, path = optimizer.schedule, "optimizer.schedule"
+    plan, key = optimizer.schedule, "optimizer.schedule.decay_steps"
     if plan.type == "constant" and plan.decay_steps is not None:
-        rule = "a constant schedule does not decay"
-        yield Problem(f"{path}.decay_steps", plan.decay_steps, rule, f"set {path}.decay_steps=null or another type")
-    if plan.type != "wsd":
-        for name in ("stable_ratio", "decay_start"):
-            if (value := getattr(plan, name)) is not None:
-                fix = f"set {path}.{name}=null or {path}.type=wsd"
-                yield Problem(f"{path}.{name}", value, f"only wsd has it, and {path}.type is {plan.type}", fix)
-    if plan.type == "wsd" and plan.stable_ratio is not None and plan.decay_start is not None:
-        rule = "stable_ratio says the same; one of the two may be set"
-        yield Problem(f"{path}.decay_start", plan.decay_start, rule, f"set {path}.stable_ratio=null")
-    if plan.type == "constant" or plan.decay_steps is None:
-        return
-    if plan.warmup_steps >= plan.decay_steps:
-        rule = f"the warm-up must end before decay_steps = {plan.decay_steps} (default: run.steps)"
-        fix = f"use {path}.warmup_steps={plan.decay_steps // 10}, or more steps"
-        yield Problem(f"{path}.warmup_steps", plan.warmup_steps, rule, fix)
-    elif plan.decay_start is not None and not plan.warmup_steps <= plan.decay_start < plan.decay_steps:
-        rule = f"must lie from warmup_steps = {plan.warmup_steps} to below decay_steps = {plan.decay_steps}"
-        fix = f"use {path}.decay_start={max(plan.warmup_steps, plan.decay_steps * 4 // 5)}"
-        yield Problem(f"{path}.decay_start", plan.decay_start, rule, fix)
+        yield UserError(key, plan.decay_steps, "a constant schedule does not decay", f"set {key}=null or another type")
+    yield from schedule_problems(**dict(plan))
 
 
-def check_sample(sample: Sample, data: Data) -> Iterator[Problem]:
-    """A prompt needs a tokenizer."""
-    if sample.prompt is not None and data.type in TOKEN_TYPES:
-        rule = f"text needs a tokenizer, and data.type {data.type} has none"
-        yield Problem("sample.prompt", sample.prompt, rule, "set sample.prompt=null")
+def check_sample(sample: Sample, data: Data) -> None:
+    """A prompt needs a tokenizer. Whether a type of the user's own has one is known once it is open."""
+    check_prompt(sample.prompt, data.type, has_tokenizer=data.type not in NOT_TEXT)
 
 
-def check_data_path(data: Data, run: Run) -> Iterator[Problem]:
+def check_data_path(data: Data, run: Run) -> Iterator[UserError]:
     """Files exist: each path is a file, a folder that is not empty, or a pattern that matches something.
 
     A run that has kept the tokens of its text does not need it any more.
     """
-    if data.type not in ("text", "tokens") or not data.path:
-        return  # `check_data` says that it is missing
-    try:
-        paths = each(data.path)
-    except UserError as error:
-        rule, _, fix = str(error).partition(": ")[2].partition("; ")
-        yield Problem("data.path", data.path, rule, fix)
+    if data.type not in READ_FILES or (data.type == "text" and is_kept(Path(run.dir or f"runs/{run.name}") / "data")):
         return
-    kept = data.type == "text" and is_kept(Path(run.dir or f"runs/{run.name}") / "data")
-    for path in [] if kept else paths:
-        where = os.path.expanduser(path)
-        try:
-            is_empty = os.path.isdir(where) and not os.listdir(where)
-        except OSError as error:
-            yield Problem("data.path", path, f"the folder cannot be read: {error.strerror}", "make it readable")
-            continue
-        if is_empty:
-            yield Problem("data.path", path, "the folder is empty", "put files there, or name another folder")
-        elif not os.path.exists(where) and not glob.glob(where, recursive=True):
-            here = "" if os.path.isabs(where) else f"; it is relative to the current directory, {Path.cwd()}"
-            yield Problem("data.path", path, "there is no such file or folder", f"check the path{here}")
+    with contextlib.suppress(UserError):  # `check_data` reports a path that is none
+        for path in each(data.path or ()):
+            yield from mistakes(check_path, path)
 
 
-def check_init_from(init_from: str, run: Run) -> Iterator[Problem]:
-    """The run to start from exists, unless this one has checkpoints already and goes on from them."""
+def check_init_from(init_from: str, run: Run) -> Iterator[UserError]:
+    """The run to start from exists, unless this one already has checkpoints and continues from them."""
     own = Path(run.dir or f"runs/{run.name}") / "checkpoints"
     if not os.path.isdir(init_from) and not (own.is_dir() and lifecycle.sealed(own)):
         fix = "name a run directory, or a step below its checkpoints/"
-        yield Problem("init_from", init_from, "there is no such directory", fix)
+        yield UserError("init_from", init_from, "there is no such directory", fix)
 
 
-def check_run_dir(run: Run) -> Iterator[Problem]:
+def check_run_dir(run: Run) -> Iterator[UserError]:
     """The run directory, or the nearest one above it that exists, can be written. Leaves nothing behind."""
     where = Path(run.dir or ".").absolute()
     parent = next(path for path in (where, *where.parents) if os.path.lexists(path))
@@ -222,4 +147,4 @@ def check_run_dir(run: Run) -> Iterator[Problem]:
             pass
     except OSError as error:
         rule = f"the run directory cannot be written: {parent}: {error.strerror}"
-        yield Problem("run.dir", run.dir, rule, "set run.dir to a directory that you may write")
+        yield UserError("run.dir", run.dir, rule, "set run.dir to a directory that you may write")

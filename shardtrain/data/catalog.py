@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from shardtrain.data.checks import setting_problems, vocabulary_problems
 from shardtrain.data.corpus import corpus_documents
 from shardtrain.data.document import Text
 from shardtrain.data.imported import check_imported, open_imported
@@ -13,10 +14,10 @@ from shardtrain.data.prepare import Kept, is_kept, prepare
 from shardtrain.data.source import Source
 from shardtrain.data.synthetic import SyntheticTokens
 from shardtrain.data.text import check_unchanged, text_documents
-from shardtrain.data.tokenizer import ByteTokenizer, Tokenizer, check_bpe_vocab
+from shardtrain.data.tokenizer import ByteTokenizer, Tokenizer
 from shardtrain.data.tokens import TokenWindows, open_tokens
 from shardtrain.data.watch import ShouldStop, Watch
-from shardtrain.errors import UserError, did_you_mean
+from shardtrain.errors import UserError, did_you_mean, refuse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,56 +44,32 @@ class Request:
             if field.name not in ("type", "watch")
         }
 
-    def refuse(self, *names: str) -> None:
-        """Raises UserError where a setting was given that this type does not use."""
-        for name in names:
-            if getattr(self, name) is not None:
-                key = "vocab_size" if name == "tokenizer_vocab" else name
-                raise UserError(
-                    f"data.{key} {getattr(self, name)!r}: data.type {self.type} does not use it; remove it, "
-                    f"or choose another type"
-                )
-
-    def need_path(self) -> Paths:
-        """Returns the path; raises UserError where none was given."""
-        if self.path is None:
-            raise UserError(f"data.path is missing: data.type {self.type} reads files; name where they are")
-        each(self.path)
-        return self.path
-
 
 Opened = tuple[Source, Tokenizer | None]
 
 
 def _corpus(request: Request) -> Opened:
-    request.refuse("path")
     return _windows(request, _prepare(request, corpus_documents))
 
 
 def _text(request: Request) -> Opened:
-    if request.directory is None or not is_kept(request.directory):
-        request.need_path()
-    elif request.path is not None:
-        each(request.path)
-    kept = _prepare(request, lambda: text_documents(request.need_path()))
+    kept = _prepare(request, lambda: text_documents(request.path or ()))
     if request.path is not None:
         check_unchanged(request.path, kept.documents, request.watch)
     return _windows(request, kept)
 
 
 def _tokens(request: Request) -> Opened:
-    request.refuse("tokenizer", "tokenizer_vocab")
-    path = request.need_path()
-    if not isinstance(path, str | Path):
-        raise UserError(f"data.path {path!r}: data.type tokens reads one file; concatenate them into one")
+    (path,) = each(request.path or ())
     return TokenWindows(open_tokens(path, request.watch), request.seq_len), None
 
 
 def _synthetic(request: Request) -> Opened:
-    request.refuse("path", "tokenizer", "tokenizer_vocab")
     return SyntheticTokens(seq_len=request.seq_len, vocab_size=request.vocab_size, seed=request.seed), None
 
 
+#: Types that are tokenized.
+TEXT = ("corpus", "text")
 FACTORIES: dict[str, Callable[[Request], Opened]] = {
     "corpus": _corpus,
     "text": _text,
@@ -102,7 +79,7 @@ FACTORIES: dict[str, Callable[[Request], Opened]] = {
 
 
 def check_type(
-    type: str, *, path: Paths | None = None, tokenizer: str | None = None, tokenizer_vocab: int | None = None
+    type: str, path: Paths | None = None, tokenizer: str | None = None, tokenizer_vocab: int | None = None
 ) -> None:
     """Whether there is such a type, before anything is opened; of an import path, also whether it takes the settings.
 
@@ -111,8 +88,8 @@ def check_type(
     if ":" in type:
         check_imported(type, Request(type, 1, 1, 0, path, tokenizer, tokenizer_vocab, None, False).fields)
     elif type not in FACTORIES:
-        own = "package.module:Class for a source of your own"
-        raise UserError(f"data.type {type!r} does not exist; {did_you_mean(type, FACTORIES)} ({own})")
+        fix = f"{did_you_mean(type, FACTORIES)} (package.module:Class for a source of your own)"
+        raise UserError("data.type", type, "there is no such type", fix)
 
 
 def open_source(
@@ -145,11 +122,17 @@ def open_source(
 
     Raises UserError for anything wrong with these, or with the data, and where `should_stop` said so.
     """
-    check_type(type, path=path, tokenizer=tokenizer, tokenizer_vocab=tokenizer_vocab)
+    check_type(type, path, tokenizer, tokenizer_vocab)
     kept, watch = Path(directory) if directory is not None else None, Watch(should_stop)
     request = Request(type, seq_len, vocab_size, seed, path, tokenizer, tokenizer_vocab, kept, write, watch)
+    if ":" not in type:
+        refuse(setting_problems(type, path, tokenizer, is_kept=kept is not None and is_kept(kept)))
+        refuse(vocabulary_problems(vocab_size, tokenizer or ("bpe" if type in TEXT else None), tokenizer_vocab))
     source, text_tokenizer = open_imported(type, request.fields) if ":" in type else FACTORIES[type](request)
-    _check_vocab(source.vocab_size, request)
+    if source.vocab_size > vocab_size:
+        rule = f"the data (data.type {type}) has a vocabulary of {source.vocab_size}, and each id needs a row"
+        fix = f"set model.vocab_size={source.vocab_size} or more, or choose a smaller tokenizer"
+        raise UserError("model.vocab_size", vocab_size, rule, fix)
     return source, text_tokenizer
 
 
@@ -157,25 +140,13 @@ def _prepare(request: Request, documents: Callable[[], Iterable[Text]]) -> Kept:
     if request.directory is None:
         raise UserError(f"directory is missing: data.type {request.type} keeps its tokens in one")
     tokenizer = request.tokenizer or "bpe"
-    if tokenizer == "bpe":
-        vocab = request.vocab_size if request.tokenizer_vocab is None else request.tokenizer_vocab
-        check_bpe_vocab(vocab)
-    elif tokenizer == "byte":
-        vocab = ByteTokenizer.vocab_size
-        if request.tokenizer_vocab not in (None, vocab):
-            raise UserError(
-                f"data.vocab_size {request.tokenizer_vocab}: data.tokenizer byte has exactly {vocab} ids; "
-                f"remove it, or choose bpe"
-            )
-    else:
-        raise UserError(f"data.tokenizer {tokenizer!r}: it must be 'bpe' or 'byte'")
-    _check_vocab(vocab, request)
+    chosen = ByteTokenizer.vocab_size if tokenizer == "byte" else request.tokenizer_vocab
     return prepare(
         request.directory,
         documents,
         kind=request.type,
         tokenizer=tokenizer,
-        tokenizer_vocab=vocab,
+        tokenizer_vocab=request.vocab_size if chosen is None else chosen,
         write=request.write,
         watch=request.watch,
     )
@@ -183,12 +154,3 @@ def _prepare(request: Request, documents: Callable[[], Iterable[Text]]) -> Kept:
 
 def _windows(request: Request, kept: Kept) -> Opened:
     return TokenWindows(kept.tokens, request.seq_len), kept.tokenizer
-
-
-def _check_vocab(vocab_size: int, request: Request) -> None:
-    if vocab_size > request.vocab_size:
-        raise UserError(
-            f"model.vocab_size {request.vocab_size}: the data (data.type {request.type}) has a vocabulary of "
-            f"{vocab_size}, and each of its ids needs a row in the embedding; set model.vocab_size to "
-            f"{vocab_size} or more, or choose a smaller tokenizer"
-        )

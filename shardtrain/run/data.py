@@ -10,8 +10,8 @@ from jax.sharding import NamedSharding
 
 from shardtrain.config import RunConfig
 from shardtrain.data import Batch, Loader, Rows, Source, Tokenizer, open_source, split
+from shardtrain.data.checks import check_prompt
 from shardtrain.data.rows import check_last_batch
-from shardtrain.errors import UserError
 from shardtrain.host.agree import on_all, on_process_zero
 from shardtrain.host.alike import asked, software
 
@@ -66,11 +66,7 @@ def _open(config: RunConfig, directory: Path, should_stop: Callable[[], bool] | 
         )
 
     source, tokenizer = on_process_zero(lambda: open_it(write=True)) or open_it(write=False)
-    if config.sample.prompt is not None and tokenizer is None:
-        raise UserError(
-            f"sample.prompt {config.sample.prompt!r} needs a tokenizer, and data.type {data.type} has none; set "
-            "sample.prompt=null"
-        )
+    check_prompt(config.sample.prompt, data.type, has_tokenizer=tokenizer is not None)
     if data.held_out == 0:
         return source, None, tokenizer
     source, held_out = split(source, data.held_out)

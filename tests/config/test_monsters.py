@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from commands import CONFIG
 from shardtrain.config import ConfigError, load_config, parse_config
-from shardtrain.config.errors import shortened
 from shardtrain.config.schema import RunConfig
+from shardtrain.errors import shortened
 
 GOOD = CONFIG.read_text()
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(

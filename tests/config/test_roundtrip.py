@@ -42,7 +42,7 @@ schedules = st.one_of(
     st.just({"type": "constant"}),
     st.just({"type": "cosine", "warmup_steps": 3}),
     st.fixed_dictionaries({"type": st.just("linear"), "decay_steps": st.integers(1, 10**9)}),
-    st.fixed_dictionaries({"type": st.just("wsd")}, optional={"stable_ratio": st.floats(0, 0.99)}),
+    st.fixed_dictionaries({"type": st.just("wsd")}, optional={"stable_ratio": st.floats(0, 0.9)}),
     st.fixed_dictionaries({"type": st.just("wsd"), "decay_start": st.integers(0, 5)}),
 )
 sections = st.fixed_dictionaries(
