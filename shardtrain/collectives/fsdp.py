@@ -28,17 +28,20 @@ _AXIS = "fsdp"
 NONE = -1
 
 
+def check_gather(gather: Gather, fsdp: int) -> None:
+    """Refuse to gather the weights that fsdp splits, once per step, where it splits none."""
+    if gather == "step" and fsdp == 1:
+        rule = "it gathers the weights that mesh.fsdp splits, and mesh.fsdp is 1"
+        raise UserError("pipeline.gather", gather, rule, "drop pipeline.gather, or set mesh.fsdp=2 or more")
+
+
 def split_dims(weights: Tree, partitioner: Partitioner) -> Tree:
     """The dim of each weight that fsdp splits, or `NONE`.
 
     Raises:
       UserError: weights or rows cannot be split over fsdp by hand, or none are; names what is in the way.
     """
-    if partitioner.mesh.shape[_AXIS] == 1:
-        raise UserError(
-            "pipeline.gather step gathers what mesh.fsdp splits, and mesh.fsdp is 1; use gather tick, or an fsdp of 2 "
-            "or more"
-        )
+    check_gather("step", partitioner.mesh.shape[_AXIS])
     if _AXIS not in partitioner.rules["batch"]:
         raise UserError(
             f"pipeline.gather step gives each fsdp rank rows of its own, but rules.batch {partitioner.rules['batch']} "

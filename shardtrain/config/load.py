@@ -23,12 +23,12 @@ Check = Callable[..., Iterable[UserError] | None]
 LAYOUT: tuple[Check, ...] = (
     layout_checks.check_model_sizes,
     layout_checks.check_batch,
-    layout_checks.check_accumulate,
+    layout_checks.check_accumulation,
     layout_checks.check_sequence,
     layout_checks.check_schedule,
-    layout_checks.check_gather,
+    layout_checks.check_gathering,
     layout_checks.check_layers,
-    layout_checks.check_microbatches,
+    layout_checks.check_pipeline_rows,
 )
 VALUES: tuple[Check, ...] = (
     value_checks.check_devices_section,
@@ -76,7 +76,7 @@ def check_devices(config: RunConfig, devices: int) -> None:
     Raises:
       ConfigError: every problem found.
     """
-    problems = [*map(Problem.of, layout_checks.check_product(config.mesh, devices, "found"))]
+    problems = [*map(Problem.of, mistakes(layout_checks.check_product, config.mesh, devices, "found"))]
     sections = {name: getattr(config, name) for name in RunConfig.model_fields}
     problems += _run(LAYOUT, sections, devices)
     if problems:

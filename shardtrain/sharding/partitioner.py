@@ -13,8 +13,9 @@ from typing import NoReturn
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from shardtrain.errors import UserError, did_you_mean, require_kind
-from shardtrain.sharding.mesh import AXES, divisors
+from shardtrain.errors import UserError, did_you_mean, refuse, require_kind
+from shardtrain.sharding.divide import check_dim
+from shardtrain.sharding.mesh import AXES
 
 LogicalAxes = Sequence[str | None]
 Rules = Mapping[str, tuple[str, ...]]
@@ -51,15 +52,18 @@ def make_rules(overrides: Mapping[str, str | Sequence[str] | None] = MappingProx
     table = dict(DEFAULT_RULES)
     for name, value in overrides.items():
         table[name] = () if value is None else (value,) if isinstance(value, str) else tuple(value)
-        for axis in table[name]:
-            if axis not in AXES:
-                raise UserError(
-                    f"rules.{name} names mesh axis {axis!r}, which does not exist; {did_you_mean(axis, AXES)}"
-                )
+        refuse(row_problems(name, table[name]))
     if "seq_residual" not in overrides:
         axes = dict.fromkeys([*table["seq"], *DEFAULT_RULES["seq_residual"][1:]])
         table["seq_residual"] = tuple(axis for axis in axes if axis not in table["batch"])
     return MappingProxyType(table)
+
+
+def row_problems(name: str, axes: Sequence[str]) -> Iterator[UserError]:
+    """Find the names in a row of the rules that are not mesh axes."""
+    for axis in axes:
+        if axis not in AXES:
+            yield UserError(f"rules.{name}", axis, "there is no such mesh axis", did_you_mean(axis, AXES))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,14 +206,7 @@ class Partitioner:
             raise UserError(f"{name} has shape {shape}, but {len(axes)} logical axes {tuple(axes)}: give one per dim")
         for dim, part in enumerate(spec):
             split = (part,) if isinstance(part, str) else tuple(part or ())
-            pieces = math.prod(self.mesh.shape[axis] for axis in split)
-            if shape[dim] % pieces:
-                sizes = " x ".join(f"{axis} {self.mesh.shape[axis]}" for axis in split)
-                raise UserError(
-                    f"{name}: dim {dim} ({axes[dim]!r}) has size {shape[dim]}, which mesh axis {sizes} does not "
-                    f"divide; use a multiple of {pieces}, a mesh size among {divisors(shape[dim])[:8]}, or "
-                    f"rules.{axes[dim]}=null to keep such dims whole"
-                )
+            check_dim(f"{name}: dim {dim}", shape[dim], str(axes[dim]), {axis: self.mesh.shape[axis] for axis in split})
 
 
 _current: ContextVar[Partitioner | None] = ContextVar("partitioner", default=None)

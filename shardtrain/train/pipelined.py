@@ -52,7 +52,7 @@ def pipelined_gradients(
         model.program,
         model.layers_CRk,
         dataclasses.replace(work, aux_scales=aux_scales(weights, total)),
-        microbatches(batch, model.program.schedule.microbatches),
+        microbatches(batch, model.program.schedule.microbatches, "pipeline.microbatches"),
         keep,
     )
     return join_layers(jax.tree.map(lambda g: g[:, None], dstacked), dshared), sums

@@ -17,6 +17,7 @@ from shardtrain.nn.model import Batch, Model
 from shardtrain.nn.returned import Sums
 from shardtrain.optim import Clipped, global_norm, updates_made
 from shardtrain.pipeline.idle import AGREED, CheckedStep
+from shardtrain.pipeline.layers import check_accumulate
 from shardtrain.pipeline.schedules import bubble_warning
 from shardtrain.sharding import Partitioner, use
 from shardtrain.train.called import Step, check_batch
@@ -80,11 +81,8 @@ def make_train_step(
     _check(model, loss, partitioner)
     if accumulate < 1:
         raise UserError(f"optimizer.accumulate is {accumulate}; use 1 or more microbatches")
-    if accumulate > 1 and model.program is not None:
-        raise UserError(
-            f"optimizer.accumulate is {accumulate}, but a pipeline has microbatches of its own; use accumulate 1 and "
-            "choose pipeline.microbatches"
-        )
+    if model.program is not None:
+        check_accumulate(accumulate)
     if accumulate > 1 and model.mutable:
         raise UserError(
             f"optimizer.accumulate is {accumulate}, but the model changes {', '.join(model.mutable[:3])} in its "
