@@ -15,10 +15,18 @@ from pydantic import (
     model_serializer,
 )
 
+from shardtrain.collectives.fsdp import Gather
 from shardtrain.config.frozen import FrozenDict, freeze, thaw
 from shardtrain.config.model_type import ModelType
 from shardtrain.config.strict_yaml import dump
+from shardtrain.data.tokenizer import TokenizerName
 from shardtrain.launch.devices import Platform
+from shardtrain.launch.xla_flags import Preset
+from shardtrain.optim.lr_schedules import ScheduleName
+from shardtrain.optim.moments import Moments
+from shardtrain.pipeline.idle import Idle
+from shardtrain.pipeline.phases import BackwardName
+from shardtrain.weights.precision import Matmul
 from shardtrain.weights.weight import Role
 
 Count = Annotated[int, Field(ge=1)]
@@ -115,7 +123,7 @@ class Data(Section):
     path: Annotated[str | tuple[str, ...] | None, Field(examples=["data/*.txt"])] = None  # text and tokens
     seq_len: Annotated[Count, Field(examples=[128])]
     global_batch: Annotated[Count, Field(examples=[16])]
-    tokenizer: Literal["bpe", "byte"] | None = None  # corpus and text; default bpe
+    tokenizer: TokenizerName | None = None  # corpus and text; default bpe
     vocab_size: Count | None = None  # of a bpe tokenizer; default: the model's
     held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.02  # fraction kept for evaluation
     shuffle: bool = True
@@ -124,7 +132,7 @@ class Data(Section):
 class Schedule(Section):
     """Learning rate over the steps, as a factor of `optimizer.lr`."""
 
-    type: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    type: ScheduleName = "cosine"
     warmup_steps: Natural = 0
     decay_steps: Count | None = None  # the step that the decay ends at; default run.steps (constant has none)
     final_ratio: Fraction = 0.1  # of lr, from decay_steps on
@@ -143,7 +151,7 @@ class Optimizer(Section):
     decay_roles: tuple[Role, ...] = ("matrix", "embedding", "head", "router")
     accumulate: Count = 1  # microbatches per step
     per_layer: bool | None = None  # update each stacked layer by itself; default: as the optimizer needs
-    moments: Literal["float32", "bfloat16", "int8"] | None = None  # how its state is kept; default: like the weights
+    moments: Moments | None = None  # how its state is stored; default: like the weights
     options: Options = FrozenDict()
 
 
@@ -151,9 +159,9 @@ class Precision(Section):
     """Dtypes of stored parameters, computation (auto: bfloat16 on a GPU) and gradient reductions."""
 
     params: Dtype = "float32"
-    compute: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    compute: Literal["auto", Dtype] = "auto"
     reduce: Dtype = "float32"
-    matmul: Literal["compute", "float8"] = "compute"  # float8: the blocks' matmuls, scaled per tensor
+    matmul: Matmul = "compute"  # float8: the blocks' matmuls, scaled per tensor
 
 
 class Checkpoint(Section):
@@ -195,15 +203,15 @@ class Pipeline(Section):
     schedule: str = "1f1b"  # of `shardtrain schedule --compare`, a .csv file, or package.module:function
     microbatches: Count = 8
     chunks: Count = 1  # stages on each rank
-    backward: Literal["remat", "save"] = "remat"  # compute each stage again in its backward pass, or keep its residuals
-    idle: Literal["compute", "skip"] = "compute"  # ranks without work in a tick: compute for nothing, or skip it
-    gather: Literal["tick", "step"] = "tick"  # the weights that fsdp splits: in each tick, or once, for more memory
+    backward: BackwardName = "remat"  # compute each stage again in its backward pass, or keep its residuals
+    idle: Idle = "compute"  # ranks without work in a tick: compute for nothing, or skip it
+    gather: Gather = "tick"  # the weights that fsdp splits: in each tick, or once, for more memory
 
 
 class Xla(Section):
     """Flags of XLA. `launch/xla_flags.py` gives the preset and its reasons; docs/xla.md tells more."""
 
-    preset: Literal["auto", "none", "gpu-default"] = "none"  # auto: gpu-default on NVIDIA GPUs, none elsewhere
+    preset: Preset = "none"  # auto: gpu-default on NVIDIA GPUs, none elsewhere
     options: Flags = FrozenDict()  # handed to the compiler with the train and eval step
     environment: Flags = FrozenDict()  # added to XLA_FLAGS before JAX starts, for what XLA reads only there
 

@@ -123,7 +123,7 @@ def check_data_path(data: Data, run: Run) -> Iterator[UserError]:
 
     A run that has kept the tokens of its text does not need it any more.
     """
-    if data.type not in READ_FILES or (data.type == "text" and is_kept(Path(run.dir or f"runs/{run.name}") / "data")):
+    if data.type not in READ_FILES or (data.type == "text" and is_kept(Path(run.dir or "", "data"))):
         return
     with contextlib.suppress(UserError):  # `check_data` reports a path that is none
         for path in each(data.path or ()):
@@ -132,7 +132,7 @@ def check_data_path(data: Data, run: Run) -> Iterator[UserError]:
 
 def check_init_from(init_from: str, run: Run) -> Iterator[UserError]:
     """The run to start from exists, unless this one already has checkpoints and continues from them."""
-    own = Path(run.dir or f"runs/{run.name}") / "checkpoints"
+    own = Path(run.dir or "", "checkpoints")
     if not os.path.isdir(init_from) and not (own.is_dir() and lifecycle.sealed(own)):
         fix = "name a run directory, or a step below its checkpoints/"
         yield UserError("init_from", init_from, "there is no such directory", fix)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from shardtrain.data.checks import setting_problems, vocabulary_problems
+from shardtrain.data.checks import default_tokenizer, setting_problems, vocabulary_problems
 from shardtrain.data.corpus import corpus_documents
 from shardtrain.data.document import Text
 from shardtrain.data.imported import check_imported, open_imported
@@ -68,8 +68,6 @@ def _synthetic(request: Request) -> Opened:
     return SyntheticTokens(seq_len=request.seq_len, vocab_size=request.vocab_size, seed=request.seed), None
 
 
-#: Types that are tokenized.
-TEXT = ("corpus", "text")
 FACTORIES: dict[str, Callable[[Request], Opened]] = {
     "corpus": _corpus,
     "text": _text,
@@ -123,11 +121,12 @@ def open_source(
     Raises UserError for anything wrong with these, or with the data, and where `should_stop` said so.
     """
     check_type(type, path, tokenizer, tokenizer_vocab)
+    tokenizer = tokenizer or default_tokenizer(type)
     kept, watch = Path(directory) if directory is not None else None, Watch(should_stop)
     request = Request(type, seq_len, vocab_size, seed, path, tokenizer, tokenizer_vocab, kept, write, watch)
     if ":" not in type:
         refuse(setting_problems(type, path, tokenizer, is_kept=kept is not None and is_kept(kept)))
-        refuse(vocabulary_problems(vocab_size, tokenizer or ("bpe" if type in TEXT else None), tokenizer_vocab))
+        refuse(vocabulary_problems(vocab_size, tokenizer, tokenizer_vocab))
     source, text_tokenizer = open_imported(type, request.fields) if ":" in type else FACTORIES[type](request)
     if source.vocab_size > vocab_size:
         rule = f"the data (data.type {type}) has a vocabulary of {source.vocab_size}, and each id needs a row"
@@ -139,14 +138,14 @@ def open_source(
 def _prepare(request: Request, documents: Callable[[], Iterable[Text]]) -> Kept:
     if request.directory is None:
         raise UserError(f"directory is missing: data.type {request.type} keeps its tokens in one")
-    tokenizer = request.tokenizer or "bpe"
-    chosen = ByteTokenizer.vocab_size if tokenizer == "byte" else request.tokenizer_vocab
+    assert request.tokenizer is not None, "text has a tokenizer"
+    ids = ByteTokenizer.vocab_size if request.tokenizer == "byte" else request.tokenizer_vocab
     return prepare(
         request.directory,
         documents,
         kind=request.type,
-        tokenizer=tokenizer,
-        tokenizer_vocab=request.vocab_size if chosen is None else chosen,
+        tokenizer=request.tokenizer,
+        tokenizer_vocab=request.vocab_size if ids is None else ids,
         write=request.write,
         watch=request.watch,
     )

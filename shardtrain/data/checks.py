@@ -10,8 +10,15 @@ from shardtrain.data.listing import Paths, each
 from shardtrain.data.tokenizer import ByteTokenizer, TokenizerName, check_bpe_vocab
 from shardtrain.errors import UserError, did_you_mean
 
-#: Types that read files, that read none, and that are not text.
-READ_FILES, READ_NONE, NOT_TEXT = ("text", "tokens"), ("corpus", "synthetic"), ("tokens", "synthetic")
+#: Types that read files, and that read none.
+READ_FILES, READ_NONE = ("text", "tokens"), ("corpus", "synthetic")
+#: Types that are text, and that are not.
+TEXT, NOT_TEXT = ("corpus", "text"), ("tokens", "synthetic")
+
+
+def default_tokenizer(type: str) -> TokenizerName | None:
+    """The tokenizer of a type of data, unless another is named; `None` where it has none."""
+    return "bpe" if type in TEXT else None
 
 
 def setting_problems(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from shardtrain.nn.param import describe
 from shardtrain.nn.remat import rematerialized
 from shardtrain.nn.returned import built
 from shardtrain.nn.stack import Stack
+from shardtrain.pipeline.idle import Idle
 from shardtrain.pipeline.layers import layer_table
 from shardtrain.pipeline.phases import BackwardName, check_backward
 from shardtrain.pipeline.schedules import Program, Schedule, allocate, check_trains
@@ -25,7 +26,6 @@ from shardtrain.pipeline.stage import Cut
 from shardtrain.weights.layout import Layout
 from shardtrain.weights.paths import dotted, flatten
 
-Idle = Literal["compute", "skip"]
 Tree = dict[str, Any]  # nested dicts with str keys
 
 #: Where `nn.Model` keeps the parameters of its layers.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import Literal
 
 import numpy as np
 
 from shardtrain.errors import UserError
+from shardtrain.pipeline.idle import Idle
 from shardtrain.pipeline.schedules.buffers import allocate, message_edges
 from shardtrain.pipeline.schedules.schedule import Action, Pipeline, Schedule, Textbook, deadlock, needs
 
@@ -96,9 +96,7 @@ class Result:
         )
 
 
-def simulate(
-    pipeline: Schedule | Textbook, costs: Costs | None = None, idle: Literal["compute", "skip"] = "compute"
-) -> Result:
+def simulate(pipeline: Schedule | Textbook, costs: Costs | None = None, idle: Idle = "compute") -> Result:
     """Time and memory of a schedule.
 
     Args:
