@@ -1,4 +1,4 @@
-"""Problems in a config: every one found, each with its path, value, rule and fix."""
+"""All problems of a config, each with its path, value, rule and fix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a file and overrides to a checked `RunConfig`, or to every problem at once."""
+"""A checked `RunConfig` from a file and overrides, or all of its problems at once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shardtrain.errors import UserError, mistakes
 
 Check = Callable[..., Iterable[UserError] | None]
 
-#: Sizes against the mesh, which are looked at again once the devices are known.
+#: Sizes against the mesh, which are checked again once the devices are known.
 LAYOUT: tuple[Check, ...] = (
     layout_checks.check_model_sizes,
     layout_checks.check_batch,
@@ -52,11 +52,12 @@ DISK: tuple[Check, ...] = (
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, check_files: bool = True) -> RunConfig:
-    """Read a YAML file, and what it extends, apply overrides, fill in the defaults and check it all.
+    """Read a YAML file and the files that it extends, apply overrides, fill in the defaults, and check the result.
 
     Args:
+      path: the YAML file.
       overrides: `a.b=value` with values in YAML; a key that does not exist is an error.
-      check_files: whether data and run directory must be usable here.
+      check_files: whether the data and the run directory must be usable here.
 
     Raises:
       ConfigError: every problem found, or the first syntax error.
@@ -66,12 +67,25 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
 
 
 def parse_config(raw: Mapping[str, Any], *, source: str = "config", check_files: bool = True) -> RunConfig:
-    """The same for plain data, such as `RunConfig.to_dict` gives."""
+    """Check plain data, as `RunConfig.to_dict` returns it, in the same way.
+
+    Args:
+      raw: the sections.
+      source: where they come from, for messages.
+      check_files: as for `load_config`.
+
+    Raises:
+      ConfigError: every problem found.
+    """
     return _parse(thaw(raw), source, [], check_files)
 
 
 def check_devices(config: RunConfig, devices: int) -> None:
-    """What only the number of devices can tell: whether the mesh fits it, and sizes against an axis of -1.
+    """Check what depends on the number of devices: whether the mesh fits it, and the sizes against an axis of -1.
+
+    Args:
+      config: a checked config.
+      devices: how many there are.
 
     Raises:
       ConfigError: every problem found.

@@ -18,7 +18,7 @@ from shardtrain.errors import UserError, did_you_mean
 from shardtrain.host.import_path import find
 
 KEY = "model.type"
-#: Parameters of a model's `__init__` that the library passes.
+#: Parameters of a model's `__init__` that do not come from a config.
 PASSED = ("self", "rngs", "precision")
 
 
@@ -79,7 +79,7 @@ def plain_json(value: Any, path: str) -> str:
     """Write plain data as JSON.
 
     Raises:
-      UserError: it holds something else (an array, a path), or has no end.
+      UserError: it holds something else (an array, a path), or contains itself.
     """
     try:
         return json.dumps(value)
@@ -89,7 +89,7 @@ def plain_json(value: Any, path: str) -> str:
 
 
 def _builtin(name: str) -> type:
-    models = importlib.import_module("shardtrain.models")  # by name only: no room knows a model
+    models = importlib.import_module("shardtrain.models")  # by name: the library imports no model
     known = sorted(module.name for module in pkgutil.iter_modules(models.__path__))
     if name not in known:
         own = "package.module:Class for a class of your own"
@@ -120,7 +120,7 @@ def _schema(cls: type, name: str) -> type[BaseModel]:
             rule = f"{cls.__name__}.__init__ takes {parameter.name!r} by position only; a config gives names"
             raise UserError(KEY, name, rule, "make it a keyword parameter")
         default = ... if parameter.default is parameter.empty else parameter.default
-        # Under a prefix no option can collide with an attribute of pydantic's own.
+        # The prefix keeps options apart from the attributes of pydantic.
         annotation = annotations.get(parameter.name, Any)
         fields[f"option_{parameter.name}"] = (annotation, Field(default, alias=parameter.name))
     if not fields and (rest := [p.name for p in parameters.values() if p.kind is p.VAR_KEYWORD]):

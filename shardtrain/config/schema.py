@@ -69,16 +69,16 @@ class Run(Section):
     dir: str | None = None  # default: runs/<name>
     steps: Annotated[Count, Field(examples=[200])]
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    compile_cache: str | None = "auto"  # a directory, null for none, or auto: .jax_cache beside the run directory
-    max_skipped_steps: Count = 10  # so many non-finite steps in a row stop the run
-    debug: bool = False  # look for ids out of range in each batch before its step
+    compile_cache: str | None = "auto"  # a directory, null for none, or auto: .jax_cache next to the run directory
+    max_skipped_steps: Count = 10  # this many non-finite steps in a row stop the run
+    debug: bool = False  # check each batch for ids that are out of range, before its step
 
 
 class Devices(Section):
-    """Where the run computes."""
+    """The devices that the run computes on."""
 
     platform: Platform = "auto"
-    emulate: Annotated[Count | None, Field(examples=[8])] = None  # pretend to have so many CPU devices
+    emulate: Annotated[Count | None, Field(examples=[8])] = None  # pretend to have this many CPU devices
 
 
 class MeshSizes(Section):
@@ -91,14 +91,14 @@ class MeshSizes(Section):
     expert: AxisSize = 1
     context: AxisSize = 1
     tensor: AxisSize = 1
-    #: Hybrid meshes: how much of an axis lies across the slow network.
+    #: Hybrid meshes: the part of an axis that is across the slow network.
     slow: Annotated[Mapping[str, Count], *_frozen] = FrozenDict()
-    #: Largest share of the parameter bytes that may lie whole on every device of a mesh that splits weights.
+    #: Largest fraction of the parameter bytes that every device may hold, on a mesh that splits weights.
     max_replicated: Fraction = 0.1
 
 
 class Model(Section):
-    """The model's type and the options of its class; in YAML the options stand beside `type`."""
+    """The model's type and the options of its class; in YAML the options are keys next to `type`."""
 
     type: Annotated[str, Field(examples=["llama"])]
     options: Options = FrozenDict()
@@ -112,12 +112,12 @@ class Model(Section):
         return ModelType.find(self.type).cls
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments for the class, of its signature's types, without `rngs` and `precision`."""
+        """Keyword arguments for the class, of the types in its signature, without `rngs` and `precision`."""
         return ModelType.find(self.type).arguments(thaw(self.options))
 
 
 class Data(Section):
-    """What the model learns from. Batches are global, in sequences."""
+    """The data to learn from. Batches are global, in sequences."""
 
     type: Annotated[str, Field(examples=["corpus"])]  # a name in shardtrain.data.FACTORIES, or package.module:Class
     path: Annotated[str | tuple[str, ...] | None, Field(examples=["data/*.txt"])] = None  # text and tokens
@@ -134,14 +134,14 @@ class Schedule(Section):
 
     type: ScheduleName = "cosine"
     warmup_steps: Natural = 0
-    decay_steps: Count | None = None  # the step that the decay ends at; default run.steps (constant has none)
+    decay_steps: Count | None = None  # the step at which the decay ends; default run.steps (constant has none)
     final_ratio: Fraction = 0.1  # of lr, from decay_steps on
-    stable_ratio: Annotated[float, Field(ge=0, lt=1)] | None = None  # wsd: share of steps at the peak; default 0.8
-    decay_start: Natural | None = None  # wsd, instead of stable_ratio: the step that the decay starts at
+    stable_ratio: Annotated[float, Field(ge=0, lt=1)] | None = None  # wsd: share of steps before the decay; default 0.8
+    decay_start: Natural | None = None  # wsd, instead of stable_ratio: the step at which the decay starts
 
 
 class Optimizer(Section):
-    """How gradients become updates; `shardtrain.optim` says what each option does."""
+    """How gradients become updates; `shardtrain.optim` explains each option."""
 
     type: str = "adamw"  # or an import path, package.module:factory
     lr: Annotated[float, Field(gt=0, le=10, examples=[1e-3])]
@@ -150,7 +150,7 @@ class Optimizer(Section):
     weight_decay: Fraction = 0.1
     decay_roles: tuple[Role, ...] = ("matrix", "embedding", "head", "router")
     accumulate: Count = 1  # microbatches per step
-    per_layer: bool | None = None  # update each stacked layer by itself; default: as the optimizer needs
+    per_layer: bool | None = None  # update each stacked layer separately; default: where the optimizer needs it
     moments: Moments | None = None  # how its state is stored; default: like the weights
     options: Options = FrozenDict()
 
@@ -165,14 +165,14 @@ class Precision(Section):
 
 
 class Checkpoint(Section):
-    """When to save, and what to keep."""
+    """When to save, and which checkpoints to keep."""
 
     every: Count = 50
-    keep: Count = 3  # the last so many
-    keep_every: Count | None = None  # and each multiple of this step
+    keep: Count = 3  # this many of the last ones
+    keep_every: Count | None = None  # in addition, each multiple of this step
     compress: bool = False
     asynchronous: bool = True
-    cast: bool = False  # load weights and moments of another dtype than the config's
+    cast: bool = False  # convert weights and moments that have another dtype in the checkpoint
 
 
 class Eval(Section):
@@ -203,17 +203,17 @@ class Pipeline(Section):
     schedule: str = "1f1b"  # of `shardtrain schedule --compare`, a .csv file, or package.module:function
     microbatches: Count = 8
     chunks: Count = 1  # stages on each rank
-    backward: BackwardName = "remat"  # compute each stage again in its backward pass, or keep its residuals
-    idle: Idle = "compute"  # ranks without work in a tick: compute for nothing, or skip it
-    gather: Gather = "tick"  # the weights that fsdp splits: in each tick, or once, for more memory
+    backward: BackwardName = "remat"  # recompute each stage in its backward pass, or keep its residuals
+    idle: Idle = "compute"  # ranks without work in a tick: compute anyway, or skip it
+    gather: Gather = "tick"  # the weights that fsdp splits: in each tick, or once per step, with more memory
 
 
 class Xla(Section):
-    """Flags of XLA. `launch/xla_flags.py` gives the preset and its reasons; docs/xla.md tells more."""
+    """Flags of XLA. `launch/xla_flags.py` gives the preset and its reasons; see also docs/xla.md."""
 
     preset: Preset = "none"  # auto: gpu-default on NVIDIA GPUs, none elsewhere
-    options: Flags = FrozenDict()  # handed to the compiler with the train and eval step
-    environment: Flags = FrozenDict()  # added to XLA_FLAGS before JAX starts, for what XLA reads only there
+    options: Flags = FrozenDict()  # for the compiler, with the train and eval step
+    environment: Flags = FrozenDict()  # added to XLA_FLAGS before JAX starts, for flags that XLA reads only there
 
 
 class RunConfig(Section):
@@ -240,5 +240,5 @@ class RunConfig(Section):
         return self.model_dump(mode="json")
 
     def to_yaml(self) -> str:
-        """The resolved config as YAML; `load_config` of it gives an equal config."""
+        """The resolved config as YAML, which `load_config` reads back to an equal config."""
         return dump(self.to_dict())
