@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import TypeGuard
 
@@ -13,7 +12,7 @@ from shardtrain.pipeline import schedules
 from shardtrain.pipeline.layers import check_accumulate, layers_per_stage
 from shardtrain.pipeline.phases import check_backward
 from shardtrain.sharding import DEFAULT_RULES, make_rules
-from shardtrain.sharding.divide import check_dim, check_microbatches, product
+from shardtrain.sharding.divide import check_dim, check_microbatches
 from shardtrain.sharding.mesh import AXES, MeshSpec, mesh_problems
 from shardtrain.sharding.partitioner import row_problems
 
@@ -141,8 +140,7 @@ def _check_dim(key: str, size: int, logical: str, mesh: MeshSizes, rules: RuleTa
 
 def _check_rows(key: str, count: int, data: Data, mesh: MeshSizes, rules: RuleTable) -> None:
     """Each device's rows against a number of microbatches. (`check_batch` reports rows that cannot be shared.)"""
-    split = _split("batch", mesh, rules)
-    check_microbatches(key, count, data.global_batch, math.prod(split.values()), product(split))
+    check_microbatches(key, count, data.global_batch, _split("batch", mesh, rules))
 
 
 def _is_count(value: object) -> TypeGuard[int]:

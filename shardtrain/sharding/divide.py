@@ -31,21 +31,28 @@ def check_dim(key: str, size: int, logical: str, split: Mapping[str, int], *, us
     raise UserError(key, size, rule, f"{fix}, or rules.{logical}=null to keep such dims whole")
 
 
-def check_microbatches(key: str, count: int, rows: int, pieces: int = 1, of: str = "") -> None:
+def check_microbatches(key: str, count: int, rows: int, split: Mapping[str, int] | None = None) -> None:
     """Refuse a number of microbatches that does not divide the rows of a device.
 
     Args:
       key: the setting that the number comes from.
-      rows: of the batch.
-      pieces: into how many parts the mesh splits the batch.
-      of: how that number comes about, for messages.
+      count: the number of microbatches.
+      rows: of the global batch; without `split`, those to divide here.
+      split: the mesh axes that split the batch, and their sizes.
+
+    Raises:
+      UserError: names the rows, and the numbers that divide them.
     """
+    pieces = math.prod((split or {}).values())
     share = rows // pieces
-    if rows % pieces == 0 and share % count:
-        shown = f"{rows} / {pieces} ({of}) = {share}" if of else share
-        rule = f"{shown} rows per device must be divisible by the number of microbatches"
+    if rows % pieces or share % count == 0:  # `check_dim` refuses rows that cannot be split
+        return
+    of, other = f"{rows} rows", "another number of rows"
+    if split is not None:
+        of = f"{rows} / {pieces} ({product(split)}) = {share} rows per device" if split else f"{of} per device"
         other = f"data.global_batch={_multiples(rows, pieces * count)}"
-        raise UserError(key, count, rule, f"use one of {divisors(share)[:8]}, or {other}")
+    rule = f"{of} must be divisible by the number of microbatches"
+    raise UserError(key, count, rule, f"use one of {divisors(share)[:8]}, or {other}")
 
 
 def product(sizes: Mapping[str, int]) -> str:
