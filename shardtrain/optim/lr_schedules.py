@@ -97,7 +97,8 @@ def schedule_problems(
         yield UserError(f"{_KEY}.warmup_steps", warmup_steps, rule, fix)
     elif type == "wsd":
         start = _decay_start(decay_steps, stable_ratio, decay_start)
-        name, value = ("stable_ratio", stable_ratio) if decay_start is None else ("decay_start", decay_start)
+        by_ratio = ("stable_ratio", STABLE_RATIO if stable_ratio is None else stable_ratio)
+        name, value = by_ratio if decay_start is None else ("decay_start", decay_start)
         if not warmup_steps <= start < decay_steps:
             rule = (
                 f"the decay would start at step {start}, but must start at warmup_steps = {warmup_steps} or later, and "
