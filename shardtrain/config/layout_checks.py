@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TypeGuard
 
 from shardtrain.collectives.fsdp import check_gather
 from shardtrain.config.schema import Data, Devices, MeshSizes, Model, Optimizer, Pipeline
@@ -54,7 +53,7 @@ def check_rules(rules: RuleTable, model: Model) -> Iterator[UserError]:
 def check_model_sizes(model: Model, mesh: MeshSizes, rules: RuleTable) -> Iterator[UserError]:
     """Heads, kv_heads, mlp, vocab and embed against the mesh axes that the rules give them."""
     for logical, option in SIZES.items():
-        if _is_count(size := model.options.get(option)):
+        if size := model.size(option):
             yield from mistakes(_check_dim, f"model.{option}", size, logical, mesh, rules)
 
 
@@ -96,8 +95,7 @@ def check_gathering(mesh: MeshSizes, pipeline: Pipeline) -> None:
 
 def check_layers(model: Model, mesh: MeshSizes, pipeline: Pipeline) -> None:
     """Layers against the stages of a pipeline."""
-    layers = model.options.get("n_layers")
-    if mesh.pipe > 1 and _is_count(layers):
+    if mesh.pipe > 1 and (layers := model.size("n_layers")):
         layers_per_stage(layers, mesh.pipe * pipeline.chunks)
 
 
@@ -141,7 +139,3 @@ def _check_dim(key: str, size: int, logical: str, mesh: MeshSizes, rules: RuleTa
 def _check_rows(key: str, count: int, data: Data, mesh: MeshSizes, rules: RuleTable) -> None:
     """Each device's rows against a number of microbatches. (`check_batch` reports rows that cannot be shared.)"""
     check_microbatches(key, count, data.global_batch, _split("batch", mesh, rules))
-
-
-def _is_count(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0

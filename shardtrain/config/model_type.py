@@ -92,17 +92,14 @@ def _builtin(name: str) -> type:
     models = importlib.import_module("shardtrain.models")  # by name: the library imports no model
     known = sorted(module.name for module in pkgutil.iter_modules(models.__path__))
     if name not in known:
-        own = "package.module:Class for a class of your own"
-        raise UserError(
-            KEY, name, "no model of shardtrain.models has this name", f"{did_you_mean(name, known)} ({own})"
-        )
+        fix = f"{did_you_mean(name, known)} (package.module:Class for a class of your own)"
+        raise UserError(KEY, name, "no model of shardtrain.models has this name", fix)
     module = importlib.import_module(f"{models.__name__}.{name}")
     for attribute, value in vars(module).items():
         if inspect.isclass(value) and value.__module__ == module.__name__ and _bare(attribute) == _bare(name):
             return value
-    raise UserError(
-        KEY, name, f"{module.__name__} has no class of this name", f"name the class: {module.__name__}:Class"
-    )
+    rule = f"{module.__name__} has no class of this name"
+    raise UserError(KEY, name, rule, f"name the class: {module.__name__}:Class")
 
 
 def _schema(cls: type, name: str) -> type[BaseModel]:

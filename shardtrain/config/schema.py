@@ -107,6 +107,11 @@ class Model(Section):
     def _flat(self) -> dict[str, Any]:
         return {"type": self.type, **thaw(self.options)}
 
+    def size(self, option: str) -> int | None:
+        """An option that is a size; `None` where it is absent, or is not a number of 1 or more."""
+        value = self.options.get(option)
+        return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
     def load(self) -> Callable[..., Any]:
         """The model's class."""
         return ModelType.find(self.type).cls

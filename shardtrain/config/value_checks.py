@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from shardtrain.checkpoint import lifecycle
 from shardtrain.config.schema import Data, Devices, Model, Optimizer, Run, Sample, Xla
@@ -44,16 +45,6 @@ def check_xla(xla: Xla, devices: Devices) -> None:
         check_preset(xla.preset, "cpu")
 
 
-def _of_model(check: Callable[[], Iterable[UserError] | None]) -> Iterator[UserError]:
-    """The mistakes that a check of layers finds in their arguments, as those of the model's options."""
-    for error in mistakes(check):
-        yield UserError(f"model.{error.key}", error.value, error.rule, error.fix)
-
-
-def _size(value: object) -> int | None:
-    return value if isinstance(value, int) and value > 0 else None
-
-
 def check_model_numbers(model: Model) -> Iterator[UserError]:
     """Numbers that no model can have."""
     options = model.options
@@ -61,7 +52,7 @@ def check_model_numbers(model: Model) -> Iterator[UserError]:
         if isinstance(value := options.get(name), int | float) and not value > 0:
             yield UserError(f"model.{name}", value, "must be greater than 0", f"give model.{name} a positive value")
     if isinstance(dropout := options.get("dropout"), int | float):
-        yield from _of_model(lambda: check_dropout(dropout))
+        yield from _of_model(check_dropout, dropout)
     if isinstance(z_loss := options.get("z_loss"), int | float) and not 0 <= z_loss <= 1:
         yield UserError("model.z_loss", z_loss, "must be from 0 to 1", "0 for none, or for example model.z_loss=1e-4")
 
@@ -70,17 +61,16 @@ def check_model_remat(model: Model) -> Iterator[UserError]:
     """What the backward pass keeps; a model of the user's own may name its own activations."""
     remat = model.options.get("remat", "none")
     if isinstance(remat, str | tuple | list):
-        yield from _of_model(lambda: check_remat(remat, None if ":" in model.type else ACTIVATIONS))
+        yield from _of_model(check_remat, remat, None if ":" in model.type else ACTIVATIONS)
 
 
 def check_heads(model: Model) -> Iterator[UserError]:
     """Heads against the width of the model and the key-value heads."""
-    options = model.options
-    dim, heads, groups = (_size(options.get(name)) for name in ("d_model", "n_heads", "n_kv_heads"))
+    dim, heads, groups = map(model.size, ("d_model", "n_heads", "n_kv_heads"))
     if heads:
-        if dim is None or "head_dim" not in options or options["head_dim"]:
+        if dim is None or model.options.get("head_dim", 1):
             dim = heads  # the width does not limit the heads
-        yield from _of_model(lambda: head_problems(dim, heads, groups, None))
+        yield from _of_model(head_problems, dim, heads, groups, None)
 
 
 def check_data(data: Data) -> Iterator[UserError]:
@@ -148,3 +138,9 @@ def check_run_dir(run: Run) -> Iterator[UserError]:
     except OSError as error:
         rule = f"the run directory cannot be written: {parent}: {error.strerror}"
         yield UserError("run.dir", run.dir, rule, "set run.dir to a directory that you may write")
+
+
+def _of_model(check: Callable[..., Iterable[UserError] | None], *arguments: Any) -> Iterator[UserError]:
+    """The mistakes that a check of a layer finds in its arguments, as those of the model's options."""
+    for error in mistakes(check, *arguments):
+        yield UserError(f"model.{error.key}", error.value, error.rule, error.fix)

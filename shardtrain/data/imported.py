@@ -70,6 +70,5 @@ def _parameters(type: str, found: Callable[..., Any]) -> Mapping[str, inspect.Pa
     try:
         return inspect.signature(found).parameters
     except ValueError as error:  # of some that are written in C
-        raise UserError(
-            "data.type", type, "it does not tell its parameters", "name a class written in Python"
-        ) from error
+        rule = "it does not tell its parameters"
+        raise UserError("data.type", type, rule, "name a class written in Python") from error
