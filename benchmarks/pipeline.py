@@ -52,8 +52,8 @@ from shardtrain.hlo import collectives
 from shardtrain.hlo.text import leaves, parse
 from shardtrain.models.llama import Llama
 from shardtrain.pipeline import schedules
+from shardtrain.pipeline.idle import Idle
 from shardtrain.pipeline.schedules import simulate
-from shardtrain.train.model_def import Idle
 from shardtrain.train.state import abstract_state
 
 PARTS = ("schedules", "yardstick", "floor", "gather")

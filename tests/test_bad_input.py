@@ -91,7 +91,7 @@ def test_token_ids_above_the_vocabulary(tmp_path):
     write_tokens(tmp_path / "tokens.bin", [np.arange(9999) % 300], 300)
     result = train(tmp_path / "run", "data.type=tokens", f"data.path={tmp_path / 'tokens.bin'}")
     assert_one_error(result)
-    assert "model.vocab_size 64" in result.err
+    assert "model.vocab_size = 64" in result.err
     assert "300" in result.err
 
 

@@ -111,5 +111,5 @@ def test_residuals_split_over_tensor_are_smaller_and_change_nothing():
 
 
 def test_residuals_that_do_not_divide_are_refused():
-    with pytest.raises(UserError, match=r"'seq_residual'\) has size 16, which mesh axis tensor 3 does not divide"):
+    with pytest.raises(UserError, match=r" = 16: the rules split 'seq_residual' over tensor 3, which does not"):
         gradients({"seq_residual": "tensor", "heads": None, "kv_heads": None, "mlp": None, "vocab": None}, tensor=3)

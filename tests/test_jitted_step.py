@@ -111,7 +111,7 @@ def test_a_sequence_that_context_does_not_divide_is_refused(pipe):
     place = tiny.partitioner(pipe=pipe, context=2)
     table = schedules.make("1f1b", 2, 4) if pipe > 1 else None
     model = ModelDef(lambda rngs: Llama(**tiny.SIZES, rngs=rngs), schedule=table)
-    with pytest.raises(UserError, match=r"batch\['\w+'\]: dim 1 \('seq'\) has size 15, which mesh axis context 2 does"):
+    with pytest.raises(UserError, match=r"batch\['\w+'\]: dim 1 = 15: the rules split 'seq' over context 2"):
         make_train_step(model, TX, place).lower(abstract_state(model, TX, place), tiny.batch(length=15))
 
 

@@ -40,9 +40,9 @@ def test_what_model_def_is_given(case):
 
 def test_options_of_a_pipeline():
     table = schedules.make("zb_h1", 2, 2)
-    with pytest.raises(UserError, match=r"backward 'save': zb_h1 splits the backward pass, .* drop backward"):
+    with pytest.raises(UserError, match=r"backward = save: zb_h1 splits the backward pass, .* drop pipeline.backward"):
         ModelDef(make, schedule=table, backward="save")
-    with pytest.raises(UserError, match=r"backward 'sav' does not exist .*; did you mean save"):
+    with pytest.raises(UserError, match=r"backward = sav: there is no such way .*; did you mean save"):
         ModelDef(make, schedule=table, backward="sav")
     with pytest.raises(UserError, match=r"idle 'skp' does not exist .*; did you mean skip"):
         ModelDef(make, schedule=table, idle="skp")

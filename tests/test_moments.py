@@ -260,7 +260,7 @@ def test_other_optimizers_keep_theirs_so_too(type, moments):
 @pytest.mark.parametrize(
     ("type", "moments", "message"),
     [
-        ("adamw", "int4", "moments 'int4' is none of float32, bfloat16, int8"),
+        ("adamw", "int4", "moments = int4: must be one of float32, bfloat16, int8"),
         ("sgd", "int8", "keeps no mu or trace or nu or v"),
         ("optax.rmsprop", "bfloat16", "beside a count of its updates"),
     ],

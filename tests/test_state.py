@@ -65,7 +65,7 @@ def test_the_report_counts_what_is_replicated_and_refuses_too_much():
 def test_a_weight_that_does_not_divide_is_named():
     model, place = tiny.llama(n_heads=6, n_kv_heads=6, head_dim=8), tiny.partitioner(tensor=4)
     with pytest.raises(
-        UserError, match=r"weight blocks.layer.attention.*'(kv_)?heads'\) has size 6.*tensor 4.*multiple of 4"
+        UserError, match=r"weight blocks.layer.attention.* = 6: the rules split '(kv_)?heads' over tensor 4.* 4 or 8"
     ):
         abstract_state(model, optimizer("sgd", model.weights, lr=0.1), place)
 

@@ -29,6 +29,13 @@ _AXIS = "fsdp"
 NONE = -1
 
 
+def check_gather(gather: Gather, fsdp: int) -> None:
+    """Refuse to gather the weights that fsdp splits, once per step, where it splits none."""
+    if gather == "step" and fsdp == 1:
+        rule = "it gathers the weights that mesh.fsdp splits, and mesh.fsdp is 1"
+        raise UserError("pipeline.gather", gather, rule, "drop pipeline.gather, or set mesh.fsdp=2 or more")
+
+
 def split_dims(weights: Tree, partitioner: Partitioner) -> Tree:
     """Return the dim of each weight that `fsdp` splits, or `NONE`.
 
@@ -39,11 +46,7 @@ def split_dims(weights: Tree, partitioner: Partitioner) -> Tree:
     Raises:
       UserError: weights or rows cannot be split over `fsdp` manually, or no weight is; names the obstacle.
     """
-    if partitioner.mesh.shape[_AXIS] == 1:
-        raise UserError(
-            "pipeline.gather step gathers what mesh.fsdp splits, and mesh.fsdp is 1; use gather tick, or an fsdp of 2 "
-            "or more"
-        )
+    check_gather("step", partitioner.mesh.shape[_AXIS])
     if _AXIS not in partitioner.rules["batch"]:
         raise UserError(
             f"pipeline.gather step gives each fsdp rank rows of its own, but rules.batch {partitioner.rules['batch']} "

@@ -12,24 +12,25 @@ from shardtrain.config.resolve import resolve
 from shardtrain.config.schema import RunConfig, Section
 from shardtrain.config.validate import validate_sections
 
-#: What makes a run the run that it is; a dotted prefix covers all below it.
+#: The keys that identify a run; a dotted prefix covers all keys below it.
 IDENTITY = ("run.seed", "model", "data", "optimizer", "precision.params")
-#: Of these, what changes how a step is computed and not what it computes.
+#: Of these, the keys that change how a step is computed, but not its result.
 FREE = ("optimizer.accumulate",)
-#: The same for the library's own models. What options of another class mean, only its author knows.
+#: The same for the library's own models. Only the author of another class knows what its options mean.
 FREE_OF_BUILTIN = ("model.attention", "model.loss_chunk", "model.remat", "model.scan")
 _ABSENT = object()
 
 
 def changes(old: RunConfig | Mapping[str, Any], new: RunConfig) -> list[str]:
-    """Dotted keys in which two configs describe different runs: seed, model, data, optimizer, params dtype.
+    """List the dotted keys in which two configs describe different runs: seed, model, data, optimizer, params dtype.
 
-    Mesh, rules, devices, pipeline, accumulation, number of steps, checkpoint and logging settings may differ,
-    and so may, for the library's own models, the attention kernel, remat, scan and loss chunks.
+    Mesh, rules, devices, pipeline, accumulation, number of steps, checkpoint and logging settings may differ. For the
+    library's own models, so may the attention kernel, remat, scan and loss chunks.
 
     Args:
-      old: the config that is stored with the run, as an object or as plain data; keys that it does not
-        know (from an older version) have their defaults.
+      old: the config that is stored with the run, as an object or as plain data; keys that it lacks (it may be from an
+        older version) have their defaults.
+      new: the config to compare with it.
     """
     return list(_differences(old, new))
 
@@ -39,11 +40,12 @@ def check_same_run(old: RunConfig | Mapping[str, Any], new: RunConfig, source: s
 
     Args:
       old: the config that is stored with the run, as for `changes`.
+      new: the config to continue it with.
       source: the run, as messages name it.
-      step: that the run has reached.
+      step: the step that the run has reached.
 
     Raises:
-      ConfigError: names each differing key, both values, and the override that keeps the run's.
+      ConfigError: names each differing key, both values, and the override that keeps the value of the run.
     """
     before, after = _completed(old).get("optimizer", {}), new.to_dict()["optimizer"]
     problems = [
@@ -65,7 +67,7 @@ def _another_run(key: str, before: Any, after: Any) -> Problem:
         key,
         None if after is _ABSENT else after,
         f"the run was started {started}; another value makes another run",
-        f"{keep} to continue, or another run.name to start anew, or --allow-changes to go on with the new value",
+        f"{keep} to continue, or another run.name to start anew, or --allow-changes to continue with the new value",
     )
 
 
@@ -85,7 +87,7 @@ def _compare(before: Any, after: Any, path: str) -> Iterator[tuple[str, tuple[An
 
 
 def _completed(old: RunConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """Plain data with today's defaults; a section that is no longer valid stays as it is."""
+    """Add the present defaults to plain data; a section that is no longer valid stays as it is."""
     if isinstance(old, RunConfig):
         return old.to_dict()
     sections = resolve(validate_sections(old)[0])

@@ -1,4 +1,4 @@
-"""Problems in a config: every one found, each with its path, value, rule and fix."""
+"""All problems of a config, each with its path, value, rule and fix."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _MOST_SHOWN = 40
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One thing that the user can fix.
+    """One mistake that the user can fix.
 
     Attributes:
-      path: dotted path of the key (`mesh.tensor`), or `file:line:column` for text that is no YAML.
-      value: what stands there now.
-      rule: what it breaks.
+      path: dotted path of the key (`mesh.tensor`), or `file:line:column` for text that is not YAML.
+      value: the value that the key has now.
+      rule: the rule that it breaks.
       fix: what to write instead.
     """
 
@@ -27,9 +27,14 @@ class Problem:
     rule: str
     fix: str
 
+    @classmethod
+    def of(cls, error: UserError) -> Problem:
+        """Turn the refusal of a library check into a problem of the config."""
+        return cls(error.key, error.value, error.rule, error.fix)
+
     def __str__(self) -> str:
-        shown = "" if self.value is None else f" = {_short(self.value)}"
-        return f"{shortened(self.path)}{shown}\n    rule: {self.rule}\n    fix:  {self.fix}"
+        setting = UserError(self.path, self.value, self.rule, self.fix).setting()
+        return f"{setting}\n    rule: {self.rule}\n    fix:  {self.fix}"
 
 
 class ConfigError(UserError):
@@ -52,12 +57,3 @@ class ConfigError(UserError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.problems, self.source)
-
-
-def shortened(text: str, limit: int = 200) -> str:
-    """A text that may be of any length, for one line of a message."""
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def _short(value: Any) -> str:
-    return shortened(value if isinstance(value, str) and value.isprintable() and value else repr(value))

@@ -1,4 +1,4 @@
-"""From pydantic's account of an invalid section to problems in the user's words."""
+"""Pydantic's errors for an invalid section, in the user's words."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shardtrain.errors import did_you_mean, nearest
 
 Path = tuple[str | int, ...]
 
-#: Kind of error (a name of pydantic's) -> rule and fix.
+#: Kind of error, by pydantic's name -> rule and fix.
 _WORDS = {
     "int_type": ("must be an integer", "write a whole number"),
     "int_from_float": ("must be an integer", "write a whole number"),
@@ -33,12 +33,14 @@ _WORDS = {
 def explain(
     error: ValidationError, section: str, given: Any, schema: Any, sections: Mapping[str, Any]
 ) -> list[Problem]:
-    """One problem per path: pydantic reports each member of a union by itself.
+    """Turn pydantic's errors into problems, one per path; pydantic reports each member of a union separately.
 
     Args:
-      given: the plain data of the section.
-      schema: what the section was validated against; its fields know examples and defaults.
-      sections: the schemas of all sections, for keys that stand in the wrong one.
+      error: the errors of the section.
+      section: its name.
+      given: its plain data.
+      schema: the type that it was validated against, whose fields have examples and defaults.
+      sections: the schemas of all sections, for keys that are in the wrong one.
     """
     found: dict[Path, Problem] = {}
     for item in error.errors(include_url=False):
@@ -49,12 +51,12 @@ def explain(
             rule = first.rule if problem.rule in rules else f"{first.rule}, or {problem.rule}"
             problem = Problem(first.path, first.value, rule, first.fix)
         found[where] = problem
-    # Where an item of a list is wrong, that the list is no text either is no news.
+    # Where an item of a list is wrong, do not also report that the list is not text.
     return [problem for where, problem in found.items() if not any(longer[:-1] == where for longer in found if longer)]
 
 
 def unknown_key(path: Path, value: Any, known: Iterable[str], sections: Mapping[str, Any]) -> Problem:
-    """A key that does not exist: the nearest beside it, or one of that name in another section."""
+    """Report a key that does not exist, with the most similar one here, or the same one in another section."""
     known, key = list(known), str(path[-1])
     elsewhere = [f"{name}.{key}" for name, schema in sections.items() if key in _keys(schema)]
     fix = did_you_mean(key, known)
@@ -64,7 +66,7 @@ def unknown_key(path: Path, value: Any, known: Iterable[str], sections: Mapping[
 
 
 def _locate(given: Any, item: Any) -> tuple[Path, Any]:
-    """The path of the value in what was given, without the names of union members that pydantic adds."""
+    """Find a value in the given data, and its path without the names of union members that pydantic adds."""
     value, where = given, ()
     for i, key in enumerate(item["loc"]):
         inside = isinstance(value, Mapping) and key in value
@@ -77,10 +79,10 @@ def _locate(given: Any, item: Any) -> tuple[Path, Any]:
 
 def _problem(path: Path, value: Any, item: Any, schema: Any, sections: Mapping[str, Any]) -> Problem:
     dotted, kind = ".".join(map(str, path)), item["type"]
-    beside, field = _field(schema, path[1:])
+    siblings, field = _field(schema, path[1:])
     example = f"for example {dotted}={field.examples[0]}" if field and field.examples else ""
     if kind == "extra_forbidden":
-        return unknown_key(path, value, beside, sections)
+        return unknown_key(path, value, siblings, sections)
     if kind == "missing":
         return Problem(dotted, None, "this key is required", example or f"give {dotted} a value{_type(field)}")
     if kind == "literal_error":
@@ -99,14 +101,14 @@ def _problem(path: Path, value: Any, item: Any, schema: Any, sections: Mapping[s
 
 
 def _field(schema: Any, where: Path) -> tuple[list[str], FieldInfo | None]:
-    """The keys beside the one at `where`, and its own field where the schema has one."""
-    beside: list[str] = []
+    """The keys of the section of `where`, and the field at `where` if the schema has one."""
+    siblings: list[str] = []
     field = None
     for part in where:
-        beside = _keys(schema)
-        field = dict(zip(beside, schema.model_fields.values(), strict=True)).get(str(part)) if beside else None
+        siblings = _keys(schema)
+        field = dict(zip(siblings, schema.model_fields.values(), strict=True)).get(str(part)) if siblings else None
         schema = field.annotation if field else None
-    return beside, field
+    return siblings, field
 
 
 def _keys(schema: Any) -> list[str]:

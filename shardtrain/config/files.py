@@ -11,14 +11,14 @@ from shardtrain.config.errors import ConfigError, Problem
 from shardtrain.config.strict_yaml import MOST_CHARACTERS, parse
 from shardtrain.errors import nearest
 
-_MOST_BYTES = 4 * (MOST_CHARACTERS + 2)  # as UTF-8; more is refused as text
+_MOST_BYTES = 4 * (MOST_CHARACTERS + 2)  # as UTF-8; a longer file is refused
 
 
 def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The file's content over that of the file it `extends`; mappings merge, anything else replaces.
+    """Read a file over the one that it `extends`: mappings are merged, any other value replaces the one below.
 
     Raises:
-      ConfigError: a file that is missing, unreadable, no YAML mapping, or that extends itself.
+      ConfigError: a file is missing, cannot be read, is not a YAML mapping, or extends itself.
     """
     return _read(Path(path), ())
 
@@ -48,7 +48,7 @@ def _text(path: Path, above: tuple[Path, ...]) -> str:
     key, source = ("extends", str(above[-1])) if above else ("file", str(path))
     try:
         kind = path.stat()
-        if not (stat.S_ISREG(kind.st_mode) or stat.S_ISDIR(kind.st_mode)):  # a pipe could keep us waiting for ever
+        if not (stat.S_ISREG(kind.st_mode) or stat.S_ISDIR(kind.st_mode)):  # reading a pipe could wait for ever
             raise OSError(None, "it is a pipe or a device")
         with path.open("rb") as file:
             return file.read(_MOST_BYTES).decode("utf-8-sig")

@@ -1,4 +1,4 @@
-"""Immutable mappings, so that a frozen config has no mutable corner."""
+"""Immutable mappings, so that no part of a frozen config can change."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class FrozenDict(Mapping[str, Any]):
-    """A mapping that cannot change: equals a `dict` of the same items, keeps order, hashes, pickles."""
+    """A mapping that cannot change: it equals a `dict` of the same items, keeps their order, and can be hashed."""
 
     __slots__ = ("_items",)
 
@@ -34,7 +34,7 @@ class FrozenDict(Mapping[str, Any]):
 
 
 def freeze(value: Any) -> Any:
-    """Mappings become `FrozenDict` and lists become tuples, all the way down."""
+    """Turn mappings into `FrozenDict` and lists into tuples, at every level."""
     if isinstance(value, Mapping):
         return FrozenDict(value)
     if isinstance(value, list | tuple):
@@ -43,7 +43,7 @@ def freeze(value: Any) -> Any:
 
 
 def thaw(value: Any) -> Any:
-    """The inverse for writing: plain dicts and lists, all the way down."""
+    """Turn them back into plain dicts and lists, at every level, for writing."""
     if isinstance(value, Mapping):
         return {key: thaw(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

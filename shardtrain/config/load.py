@@ -1,10 +1,10 @@
-"""From a file and overrides to a checked `RunConfig`, or to every problem at once."""
+"""A checked `RunConfig` from a file and overrides, or all of its problems at once."""
 
 from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from shardtrain.config import layout_checks, value_checks
@@ -15,19 +15,20 @@ from shardtrain.config.overrides import apply_overrides
 from shardtrain.config.resolve import resolve
 from shardtrain.config.schema import RunConfig
 from shardtrain.config.validate import validate_sections
+from shardtrain.errors import UserError, mistakes
 
-Check = Callable[..., Iterator[Problem]]
+Check = Callable[..., Iterable[UserError] | None]
 
-#: Sizes against the mesh, which are looked at again once the devices are known.
+#: Sizes against the mesh, which are checked again once the devices are known.
 LAYOUT: tuple[Check, ...] = (
     layout_checks.check_model_sizes,
     layout_checks.check_batch,
-    layout_checks.check_accumulate,
+    layout_checks.check_accumulation,
     layout_checks.check_sequence,
     layout_checks.check_schedule,
-    layout_checks.check_gather,
+    layout_checks.check_gathering,
     layout_checks.check_layers,
-    layout_checks.check_microbatches,
+    layout_checks.check_pipeline_rows,
 )
 VALUES: tuple[Check, ...] = (
     value_checks.check_devices_section,
@@ -35,9 +36,8 @@ VALUES: tuple[Check, ...] = (
     layout_checks.check_mesh,
     layout_checks.check_rules,
     value_checks.check_model_numbers,
-    value_checks.check_remat,
+    value_checks.check_model_remat,
     value_checks.check_heads,
-    value_checks.check_data_type,
     value_checks.check_data,
     value_checks.check_vocabulary,
     value_checks.check_optimizer,
@@ -52,11 +52,12 @@ DISK: tuple[Check, ...] = (
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, check_files: bool = True) -> RunConfig:
-    """Read a YAML file, and what it extends, apply overrides, fill in the defaults and check it all.
+    """Read a YAML file and the files that it extends, apply overrides, fill in the defaults, and check the result.
 
     Args:
+      path: the YAML file.
       overrides: `a.b=value` with values in YAML; a key that does not exist is an error.
-      check_files: whether data and run directory must be usable here.
+      check_files: whether the data and the run directory must be usable here.
 
     Raises:
       ConfigError: every problem found, or the first syntax error.
@@ -66,17 +67,30 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
 
 
 def parse_config(raw: Mapping[str, Any], *, source: str = "config", check_files: bool = True) -> RunConfig:
-    """The same for plain data, such as `RunConfig.to_dict` gives."""
-    return _parse(thaw(raw), source, [], check_files)
+    """Check plain data, as `RunConfig.to_dict` returns it, in the same way.
 
-
-def check_devices(config: RunConfig, devices: int) -> None:
-    """What only the number of devices can tell: whether the mesh fits it, and sizes against an axis of -1.
+    Args:
+      raw: the sections.
+      source: where they come from, for messages.
+      check_files: as for `load_config`.
 
     Raises:
       ConfigError: every problem found.
     """
-    problems = list(layout_checks.check_product(config.mesh, devices, "found"))
+    return _parse(thaw(raw), source, [], check_files)
+
+
+def check_devices(config: RunConfig, devices: int) -> None:
+    """Check what depends on the number of devices: whether the mesh fits it, and the sizes against an axis of -1.
+
+    Args:
+      config: a checked config.
+      devices: how many there are.
+
+    Raises:
+      ConfigError: every problem found.
+    """
+    problems = [*map(Problem.of, mistakes(layout_checks.check_product, config.mesh, devices, "found"))]
     sections = {name: getattr(config, name) for name in RunConfig.model_fields}
     problems += _run(LAYOUT, sections, devices)
     if problems:
@@ -102,7 +116,7 @@ def _run(checks: Sequence[Check], sections: Mapping[str, Any], devices: int | No
         sections = {**sections, "mesh": layout_checks.filled(sections["mesh"], devices)}
     problems: list[Problem] = []
     for check in checks:
-        needs = inspect.signature(check).parameters
-        if all(sections.get(name) is not None for name in needs):
-            problems += check(**{name: sections[name] for name in needs})
+        arguments = [sections.get(name) for name in inspect.signature(check).parameters]
+        if None not in arguments:
+            problems += map(Problem.of, mistakes(check, *arguments))
     return problems

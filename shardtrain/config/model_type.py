@@ -1,4 +1,4 @@
-"""From the name in `model.type` to a class, and from its signature to the options of a config."""
+"""The model class that `model.type` names, and the options that its signature gives a config."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from shardtrain.config.errors import ConfigError, Problem
-from shardtrain.errors import did_you_mean
-from shardtrain.host.import_path import NotFoundError, find
+from shardtrain.errors import UserError, did_you_mean
+from shardtrain.host.import_path import find
 
-#: Parameters of a model's `__init__` that the library passes.
+KEY = "model.type"
+#: Parameters of a model's `__init__` that do not come from a config.
 PASSED = ("self", "rngs", "precision")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelType:
-    """A model class and what its signature lets a config say.
+    """A model class and the options of its signature.
 
     Attributes:
       cls: the class.
@@ -37,12 +37,12 @@ class ModelType:
     @staticmethod
     @functools.cache
     def find(name: str) -> ModelType:
-        """The class behind a type: `llama` (in shardtrain.models) or `package.module:Class`.
+        """Find the class of a type: `llama` (in shardtrain.models) or `package.module:Class`.
 
         Raises:
-          ConfigError: no such module or class, or a signature that a config cannot call.
+          UserError: no such module or class, or a signature that a config cannot call.
         """
-        cls = _import_path(name) if ":" in name else _builtin(name)
+        cls = find(name, "class", KEY, inspect.isclass) if ":" in name else _builtin(name)
         return ModelType(cls, _schema(cls, name))
 
     @property
@@ -51,7 +51,10 @@ class ModelType:
         return [str(field.alias) for field in self.schema.model_fields.values()]
 
     def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Plain data: the given options, validated, and the defaults of the others, if YAML can write them.
+        """Validate options, and add the defaults of the others where YAML can write them.
+
+        Returns:
+          Plain data by option name.
 
         Raises:
           pydantic.ValidationError: an option that is missing, unknown or of another type.
@@ -66,43 +69,37 @@ class ModelType:
         return {name: dumped[name] for name in self.names if name in dumped}
 
     def arguments(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Keyword arguments for `cls` from plain options, of the annotated types."""
+        """Turn plain options into keyword arguments for `cls`, of the annotated types."""
         model = self.schema.model_validate_json(json.dumps(options))
         fields = self.schema.model_fields.items()
         return {str(info.alias): getattr(model, key) for key, info in fields if key in model.model_fields_set}
 
 
 def plain_json(value: Any, path: str) -> str:
-    """Plain data as JSON.
+    """Write plain data as JSON.
 
     Raises:
-      ConfigError: it holds something else (an array, a path), or has no end.
+      UserError: it holds something else (an array, a path), or contains itself.
     """
     try:
         return json.dumps(value)
     except (TypeError, ValueError, RecursionError) as error:
         fix = "write text, numbers, true, false, null, and lists and mappings of them"
-        raise ConfigError([Problem(path, None, f"must be plain data: {error}", fix)]) from error
+        raise UserError(path, None, f"must be plain data: {error}", fix) from error
 
 
 def _builtin(name: str) -> type:
-    models = importlib.import_module("shardtrain.models")  # by name only: no room knows a model
+    models = importlib.import_module("shardtrain.models")  # by name: the library imports no model
     known = sorted(module.name for module in pkgutil.iter_modules(models.__path__))
     if name not in known:
-        own = "package.module:Class for a class of your own"
-        raise _problem(name, "no model of shardtrain.models has this name", f"{did_you_mean(name, known)} ({own})")
+        fix = f"{did_you_mean(name, known)} (package.module:Class for a class of your own)"
+        raise UserError(KEY, name, "no model of shardtrain.models has this name", fix)
     module = importlib.import_module(f"{models.__name__}.{name}")
     for attribute, value in vars(module).items():
         if inspect.isclass(value) and value.__module__ == module.__name__ and _bare(attribute) == _bare(name):
             return value
-    raise _problem(name, f"{module.__name__} has no class of this name", f"name the class: {module.__name__}:Class")
-
-
-def _import_path(name: str) -> type:
-    try:
-        return find(name, "class", inspect.isclass)
-    except NotFoundError as error:
-        raise _problem(name, error.rule, error.fix) from error
+    rule = f"{module.__name__} has no class of this name"
+    raise UserError(KEY, name, rule, f"name the class: {module.__name__}:Class")
 
 
 def _schema(cls: type, name: str) -> type[BaseModel]:
@@ -111,27 +108,23 @@ def _schema(cls: type, name: str) -> type[BaseModel]:
         annotations = typing.get_type_hints(cls.__init__, include_extras=True)  # type: ignore[misc]
     except NameError as error:
         rule = f"the annotations of {cls.__name__}.__init__ cannot be evaluated: {error}"
-        raise _problem(name, rule, "import that name at run time, not under TYPE_CHECKING") from error
+        raise UserError(KEY, name, rule, "import that name at run time, not under TYPE_CHECKING") from error
     fields: dict[str, Any] = {}
     for parameter in parameters.values():
         if parameter.name in PASSED or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         if parameter.kind is parameter.POSITIONAL_ONLY:
             rule = f"{cls.__name__}.__init__ takes {parameter.name!r} by position only; a config gives names"
-            raise _problem(name, rule, "make it a keyword parameter")
+            raise UserError(KEY, name, rule, "make it a keyword parameter")
         default = ... if parameter.default is parameter.empty else parameter.default
-        # Under a prefix no option can collide with an attribute of pydantic's own.
+        # The prefix keeps options apart from the attributes of pydantic.
         annotation = annotations.get(parameter.name, Any)
         fields[f"option_{parameter.name}"] = (annotation, Field(default, alias=parameter.name))
     if not fields and (rest := [p.name for p in parameters.values() if p.kind is p.VAR_KEYWORD]):
-        rule = f"{cls.__name__}.__init__ names no option beside **{rest[0]}; a config's options are those that it names"
-        raise _problem(name, rule, "name them in its signature, such as vocab_size: int")
+        rule = f"{cls.__name__}.__init__ has only **{rest[0]}, and a config can give only options that it names"
+        raise UserError(KEY, name, rule, "name them in its signature, such as vocab_size: int")
     config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
     return create_model(cls.__name__, __config__=config, **fields)
-
-
-def _problem(name: str, rule: str, fix: str) -> ConfigError:
-    return ConfigError([Problem("model.type", name, rule, fix)])
 
 
 def _bare(name: str) -> str:

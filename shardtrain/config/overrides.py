@@ -12,10 +12,14 @@ from shardtrain.config.strict_yaml import parse
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> list[Problem]:
     """Assign each override in `raw`, in order (a later one wins); a mapping replaces the whole section.
 
-    Whether a key exists is for the sections to say, which know their keys.
+    Validation of the sections finds keys that do not exist.
+
+    Args:
+      raw: the sections, which are changed.
+      overrides: texts such as `mesh.tensor=4`.
 
     Returns:
-      The problems of overrides that are no `key=value`, that are no YAML, or that reach into a value.
+      The problems of overrides that are not `key=value`, that are not YAML, or whose key is below a value.
     """
     problems: list[Problem] = []
     for override in overrides:
@@ -43,5 +47,5 @@ def _assign(raw: dict[str, Any], override: str) -> None:
         if not isinstance(section, dict):
             above = ".".join(parts[:depth])
             rule = f"{above} is a value, not a section with keys of its own"
-            raise ConfigError([Problem(key, text, rule, f"set it whole: {above}=...")])
+            raise ConfigError([Problem(key, text, rule, f"set all of it: {above}=...")])
     section[parts[-1]] = value

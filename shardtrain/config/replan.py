@@ -1,4 +1,4 @@
-"""What another number of steps does to a learning rate that was planned to decay, in numbers."""
+"""The effect of another number of steps on a learning rate that was planned to decay, in numbers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ KEY = "optimizer.schedule.decay_steps"
 
 
 def problem(before: Mapping[str, Any], after: Mapping[str, Any], step: int) -> Problem:
-    """The decay of a run was planned for another step than a config now asks for.
+    """Report that the decay of a run was planned to end at another step than in a config.
 
     Args:
-      before, after: the section `optimizer` of the run and of the config, which differ in `decay_steps`.
-      step: that the run has reached.
+      before: the section `optimizer` of the run.
+      after: that of the config, which differs in `decay_steps`.
+      step: the step that the run has reached.
     """
     planned, wanted = (section["schedule"]["decay_steps"] for section in (before, after))
     old, new, end = _rate(before, step), _rate(after, step), _rate(before, planned)
@@ -31,12 +32,12 @@ def problem(before: Mapping[str, Any], after: Mapping[str, Any], step: int) -> P
 
 
 def applies(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
-    """Whether two sections `optimizer` differ in when the rate has decayed, and are alike in all else of it."""
+    """Whether the learning rates of two sections `optimizer` differ only in the step at which their decay ends."""
     old, new = before["schedule"], after["schedule"]
     alike = before["lr"] == after["lr"] and {**old, "decay_steps": None} == {**new, "decay_steps": None}
     return alike and old["decay_steps"] != new["decay_steps"]
 
 
 def _rate(section: Mapping[str, Any], step: int) -> str:
-    """To three digits."""
+    """The learning rate at a step, to three digits."""
     return f"{float(lr_schedules.schedule(lr=section['lr'], **section['schedule'])(step)):.3g}"

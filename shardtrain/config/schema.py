@@ -15,11 +15,19 @@ from pydantic import (
     model_serializer,
 )
 
+from shardtrain.collectives.fsdp import Gather
 from shardtrain.config.frozen import FrozenDict, freeze, thaw
 from shardtrain.config.model_type import ModelType
 from shardtrain.config.strict_yaml import dump
+from shardtrain.data.tokenizer import TokenizerName
 from shardtrain.launch.devices import Platform
+from shardtrain.launch.xla_flags import Preset
 from shardtrain.nn.sizes import size_options
+from shardtrain.optim.lr_schedules import ScheduleName
+from shardtrain.optim.moments import Moments
+from shardtrain.pipeline.idle import Idle
+from shardtrain.pipeline.phases import BackwardName
+from shardtrain.weights.precision import Matmul
 from shardtrain.weights.weight import Role
 
 Count = Annotated[int, Field(ge=1)]
@@ -62,16 +70,16 @@ class Run(Section):
     dir: str | None = None  # default: runs/<name>
     steps: Annotated[Count, Field(examples=[200])]
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    compile_cache: str | None = "auto"  # a directory, null for none, or auto: .jax_cache beside the run directory
-    max_skipped_steps: Count = 10  # so many non-finite steps in a row stop the run
-    debug: bool = False  # look for ids out of range in each batch before its step
+    compile_cache: str | None = "auto"  # a directory, null for none, or auto: .jax_cache next to the run directory
+    max_skipped_steps: Count = 10  # this many non-finite steps in a row stop the run
+    debug: bool = False  # check each batch for ids that are out of range, before its step
 
 
 class Devices(Section):
-    """Where the run computes."""
+    """The devices that the run computes on."""
 
     platform: Platform = "auto"
-    emulate: Annotated[Count | None, Field(examples=[8])] = None  # pretend to have so many CPU devices
+    emulate: Annotated[Count | None, Field(examples=[8])] = None  # pretend to have this many CPU devices
 
 
 class MeshSizes(Section):
@@ -84,14 +92,14 @@ class MeshSizes(Section):
     expert: AxisSize = 1
     context: AxisSize = 1
     tensor: AxisSize = 1
-    #: Hybrid meshes: how much of an axis lies across the slow network.
+    #: Hybrid meshes: the part of an axis that is across the slow network.
     slow: Annotated[Mapping[str, Count], *_frozen] = FrozenDict()
-    #: Largest share of the parameter bytes that may lie whole on every device of a mesh that splits weights.
+    #: Largest fraction of the parameter bytes that every device may hold, on a mesh that splits weights.
     max_replicated: Fraction = 0.1
 
 
 class Model(Section):
-    """The model's type and the options of its class; in YAML the options stand beside `type`."""
+    """The model's type and the options of its class; in YAML the options are keys next to `type`."""
 
     type: Annotated[str, Field(examples=["llama"])]
     options: Options = FrozenDict()
@@ -108,23 +116,24 @@ class Model(Section):
         """The options that are sizes, by logical axis."""
         return size_options(ModelType.find(self.type).cls)
 
-    def size(self, axis: str) -> Any:
-        """The option that is the size of a logical axis; `None` where it is not given."""
-        return self.options.get(self.size_options()[axis])
+    def size(self, axis: str) -> int | None:
+        """The option that is the size of a logical axis; `None` where it is absent, or not a number of 1 or more."""
+        value = self.options.get(self.size_options().get(axis, ""))
+        return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments for the class, of its signature's types, without `rngs` and `precision`."""
+        """Keyword arguments for the class, of the types in its signature, without `rngs` and `precision`."""
         return ModelType.find(self.type).arguments(thaw(self.options))
 
 
 class Data(Section):
-    """What the model learns from. Batches are global, in sequences."""
+    """The data to learn from. Batches are global, in sequences."""
 
     type: Annotated[str, Field(examples=["corpus"])]  # a module of shardtrain.data.formats, or package.module:Class
     path: Annotated[str | tuple[str, ...] | None, Field(examples=["data/*.txt"])] = None  # text and tokens
     seq_len: Annotated[Count, Field(examples=[128])]
     global_batch: Annotated[Count, Field(examples=[16])]
-    tokenizer: Literal["bpe", "byte"] | None = None  # corpus and text; default bpe
+    tokenizer: TokenizerName | None = None  # corpus and text; default bpe
     vocab_size: Count | None = None  # of a bpe tokenizer; default: the model's
     held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.02  # fraction kept for evaluation
     shuffle: bool = True
@@ -133,16 +142,16 @@ class Data(Section):
 class Schedule(Section):
     """Learning rate over the steps, as a factor of `optimizer.lr`."""
 
-    type: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    type: ScheduleName = "cosine"
     warmup_steps: Natural = 0
-    decay_steps: Count | None = None  # the step that the decay ends at; default run.steps (constant has none)
+    decay_steps: Count | None = None  # the step at which the decay ends; default run.steps (constant has none)
     final_ratio: Fraction = 0.1  # of lr, from decay_steps on
-    stable_ratio: Annotated[float, Field(ge=0, lt=1)] | None = None  # wsd: share of steps at the peak; default 0.8
-    decay_start: Natural | None = None  # wsd, instead of stable_ratio: the step that the decay starts at
+    stable_ratio: Annotated[float, Field(ge=0, lt=1)] | None = None  # wsd: share of steps before the decay; default 0.8
+    decay_start: Natural | None = None  # wsd, instead of stable_ratio: the step at which the decay starts
 
 
 class Optimizer(Section):
-    """How gradients become updates; `shardtrain.optim` says what each option does."""
+    """How gradients become updates; `shardtrain.optim` explains each option."""
 
     type: str = "adamw"  # or an import path, package.module:factory
     lr: Annotated[float, Field(gt=0, le=10, examples=[1e-3])]
@@ -151,8 +160,8 @@ class Optimizer(Section):
     weight_decay: Fraction = 0.1
     decay_roles: tuple[Role, ...] = ("matrix", "embedding", "head", "router")
     accumulate: Count = 1  # microbatches per step
-    per_layer: bool | None = None  # update each stacked layer by itself; default: as the optimizer needs
-    moments: Literal["float32", "bfloat16", "int8"] | None = None  # how its state is kept; default: like the weights
+    per_layer: bool | None = None  # update each stacked layer separately; default: where the optimizer needs it
+    moments: Moments | None = None  # how its state is stored; default: like the weights
     options: Options = FrozenDict()
 
 
@@ -160,20 +169,20 @@ class Precision(Section):
     """Dtypes of stored parameters, computation (auto: bfloat16 on a GPU) and gradient reductions."""
 
     params: Dtype = "float32"
-    compute: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    compute: Literal["auto", Dtype] = "auto"
     reduce: Dtype = "float32"
-    matmul: Literal["compute", "float8"] = "compute"  # float8: the blocks' matmuls, scaled per tensor
+    matmul: Matmul = "compute"  # float8: the blocks' matmuls, scaled per tensor
 
 
 class Checkpoint(Section):
-    """When to save, and what to keep."""
+    """When to save, and which checkpoints to keep."""
 
     every: Count = 50
-    keep: Count = 3  # the last so many
-    keep_every: Count | None = None  # and each multiple of this step
+    keep: Count = 3  # this many of the last ones
+    keep_every: Count | None = None  # in addition, each multiple of this step
     compress: bool = False
     asynchronous: bool = True
-    cast: bool = False  # load weights and moments of another dtype than the config's
+    cast: bool = False  # convert weights and moments that have another dtype in the checkpoint
 
 
 class Eval(Section):
@@ -204,17 +213,17 @@ class Pipeline(Section):
     schedule: str = "1f1b"  # of `shardtrain schedule --compare`, a .csv file, or package.module:function
     microbatches: Count = 8
     chunks: Count = 1  # stages on each rank
-    backward: Literal["remat", "save"] = "remat"  # compute each stage again in its backward pass, or keep its residuals
-    idle: Literal["compute", "skip"] = "compute"  # ranks without work in a tick: compute for nothing, or skip it
-    gather: Literal["tick", "step"] = "tick"  # the weights that fsdp splits: in each tick, or once, for more memory
+    backward: BackwardName = "remat"  # recompute each stage in its backward pass, or keep its residuals
+    idle: Idle = "compute"  # ranks without work in a tick: compute anyway, or skip it
+    gather: Gather = "tick"  # the weights that fsdp splits: in each tick, or once per step, with more memory
 
 
 class Xla(Section):
-    """Flags of XLA. `launch/xla_flags.py` gives the preset and its reasons; docs/xla.md tells more."""
+    """Flags of XLA. `launch/xla_flags.py` gives the preset and its reasons; see also docs/xla.md."""
 
-    preset: Literal["auto", "none", "gpu-default"] = "none"  # auto: gpu-default on NVIDIA GPUs, none elsewhere
-    options: Flags = FrozenDict()  # handed to the compiler with the train and eval step
-    environment: Flags = FrozenDict()  # added to XLA_FLAGS before JAX starts, for what XLA reads only there
+    preset: Preset = "none"  # auto: gpu-default on NVIDIA GPUs, none elsewhere
+    options: Flags = FrozenDict()  # for the compiler, with the train and eval step
+    environment: Flags = FrozenDict()  # added to XLA_FLAGS before JAX starts, for flags that XLA reads only there
 
 
 class RunConfig(Section):
@@ -241,5 +250,5 @@ class RunConfig(Section):
         return self.model_dump(mode="json")
 
     def to_yaml(self) -> str:
-        """The resolved config as YAML; `load_config` of it gives an equal config."""
+        """The resolved config as YAML, which `load_config` reads back to an equal config."""
         return dump(self.to_dict())

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from shardtrain.config.errors import ConfigError, Problem, shortened
+from shardtrain.config.errors import ConfigError, Problem
+from shardtrain.errors import shortened
 
 INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 FLOAT = re.compile(
@@ -17,11 +18,11 @@ FLOAT = re.compile(
 )
 NULL = re.compile(r"null|Null|NULL|~|")
 BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
-#: In this order: text that is both an integer and a float is an integer.
+#: In this order, so that text that is both an integer and a float is an integer.
 SCALARS = {"null": NULL, "bool": BOOL, "int": INT, "float": FLOAT}
-#: No config comes near these; text that does is no config, and would take for ever or end in a recursion.
+#: No config comes near these limits; longer or deeper text is not a config, and could take for ever to read.
 MOST_LEVELS, MOST_CHARACTERS = 50, 2**20
-_AROUND = 100  # of a long line, so much is shown on both sides of a mistake
+_AROUND = 100  # characters of a long line that are shown on both sides of a mistake
 
 
 class _Loader(yaml.SafeLoader):
@@ -38,7 +39,7 @@ class _Loader(yaml.SafeLoader):
         self._measured: dict[int, tuple[int, int]] = {}
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """The next node, if it is of a size that a config may have, with all that its aliases stand for."""
+        """Read the next node, and refuse one that is too large for a config once its aliases are expanded."""
         self._level += 1
         if self._level > MOST_LEVELS:
             raise _problem(f"nested deeper than {MOST_LEVELS} levels", self.peek_event().start_mark)
@@ -48,7 +49,7 @@ class _Loader(yaml.SafeLoader):
         levels = 1 + max((levels for levels, _ in inner), default=0)
         size = 1 + sum(size for _, size in inner) + (len(node.value) if isinstance(node, ScalarNode) else 0)
         if levels > MOST_LEVELS or size > MOST_CHARACTERS:
-            raise _problem("too large for a config, with all that its aliases stand for", node.start_mark)
+            raise _problem("too large for a config once its aliases are expanded", node.start_mark)
         self._measured[id(node)] = levels, size
         return node
 
@@ -60,10 +61,10 @@ class _Loader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             mark = key_node.start_mark
             if not isinstance(key, str):
-                raise _problem(f"key {key!r} is no text; quote it", mark)
+                raise _problem(f"key {key!r} is not text; quote it", mark)
             if key in lines:
                 where = f"{self.source}:{mark.line + 1}:{mark.column + 1}"
-                rule = f"this key already stands on line {lines[key]}; a key may appear once"
+                rule = f"this key already appears on line {lines[key]}; a key may appear once"
                 self.duplicates.append(Problem(where, key, rule, "keep one of the two lines"))
             lines[key] = mark.line + 1
             result[key] = self.construct_object(value_node, deep=True)
@@ -93,7 +94,7 @@ def _int(text: str) -> int:
 
 def _str(text: str) -> str:
     if "\0" in text or (not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)):
-        raise ValueError("text with a NUL or half of a surrogate pair, which no path and no name can hold")
+        raise ValueError("text with a NUL or half of a surrogate pair, which no path and no name can contain")
     return text
 
 
@@ -114,7 +115,7 @@ def _scalar_constructor(kind: str) -> Any:
     def construct(loader: _Loader, node: ScalarNode) -> Any:
         text = loader.construct_scalar(node)
         if kind in SCALARS and not SCALARS[kind].fullmatch(text):
-            raise _problem(f"{text!r} is no {kind}", node.start_mark)
+            raise _problem(f"{text!r} is not of type {kind}", node.start_mark)
         try:
             return _READ[kind](text)
         except ValueError as error:
@@ -137,11 +138,11 @@ def parse(text: str, source: str) -> Any:
 
     Args:
       text: the document.
-      source: what to call it in errors: a file name, or the override that it came from.
+      source: its name in errors: a file, or the override that it comes from.
 
     Raises:
-      ConfigError: a syntax error, with line, column and the line's text; keys that appear twice; more than a config
-        can have of levels or characters.
+      ConfigError: a syntax error, with line, column and the line's text; keys that appear twice; more levels or
+        characters than a config can have.
     """
     if len(text) > MOST_CHARACTERS:
         rule = f"a config has at most {MOST_CHARACTERS:,} characters, and this has {len(text):,}"
@@ -167,7 +168,7 @@ def parse(text: str, source: str) -> Any:
 def _syntax_problem(text: str, source: str, at: tuple[int, int], message: str) -> Problem:
     line, column = at
     lines = text.splitlines()
-    if line >= len(lines) and lines:  # The parser gave up at the end: show where that is.
+    if line >= len(lines) and lines:  # The parser stopped at the end: show the last line.
         line, column = len(lines) - 1, len(lines[-1])
     shown, start = lines[line] if lines else "", max(0, column - _AROUND)
     shown, column = shown[start : column + _AROUND], column - start
@@ -181,7 +182,7 @@ def _syntax_problem(text: str, source: str, at: tuple[int, int], message: str) -
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that any version of YAML would read as something else; lists stay on one line."""
+    """A dumper that quotes text which some version of YAML reads as another type, and writes lists on one line."""
 
     # A copy: `add_implicit_resolver` on a class without its own table changes PyYAML's.
     yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {
@@ -195,7 +196,7 @@ class _Dumper(yaml.SafeDumper):
         return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
 
     def text(self, data: str) -> Node:
-        # Line breaks other than \n survive only as escapes.
+        # Line breaks other than \n are preserved only as escapes.
         return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"')
 
 

@@ -1,4 +1,4 @@
-"""Each section by itself: plain data in, a typed section or its problems out."""
+"""Each section alone: plain data in, a typed section or its problems out."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from shardtrain.config.errors import ConfigError, Problem
+from shardtrain.config.errors import Problem
 from shardtrain.config.explain import explain, unknown_key
 from shardtrain.config.frozen import thaw
 from shardtrain.config.model_type import ModelType, plain_json
 from shardtrain.config.schema import Model, RunConfig
+from shardtrain.errors import UserError
 
 _HINTS = typing.get_type_hints(RunConfig, include_extras=True)
 #: Section name to its type.
@@ -20,9 +21,10 @@ SECTIONS = {name: _HINTS[name] for name in RunConfig.model_fields}
 
 
 def validate_sections(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
-    """Every section that is valid, and the problems of those that are not.
+    """Validate each section; an empty or absent one has only defaults.
 
-    An empty or absent section is one of defaults only.
+    Returns:
+      The valid sections, and the problems of the others.
     """
     problems = [unknown_key((key,), raw[key], [*SECTIONS, "extends"], SECTIONS) for key in raw if key not in SECTIONS]
     sections: dict[str, Any] = {}
@@ -32,7 +34,7 @@ def validate_sections(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[Prob
             is_section = isinstance(schema, type) and issubclass(schema, BaseModel)
             given = {} if is_section else thaw(RunConfig.model_fields[name].default)
         kind = None
-        if schema is Model and isinstance(given, Mapping):  # the options beside `type` are for its class to judge
+        if schema is Model and isinstance(given, Mapping):  # the class judges all options except `type`
             kind = given.get("type")
             given = given if isinstance(kind, str) else {key: given[key] for key in ("type",) if key in given}
         try:
@@ -44,6 +46,6 @@ def validate_sections(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[Prob
                 sections[name] = TypeAdapter(schema).validate_json(plain_json(given, name))
         except ValidationError as error:
             problems += explain(error, name, given, schema, SECTIONS)
-        except ConfigError as error:
-            problems += error.problems
+        except UserError as error:
+            problems.append(Problem.of(error))
     return sections, problems

@@ -4,11 +4,13 @@ from pathlib import Path
 from types import ModuleType
 
 from shardtrain.data import formats
+from shardtrain.data.checks import default_tokenizer, setting_problems, vocabulary_problems
 from shardtrain.data.imported import check_imported, open_imported
 from shardtrain.data.listing import Paths
+from shardtrain.data.prepare import is_kept
 from shardtrain.data.request import Opened, Request
 from shardtrain.data.watch import ShouldStop, Watch
-from shardtrain.errors import UserError, did_you_mean
+from shardtrain.errors import UserError, did_you_mean, refuse
 from shardtrain.host.import_path import modules_of
 
 
@@ -18,7 +20,7 @@ def types() -> dict[str, ModuleType]:
 
 
 def check_type(
-    type: str, *, path: Paths | None = None, tokenizer: str | None = None, tokenizer_vocab: int | None = None
+    type: str, path: Paths | None = None, tokenizer: str | None = None, tokenizer_vocab: int | None = None
 ) -> None:
     """Checks that there is such a type, before anything is opened; of an import path, also that it takes the settings.
 
@@ -34,8 +36,8 @@ def check_type(
     if ":" in type:
         check_imported(type, Request(type, 1, 1, 0, path, tokenizer, tokenizer_vocab, None, False).fields)
     elif type not in types():
-        own = "package.module:Class for a source of your own"
-        raise UserError(f"data.type {type!r} does not exist; {did_you_mean(type, types())} ({own})")
+        fix = f"{did_you_mean(type, types())} (package.module:Class for a source of your own)"
+        raise UserError("data.type", type, "there is no such type", fix)
 
 
 def open_source(
@@ -69,9 +71,16 @@ def open_source(
     Raises:
       UserError: anything wrong with these, or with the data; or `should_stop` returned True.
     """
-    check_type(type, path=path, tokenizer=tokenizer, tokenizer_vocab=tokenizer_vocab)
+    check_type(type, path, tokenizer, tokenizer_vocab)
+    tokenizer = tokenizer or default_tokenizer(type)
     stored, watch = Path(directory) if directory is not None else None, Watch(should_stop)
     request = Request(type, seq_len, vocab_size, seed, path, tokenizer, tokenizer_vocab, stored, write, watch)
+    if ":" not in type:
+        refuse(setting_problems(type, path, tokenizer, is_kept=stored is not None and is_kept(stored)))
+        refuse(vocabulary_problems(vocab_size, tokenizer, tokenizer_vocab))
     source, text_tokenizer = open_imported(type, request.fields) if ":" in type else types()[type].open_rows(request)
-    request.check_vocab(source.vocab_size)
+    if source.vocab_size > vocab_size:
+        rule = f"the data (data.type {type}) has a vocabulary of {source.vocab_size}, and each id needs a row"
+        fix = f"set model.vocab_size={source.vocab_size} or more, or choose a smaller tokenizer"
+        raise UserError("model.vocab_size", vocab_size, rule, fix)
     return source, text_tokenizer

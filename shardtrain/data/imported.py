@@ -26,7 +26,7 @@ from typing import Any
 from shardtrain.data.source import Source
 from shardtrain.data.tokenizer import Tokenizer
 from shardtrain.errors import UserError
-from shardtrain.host.import_path import NotFoundError, find
+from shardtrain.host.import_path import find
 
 #: The required members of a `Source`.
 _PARTS = ("fingerprint", "vocab_size", "__len__", "__getitem__")
@@ -50,15 +50,13 @@ def check_imported(type: str, fields: Mapping[str, Any]) -> dict[str, Any]:
             parameter.VAR_POSITIONAL,
         )
         if name not in fields and not optional:
-            raise UserError(
-                f"data.type {type} needs {name!r}, which a config does not give; it may take {', '.join(fields)}"
-            )
+            rule = f"it needs {name!r}, which a config does not give"
+            raise UserError("data.type", type, rule, f"it may take {', '.join(fields)}")
     for name in ("path", "tokenizer", "tokenizer_vocab"):
         if fields[name] is not None and name not in accepted and not anything:
             key = "vocab_size" if name == "tokenizer_vocab" else name
-            raise UserError(
-                f"data.{key} {fields[name]!r}: data.type {type} has no parameter {name!r}; remove it, or add that"
-            )
+            rule = f"it has no parameter {name!r}, and data.{key} is {fields[name]!r}"
+            raise UserError("data.type", type, rule, f"remove data.{key}, or add the parameter")
     return {name: value for name, value in fields.items() if anything or name in accepted}
 
 
@@ -82,10 +80,7 @@ def open_imported(type: str, fields: Mapping[str, Any]) -> tuple[Source, Tokeniz
 
 
 def _class(type: str) -> Callable[..., Any]:
-    try:
-        found: Callable[..., Any] = find(type, "class", callable)
-    except NotFoundError as error:
-        raise UserError(f"data.type {type!r}: {error}") from error
+    found: Callable[..., Any] = find(type, "class", "data.type")
     return found
 
 
@@ -93,4 +88,5 @@ def _parameters(type: str, found: Callable[..., Any]) -> Mapping[str, inspect.Pa
     try:
         return inspect.signature(found).parameters
     except ValueError as error:  # for some that are written in C
-        raise UserError(f"data.type {type} has no signature; name a class written in Python") from error
+        rule = "it has no signature"
+        raise UserError("data.type", type, rule, "name a class written in Python") from error

@@ -1,5 +1,6 @@
 """Which files a path, a folder or a glob stands for; each counts once, however it is reached."""
 
+import contextlib
 import fnmatch
 import glob
 import os
@@ -31,46 +32,65 @@ def each(paths: Paths) -> list[str]:
     """The paths one by one. Raises UserError where there is none, and where one is no path."""
     several = [paths] if isinstance(paths, str | os.PathLike) else paths
     if not isinstance(several, Sequence):
-        raise UserError(
-            f"data.path {shown(paths)}: it is of type {type(paths).__name__}; give a path, or a list of paths"
-        )
+        raise UserError("data.path", paths, f"it is of type {type(paths).__name__}", "give a path, or a list of paths")
     for path in several:
         if not isinstance(path, str | os.PathLike):
-            raise UserError(f"data.path {shown(path)}: it is of type {type(path).__name__}; give a path")
+            raise UserError("data.path", path, f"it is of type {type(path).__name__}", "give a path")
         if not str(path).strip():
-            raise UserError(f"data.path {str(path)!r}: it is empty; name a file, folder or glob, or leave it out")
+            raise UserError("data.path", str(path), "it is empty", "name a file, folder or glob, or leave it out")
     if not several:
-        raise UserError("data.path []: it is empty; name at least one file, folder or glob")
+        raise UserError("data.path", [], "it is empty", "name at least one file, folder or glob")
     return [str(path) for path in several]
 
 
 def expand(path: str, *, may_be_none: bool = False) -> list[Path]:
-    """The files of one path, sorted. Raises UserError for none, unless there may be none."""
-    try:
-        files, problem = _expand(path)
-    except OSError as error:
-        raise UserError(
-            f"data.path {shown(error.filename or path)}: it cannot be read: {error.strerror}; correct its permissions, "
-            f"or leave it out"
-        ) from error
+    """The files of one path, sorted.
+
+    Raises:
+      UserError: there is none, unless there may be none; or the path cannot be read.
+    """
+    with _readable(path):
+        files = sorted(_found(path))
     if not files and not may_be_none:
-        raise UserError(f"data.path {shown(path)}: {problem}")
-    return sorted(files)
+        raise _none(path)
+    return files
 
 
-def _expand(path: str) -> tuple[list[Path], str]:
-    """The files of a path, and what is wrong if there are none."""
+def check_path(path: str) -> None:
+    """Refuse a path that `expand` would refuse, without listing all of its files."""
+    with _readable(path):
+        if next(_found(path), None) is None:
+            raise _none(path)
+
+
+def _found(path: str) -> Iterator[Path]:
+    """The files of a path."""
     if os.path.isfile(path):
-        return [Path(path)], ""
-    if os.path.isdir(path):
-        files = [file for file in _below(Path(path), links=False) if file.is_file()]
-        problem = "the folder is empty; put text files into it, or name another"
+        yield Path(path)
+    elif os.path.isdir(path):
+        yield from (file for file in _below(Path(path), links=False) if file.is_file())
     elif glob.has_magic(path):
-        files = [file for file in _matches(Path(path)) if file.is_file()]
-        problem = "the glob matches no file; '**' stands for any depth of folders"
-    else:
-        files, problem = [], f"there is no such file or folder (looked from {os.getcwd()}); correct the path"
-    return files, problem
+        yield from (file for file in _matches(Path(path)) if file.is_file())
+
+
+def _none(path: str) -> UserError:
+    """The error for a path without files."""
+    if os.path.isdir(path):
+        return UserError("data.path", path, "the folder is empty", "put files there, or name another folder")
+    here = "" if os.path.isabs(path) else f"; it is relative to the current directory, {os.getcwd()}"
+    if glob.has_magic(path):
+        fix = f"check the glob ('**' stands for any depth of folders){here}"
+        return UserError("data.path", path, "the glob matches no file", fix)
+    return UserError("data.path", path, "there is no such file or folder", f"check the path{here}")
+
+
+@contextlib.contextmanager
+def _readable(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        where, fix = str(error.filename or path), "correct its permissions, or leave it out"
+        raise UserError("data.path", where, f"it cannot be read: {error.strerror}", fix) from error
 
 
 def once(files: Iterable[Path]) -> list[Path]:

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 import tokenizers
@@ -18,6 +18,7 @@ from shardtrain.data.watch import Watch
 from shardtrain.data.words import have_our_words, pieces, words
 from shardtrain.errors import UserError
 
+TokenizerName: TypeAlias = Literal["bpe", "byte"]
 SEPARATOR = "<|endoftext|>"
 BYTES = 256
 _TOGETHER = 4  # pieces that are encoded at once, in as many threads: enough to keep some cores busy for 0.1 s
@@ -151,10 +152,12 @@ def encode_documents(tokenizer: Tokenizer, texts: Iterable[str | Iterable[str]])
         yield np.array([tokenizer.separator], np.int32)
 
 
-def check_bpe_vocab(vocab_size: int) -> None:
-    """Raises UserError for a vocabulary that cannot hold the bytes and the separator."""
+def check_bpe_vocab(vocab_size: int, key: str = "data.vocab_size") -> None:
+    """Refuse a vocabulary that cannot hold the bytes and the separator.
+
+    Raises:
+      UserError: with `key`, the setting that the size comes from.
+    """
     if vocab_size <= BYTES:
-        raise UserError(
-            f"tokenizer vocabulary {vocab_size}: byte-level BPE needs at least {BYTES + 1} ids "
-            f"({BYTES} bytes and the document separator) before its first merge; 2048 or more is usual"
-        )
+        rule = f"a byte-level BPE needs at least {BYTES + 1} ids: {BYTES} bytes and a separator"
+        raise UserError(key, vocab_size, rule, f"use {key}={BYTES + 1} or more, for example 2048")

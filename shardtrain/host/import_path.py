@@ -1,4 +1,4 @@
-"""What a config names by an import path, `package.module:name`: a model, a schedule, a source of data, an optimizer."""
+"""Objects that a config names by an import path: a model, a schedule, a source of data, an optimizer."""
 
 from __future__ import annotations
 
@@ -11,46 +11,31 @@ from typing import Any
 from shardtrain.errors import UserError, did_you_mean
 
 
-class NotFoundError(UserError):
-    """An import path that leads to nothing.
-
-    Attributes:
-      rule: what is wrong with it.
-      fix: what to write instead.
-    """
-
-    def __init__(self, rule: str, fix: str) -> None:
-        self.rule, self.fix = rule, fix
-        super().__init__(f"{rule}; {fix}")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.rule, self.fix)
-
-
-def find(path: str, noun: str, is_one: Callable[[Any], bool] = callable) -> Any:
-    """Import a module and return what it calls by a name.
+def find(path: str, noun: str, key: str, is_one: Callable[[Any], bool] = callable) -> Any:
+    """Import a module and return the object that it calls by a name.
 
     Args:
       path: `package.module:name`.
-      noun: what it shall be, for messages: `class`.
-      is_one: whether something is that.
+      noun: the kind of object, for messages: `class`.
+      key: the setting that holds the path, for messages: `model.type`.
+      is_one: whether an object is of that kind.
 
     Raises:
-      NotFoundError: no such module or name, or it is something else.
+      UserError: there is no such module or name, or the object is of another kind.
     """
     module_name, _, name = path.partition(":")
     shape = f"package.module:{'Class' if noun == 'class' else noun}"
     if not all(part.isidentifier() for part in module_name.split(".")):
-        raise NotFoundError(f"{module_name!r} is not the name of a module", f"write {shape}")
+        raise UserError(key, path, f"{module_name!r} is not the name of a module", f"write {shape}")
     try:
         module = importlib.import_module(module_name)
     except (ImportError, SyntaxError) as error:
         fix = f"install it, or put its folder on PYTHONPATH; write {shape}"
-        raise NotFoundError(f"importing module {module_name!r} fails: {error}", fix) from error
+        raise UserError(key, path, f"importing module {module_name!r} fails: {error}", fix) from error
     found = getattr(module, name, None)
     if not is_one(found):
-        known = [key for key, value in vars(module).items() if is_one(value)]
-        raise NotFoundError(f"module {module_name} has no {noun} {name!r}", did_you_mean(name, known))
+        known = [each for each, value in vars(module).items() if is_one(value)]
+        raise UserError(key, path, f"module {module_name} has no {noun} {name!r}", did_you_mean(name, known))
     return found
 
 

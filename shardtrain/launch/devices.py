@@ -13,6 +13,13 @@ from shardtrain.launch.cpu_collectives import order_collectives
 Platform = Literal["auto", "cpu", "cuda"]
 
 
+def check_emulate(platform: Platform, emulate: int | None) -> None:
+    """Refuse emulated devices on a platform of real ones."""
+    if platform == "cuda" and emulate is not None:
+        rule = "emulated devices are CPU devices, and devices.platform is cuda"
+        raise UserError("devices.emulate", emulate, rule, "set devices.emulate=null or devices.platform=cpu")
+
+
 def select_devices(platform: Platform = "auto", emulate: int | None = None, processes: int = 1) -> list[jax.Device]:
     """Start JAX on a platform and return the devices to train on.
 
@@ -28,8 +35,7 @@ def select_devices(platform: Platform = "auto", emulate: int | None = None, proc
       UserError: the platform is not there, or the backend already runs with other or fewer devices.
     """
     if emulate is not None:
-        if platform == "cuda":
-            raise UserError("devices.emulate pretends CPU devices, but devices.platform is cuda; drop one of the two")
+        check_emulate(platform, emulate)
         if emulate % processes:
             raise UserError(f"devices.emulate {emulate} does not divide over {processes} processes; use a multiple")
         platform = "cpu"

@@ -103,15 +103,19 @@ def compiler_options(
     """
     device = jax.devices()[0] if device is None else device
     kind, nvidia = "gpu" if device.platform == "cuda" else device.platform, cuda_capability(device) is not None
-    if preset == "gpu-default" and not nvidia:
-        raise UserError(
-            f"xla.preset gpu-default is for NVIDIA GPUs, and the devices are {device.platform}; use xla.preset=auto, "
-            "which takes it on GPUs only, or none"
-        )
+    if not nvidia:
+        check_preset(preset, device.platform)
     chosen = _known(GPU_DEFAULT, device) if nvidia and preset != "none" else {}
     for flag, value in (options or {}).items():
         _require(flag, value, kind, device)
     return {**chosen, **(options or {})}
+
+
+def check_preset(preset: Preset, platform: str) -> None:
+    """Refuse the preset for NVIDIA GPUs on other devices, those of `platform`."""
+    if preset == "gpu-default":
+        rule = f"gpu-default is for NVIDIA GPUs, and the devices are {platform}"
+        raise UserError("xla.preset", preset, rule, "use xla.preset=auto, which takes it on GPUs only, or none")
 
 
 def _known(choices: tuple[Choice, ...], device: jax.Device) -> dict[str, Value]:

@@ -5,14 +5,14 @@ Shapes: B batch, S sequence, D model dim, H query heads, G key/value heads, K he
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from shardtrain.errors import UserError
+from shardtrain.errors import UserError, refuse
 from shardtrain.nn.attention_kernels import Implementation, attend
 from shardtrain.nn.context import Context
 from shardtrain.nn.dropout import Dropout
@@ -20,7 +20,17 @@ from shardtrain.nn.linear import Linear, together
 from shardtrain.nn.norm import RMSNorm
 from shardtrain.nn.rope import rope_frequencies, rotate
 from shardtrain.sharding import constrain, gather_residual
+from shardtrain.sharding.mesh import divisors
 from shardtrain.weights.precision import Precision
+
+
+def head_problems(dim: int, n_heads: int, n_kv_heads: int | None, head_dim: int | None) -> Iterator[UserError]:
+    """Find the mistakes in the sizes of heads; `n_kv_heads` and `head_dim` are `None` where they follow from others."""
+    if head_dim is None and dim % n_heads:
+        rule = f"without head_dim, a head has {dim} / {n_heads} dims, which is not a whole number"
+        yield UserError("n_heads", n_heads, rule, f"use a divisor of {dim}, or set head_dim")
+    if n_kv_heads is not None and (n_kv_heads < 1 or n_heads % n_kv_heads):
+        yield UserError("n_kv_heads", n_kv_heads, f"must divide n_heads = {n_heads}", f"use one of {divisors(n_heads)}")
 
 
 class Attention(nnx.Module):
@@ -73,13 +83,8 @@ class Attention(nnx.Module):
         precision: Precision = Precision(),
         rngs: nnx.Rngs,
     ):
+        refuse(head_problems(dim, n_heads, n_kv_heads, head_dim))
         groups = n_heads if n_kv_heads is None else n_kv_heads
-        if groups < 1 or n_heads % groups:
-            raise UserError(
-                f"n_heads {n_heads} is not a multiple of n_kv_heads {groups}; use a multiple, for equal groups"
-            )
-        if head_dim is None and dim % n_heads:
-            raise UserError(f"dim {dim} is not a multiple of n_heads {n_heads}; use a multiple, or give head_dim")
         if window is not None and window < 1:
             raise UserError(f"sliding window {window} leaves nothing for a token to see; use 1 or more, or null")
         size = dim // n_heads if head_dim is None else head_dim

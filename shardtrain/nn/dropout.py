@@ -10,6 +10,12 @@ from shardtrain.errors import UserError
 from shardtrain.nn.context import Context
 
 
+def check_dropout(rate: float) -> None:
+    """Refuse a rate outside [0, 1)."""
+    if not 0 <= rate < 1:
+        raise UserError("dropout", rate, "must be a probability from 0 to below 1", "for example dropout=0.1")
+
+
 class Dropout(nnx.Module):
     """Zero each element with probability `rate` and scale the others by `1 / (1 - rate)`; do nothing in evaluation.
 
@@ -27,8 +33,7 @@ class Dropout(nnx.Module):
     """
 
     def __init__(self, rate: float, site: str):
-        if not 0 <= rate < 1:
-            raise UserError(f"dropout {rate} is not a probability below 1; use 0 <= dropout < 1")
+        check_dropout(rate)
         self.rate, self.site = rate, site
 
     def __call__(self, x_B: jax.Array, ctx: Context) -> jax.Array:

@@ -5,7 +5,7 @@ A layer marks an activation with `checkpoint_name`; a policy says which of these
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -66,33 +66,26 @@ def rematerialized(body: Callable[..., Any], remat: Remat, *, in_scan: bool = Tr
         return saving
 
     def checked(*args: Any) -> Any:
-        check_names(names, set(_named(jax.make_jaxpr(body)(*args).jaxpr)))
+        check_remat(remat, set(_named(jax.make_jaxpr(body)(*args).jaxpr)))
         return saving(*args)
 
     return checked
 
 
-def check_names(names: Sequence[str], known: Sequence[str] | set[str]) -> None:
-    """Compare the names to keep with those that exist.
+def check_remat(remat: Remat, known: Collection[str] | None = None) -> None:
+    """Refuse a word that is not a policy, and names to keep that no activation has.
+
+    Args:
+      remat: as for `remat_policy`.
+      known: the names of a block's activations; `None` where they are not known yet.
 
     Raises:
-      UserError: one does not exist; names the nearest that does.
+      UserError: an unknown word or name, with the nearest known one, or an empty list of names.
     """
-    for name in names:
-        if name not in known:
-            raise UserError(
-                f"remat keeps {name!r}, but no activation of the block has this name; "
-                + (did_you_mean(name, sorted(known)) if known else "mark some with checkpoint_name")
-            )
-
-
-def remat_names(remat: Remat) -> list[str]:
-    """Return the names that `remat` lists; none for a word.
-
-    Raises:
-      UserError: see `remat_policy`.
-    """
-    return _parse(remat)[1]
+    for name in _parse(remat)[1]:
+        if known is not None and name not in known:
+            fix = did_you_mean(name, sorted(known)) if known else "mark some with checkpoint_name"
+            raise UserError("remat", remat, f"keeps {name!r}, but no activation of the block has this name", fix)
 
 
 def _parse(remat: Remat) -> tuple[str, list[str]]:
@@ -103,10 +96,10 @@ def _parse(remat: Remat) -> tuple[str, list[str]]:
         listed = bool(colon) and word in ("names", "offload")
         names = [name.strip() for name in rest.strip("[] ").split(",")] if listed else []
     if listed and not (names and all(names)):
-        raise UserError(f"remat {remat!r} lists no names; give some, or use full to keep only the inputs")
+        raise UserError("remat", remat, "names nothing to keep", "give names, or full to keep only the inputs")
     if not listed and remat not in _WORDS:
-        near = did_you_mean(str(remat), [*_WORDS, "names:a,b", "offload:a,b"])
-        raise UserError(f"remat {remat!r} is not a policy; {near}")
+        fix = did_you_mean(str(remat), [*_WORDS, "names:a,b", "offload:a,b"])
+        raise UserError("remat", remat, "is not a policy", fix)
     return word, names
 
 

@@ -12,14 +12,14 @@ import functools
 import math
 import zlib
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.tree_util import GetAttrKey, keystr, tree_leaves_with_path, tree_map_with_path
 
-from shardtrain.errors import UserError
+from shardtrain.errors import UserError, did_you_mean
 from shardtrain.weights.layout import match_weights
 from shardtrain.weights.paths import Path, dotted
 from shardtrain.weights.weight import Weight
@@ -60,8 +60,9 @@ def with_moments(tx: optax.GradientTransformation, weights: Any, moments: Moment
     Raises:
       UserError: another word, or an optimizer whose state holds no moments in a form that is known.
     """
-    if moments not in (known := ("float32", "bfloat16", "int8")):
-        raise UserError(f"optimizer moments {moments!r} is none of {', '.join(known)}; pick one of these")
+    if moments not in (known := get_args(Moments)):
+        rule = f"must be one of {', '.join(known)}"
+        raise UserError("optimizer.moments", moments, rule, did_you_mean(str(moments), known))
 
     def init(params: Any) -> Any:
         # Behind a barrier, or XLA works out the codes of all the zeros while it compiles.

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, get_args
 
 import jax
 import optax
 from jax.tree_util import tree_map_with_path
 
-from shardtrain.errors import UserError, did_you_mean, require_kind
-from shardtrain.host.import_path import NotFoundError, find
+from shardtrain.errors import UserError, did_you_mean, refuse, require_kind
+from shardtrain.host.import_path import find
 from shardtrain.optim.moments import Moments, with_moments
 from shardtrain.optim.per_layer import abstract, over_layers, probe, slices
 from shardtrain.weights.layout import shardings_like
@@ -80,17 +80,18 @@ def optimizer(
     if not callable(lr):
         require_kind("optimizer lr", lr, (float, int), "give a positive number, or a schedule of the step")
     factory = _factory(type)
-    _check_options(type, factory, options)
+    refuse(option_problems(type, options))
     for role in decay_roles:
         if role not in get_args(Role):
-            raise UserError(f"decay_roles: role {role!r} does not exist; {did_you_mean(role, get_args(Role))}")
-    for name, value in {"lr": lr, "clip_norm": clip_norm}.items():
+            raise UserError("optimizer.decay_roles", role, "there is no such role", did_you_mean(role, get_args(Role)))
+    for name, value, example in (("lr", lr, 1.0e-3), ("clip_norm", clip_norm, 1.0)):
         if isinstance(value, float | int) and not (value > 0 and math.isfinite(value)):
-            raise UserError(f"optimizer {name} {value} must be a positive number")
+            raise UserError(f"optimizer.{name}", value, "must be a positive number", f"for example {example}")
     if not (weight_decay >= 0 and math.isfinite(weight_decay)):
-        raise UserError(f"optimizer weight_decay {weight_decay} must be 0 or more; 0 means none")
+        raise UserError("optimizer.weight_decay", weight_decay, "must be a number of 0 or more", "use 0 for no decay")
     if per_layer is False and factory in OPTIMIZERS.values() and factory not in _ELEMENTWISE:
-        raise UserError(f"per_layer false would let {type} mix the layers of a stack; drop it")
+        rule = f"{type} would then mix the layers of a stack"
+        raise UserError("optimizer.per_layer", per_layer, rule, "drop it, or set it to true")
 
     apart = factory not in _ELEMENTWISE if per_layer is None else per_layer
     decays = jax.tree.map(lambda w: w.role in decay_roles, weights)
@@ -126,26 +127,30 @@ def _factory(type: str) -> Callable[..., Transform]:
         return OPTIMIZERS[type]
     module, _, name = type.partition(":") if ":" in type else type.rpartition(".")
     if not module or not name:
-        near = did_you_mean(type, OPTIMIZERS)
-        raise UserError(f"optimizer type {type!r} does not exist; {near} (or give an import path such as optax.lamb)")
-    try:
-        return find(f"{module}:{name}", "factory")
-    except NotFoundError as error:
-        raise UserError(f"optimizer type {type!r}: {error}") from error
+        fix = f"{did_you_mean(type, OPTIMIZERS)} (or an import path such as optax.lamb or package.module:factory)"
+        raise UserError("optimizer.type", type, "there is no such optimizer", fix)
+    factory: Callable[..., Transform] = find(f"{module}:{name}", "factory", "optimizer.type")
+    return factory
 
 
-def _check_options(type: str, factory: Callable[..., Transform], options: dict[str, Any]) -> None:
-    accepted = inspect.signature(factory).parameters
+def option_problems(type: str, options: Mapping[str, Any]) -> Iterator[UserError]:
+    """Find the mistakes in the type of an optimizer and the options for its factory.
+
+    Raises:
+      UserError: there is no such optimizer.
+    """
+    accepted = inspect.signature(_factory(type)).parameters
     anything = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     if "learning_rate" not in accepted and not anything:
-        raise UserError(f"optimizer type {type!r} takes no learning_rate; name a factory that does, such as optax.lamb")
-    for name in options:
+        fix = "name a factory that takes one, such as optax.lamb"
+        yield UserError("optimizer.type", type, "this factory takes no learning_rate", fix)
+    for name, value in options.items():
+        key = f"optimizer.options.{name}"
         if name in _DERIVED:
-            raise UserError(f"optimizer {type}: {name} follows from {_DERIVED[name]}; set that instead")
-        if name not in accepted and not anything:
-            raise UserError(
-                f"optimizer {type} has no option {name!r}; {did_you_mean(name, sorted({*accepted} - {*_DERIVED}))}"
-            )
+            yield UserError(key, value, f"{name} follows from {_DERIVED[name]}", "set those instead")
+        elif name not in accepted and not anything:
+            fix = did_you_mean(name, sorted({*accepted} - {*_DERIVED}))
+            yield UserError(key, value, f"{type} has no such option", fix)
 
 
 def _build(type: str, weights: Any, lr: Rate, weight_decay: float, decays: Any, options: dict[str, Any]) -> Transform:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
@@ -21,6 +21,8 @@ from jax.sharding import Mesh
 from shardtrain.errors import UserError
 from shardtrain.hlo import UnknownHLOError, collectives
 
+#: What ranks without work in a tick do.
+Idle = Literal["compute", "skip"]
 #: The `jax.named_scope` of a branch that all devices take together, such as on whether the loss is finite.
 UNIFORM = "uniform"
 

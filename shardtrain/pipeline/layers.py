@@ -20,10 +20,8 @@ def layers_per_stage(n_layers: int, stages: int) -> list[int]:
       UserError: fewer layers than stages.
     """
     if n_layers < stages:
-        raise UserError(
-            f"{n_layers} layers cannot fill {stages} pipeline stages (mesh.pipe x pipeline.chunks); use {stages} "
-            "layers or more, or fewer ranks or chunks"
-        )
+        rule = f"{stages} pipeline stages (mesh.pipe x pipeline.chunks) need a layer each"
+        raise UserError("model.n_layers", n_layers, rule, f"use {stages} layers or more, or fewer ranks or chunks")
     counts = [n_layers // stages] * stages
     middle_first = sorted(range(stages), key=lambda stage: abs(stage - (stages - 1) / 2))
     for stage in middle_first[: n_layers % stages]:
@@ -46,6 +44,13 @@ def check_ranks(schedule: Schedule, mesh: Mesh) -> None:
             f"the model's schedule {schedule.name} is for {schedule.ranks} ranks, but the mesh axis pipe is {pipe}; "
             f"make the schedule for {pipe} ranks, or the mesh with pipe {schedule.ranks}"
         )
+
+
+def check_accumulate(accumulate: int) -> None:
+    """Refuse to accumulate gradients over microbatches in addition to those of a pipeline."""
+    if accumulate > 1:
+        fix = "set optimizer.accumulate=1 and choose pipeline.microbatches"
+        raise UserError("optimizer.accumulate", accumulate, "a pipeline has microbatches of its own", fix)
 
 
 def layer_table(schedule: Schedule, n_layers: int) -> np.ndarray:

@@ -45,13 +45,11 @@ def check_backward(schedule: Schedule, backward: str) -> None:
       UserError: the mode is refused; names both.
     """
     if backward not in get_args(BackwardName):
-        near = did_you_mean(backward, get_args(BackwardName))
-        raise UserError(f"backward {backward!r} does not exist (pipeline.backward); {near}")
+        fix = did_you_mean(backward, get_args(BackwardName))
+        raise UserError("pipeline.backward", backward, "there is no such way to go backward", fix)
     if backward != "remat" and "W" in schedule.phases:
-        raise UserError(
-            f"backward {backward!r}: {schedule.name} splits the backward pass, and keeps what its second half needs; "
-            "drop backward, or take another schedule"
-        )
+        rule = f"{schedule.name} splits the backward pass, and keeps the values that its second half needs"
+        raise UserError("pipeline.backward", backward, rule, "drop pipeline.backward, or choose another schedule")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding
 from shardtrain.config import RunConfig
 from shardtrain.data import Batch, Loader, Rows, Source, Tokenizer, open_source, split
 from shardtrain.data.arguments import check_source
+from shardtrain.data.checks import check_prompt
 from shardtrain.data.rows import check_last_batch
-from shardtrain.errors import UserError
 from shardtrain.host.agree import on_all, on_process_zero
 from shardtrain.host.alike import asked, software
 
@@ -79,11 +79,8 @@ def _open(
         rows, tokenizer = source, getattr(source, "tokenizer", None)
     else:
         rows, tokenizer = _open_named(config, directory, should_stop)
-    if config.sample.prompt is not None and tokenizer is None:
-        name = f"data.type {config.data.type}" if source is None else "the source"
-        raise UserError(
-            f"sample.prompt {config.sample.prompt!r} needs a tokenizer, and {name} has none; set sample.prompt=null"
-        )
+    name = f"data.type {config.data.type}" if source is None else "the source"
+    check_prompt(config.sample.prompt, name, has_tokenizer=tokenizer is not None)
     if config.data.held_out == 0:
         return OpenedData(rows, None, tokenizer)
     train, held_out = split(rows, config.data.held_out)
@@ -96,13 +93,14 @@ def _open_named(
     config: RunConfig, directory: Path, should_stop: Callable[[], bool] | None
 ) -> tuple[Source, Tokenizer | None]:
     """The rows that `data.type` names; process 0 opens them first, since it may have to write them."""
-    data = config.data
+    data, vocab_size = config.data, config.model.size("vocab")
+    assert vocab_size is not None, "the config has been checked"
 
     def opened(write: bool) -> tuple[Source, Tokenizer | None]:
         return open_source(
             data.type,
             seq_len=data.seq_len,
-            vocab_size=config.model.size("vocab"),
+            vocab_size=vocab_size,
             seed=config.run.seed,
             path=data.path,
             tokenizer=data.tokenizer,

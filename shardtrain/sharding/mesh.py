@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from shardtrain.errors import UserError
+from shardtrain.errors import UserError, did_you_mean, refuse
 from shardtrain.launch.cpu_collectives import warn_if_late
 
 #: Every mesh axis, from the slowest network to the fastest.
@@ -38,20 +38,7 @@ class MeshSpec:
     slow: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for axis, size in self.sizes.items():
-            if size == 0 or size < -1:
-                raise UserError(f"mesh.{axis} is {size}: an axis size is 1 or more, or -1 to take what is left")
-        if len(free := [axis for axis, size in self.sizes.items() if size == -1]) > 1:
-            raise UserError(f"mesh axes {' and '.join(free)} are both -1: at most one may be; give the others a size")
-        for axis, factor in self.slow.items():
-            if axis not in AXES:
-                raise UserError(f"mesh.slow names {axis!r}, which is no mesh axis; the axes are {', '.join(AXES)}")
-            size = self.sizes[axis]
-            if factor < 1 or (size != -1 and size % factor):
-                raise UserError(
-                    f"mesh.slow.{axis} is {factor}: it must divide mesh.{axis} = {size}; "
-                    f"use one of {divisors(max(size, 1))}"
-                )
+        refuse(mesh_problems(self.sizes, self.slow))
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -60,15 +47,22 @@ class MeshSpec:
 
     def arithmetic(self) -> str:
         """The sizes that matter, written as a product: `fsdp 4 x tensor 2 = 8`."""
-        named = {axis: size for axis, size in self.sizes.items() if size != 1} or {"data": 1}
-        product = math.prod(size for size in named.values() if size != -1)
+        named = {axis: size for axis, size in self.sizes.items() if size not in (1, -1)} or {"data": 1}
+        product = math.prod(named.values())
         return " x ".join(f"{axis} {size}" for axis, size in named.items()) + f" = {product}"
 
-    def resolve(self, devices: int) -> MeshSpec:
-        """The same spec with -1 filled in.
+    def resolve(self, devices: int, origin: str = "found") -> MeshSpec:
+        """Fill in the axis of -1.
+
+        Args:
+          devices: how many there are.
+          origin: where that number comes from, for messages.
+
+        Returns:
+          A spec whose sizes multiply to `devices`.
 
         Raises:
-          UserError: the product of the sizes is not the number of devices; shows the arithmetic and a mesh that fits.
+          UserError: there is none; shows the arithmetic and the nearest mesh that fits.
         """
         product = math.prod(size for size in self.sizes.values() if size != -1)
         free = [axis for axis, size in self.sizes.items() if size == -1]
@@ -77,11 +71,15 @@ class MeshSpec:
             return dataclasses.replace(self, **filled)
         if not free and product == devices:
             return self
-        raise UserError(
-            f"the mesh does not fit {devices} device{'s' * (devices != 1)}: {self.arithmetic()}"
-            + (f", and {devices} / {product} is no whole number for {free[0]}" if free else "")
-            + f"; nearest mesh that fits: {self.nearest(devices)}"
-        )
+        if free:
+            rule = f"{self.arithmetic()} must divide the devices, {devices} ({origin}); {free[0]} takes the rest"
+        else:
+            rule = f"the product, {self.arithmetic()}, must be the number of devices, {devices} ({origin})"
+        fix = f"the nearest mesh that fits is {self.nearest(devices)}"
+        if origin == "devices.emulate":
+            fix += f"; or devices.emulate={product}"
+        shown = {axis: size for axis, size in self.sizes.items() if size != 1}
+        raise UserError("mesh", shown or {"data": 1}, rule, fix)
 
     def nearest(self, devices: int) -> str:
         """The mesh for `devices` devices that changes this one least, as `{axis: size}` text."""
@@ -120,6 +118,25 @@ class MeshSpec:
             return mesh_utils.create_device_mesh(shape, devices)
         by_slice = len({getattr(d, "slice_index", 0) for d in devices}) > 1
         return mesh_utils.create_hybrid_device_mesh(fast, slow, devices, process_is_granule=not by_slice)
+
+
+def mesh_problems(sizes: Mapping[str, int], slow: Mapping[str, int]) -> Iterator[UserError]:
+    """Find the mistakes in the sizes of the mesh axes and in their parts across the slow network."""
+    for axis, size in sizes.items():
+        if size == 0 or size < -1:
+            rule = "an axis size must be 1 or more, or -1 for the devices that are left"
+            yield UserError(f"mesh.{axis}", size, rule, "use 1")
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        rule = f"{' and '.join(f'mesh.{axis}' for axis in free)} are all -1; at most one may take what is left"
+        yield UserError("mesh", dict.fromkeys(free, -1), rule, f"give mesh.{free[0]} a size")
+    for axis, factor in slow.items():
+        key = f"mesh.slow.{axis}"
+        if axis not in AXES:
+            yield UserError(key, factor, "there is no such mesh axis", did_you_mean(axis, AXES))
+        elif factor < 1 or (sizes[axis] > 0 and sizes[axis] % factor):
+            rule = f"the part of an axis across the slow network must divide it, and mesh.{axis} is {sizes[axis]}"
+            yield UserError(key, factor, rule, f"use one of {divisors(max(sizes[axis], 1))}")
 
 
 def interleave(devices: np.ndarray) -> np.ndarray:

@@ -11,7 +11,8 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from shardtrain.errors import UserError, did_you_mean, require_kind
-from shardtrain.sharding.mesh import AXES, divisors
+from shardtrain.sharding.divide import check_dim
+from shardtrain.sharding.mesh import AXES
 from shardtrain.sharding.rules import LogicalAxes, Rules, make_rules
 
 
@@ -204,12 +205,9 @@ class Partitioner:
         if len(axes) != len(shape):
             raise UserError(f"{name} has shape {shape}, but {len(axes)} logical axes {tuple(axes)}: give one per dim")
         for dim, part in enumerate(spec):
-            split = mesh_axes(part)
-            pieces = math.prod(self.mesh.shape[axis] for axis in split)
-            if shape[dim] % pieces:
-                sizes = " x ".join(f"{axis} {self.mesh.shape[axis]}" for axis in split)
-                raise UserError(
-                    f"{name}: dim {dim} ({axes[dim]!r}) has size {shape[dim]}, which mesh axis {sizes} does not "
-                    f"divide; use a multiple of {pieces}, a mesh size among {divisors(shape[dim])[:8]}, or "
-                    f"rules.{axes[dim]}=null to keep such dims whole"
-                )
+            check_dim(
+                f"{name}: dim {dim}",
+                shape[dim],
+                str(axes[dim]),
+                {axis: self.mesh.shape[axis] for axis in mesh_axes(part)},
+            )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 
-from shardtrain.errors import UserError, did_you_mean
+from shardtrain.errors import UserError, did_you_mean, refuse
 from shardtrain.sharding.mesh import AXES
 
 LogicalAxes = Sequence[str | None]
@@ -46,12 +46,15 @@ def make_rules(overrides: Mapping[str, str | Sequence[str] | None] = MappingProx
     table = dict(DEFAULT_RULES)
     for name, value in overrides.items():
         table[name] = () if value is None else (value,) if isinstance(value, str) else tuple(value)
-        for axis in table[name]:
-            if axis not in AXES:
-                raise UserError(
-                    f"rules.{name} names mesh axis {axis!r}, which does not exist; {did_you_mean(axis, AXES)}"
-                )
+        refuse(row_problems(name, table[name]))
     if "seq_residual" not in overrides:
         axes = dict.fromkeys([*table["seq"], *DEFAULT_RULES["seq_residual"][1:]])
         table["seq_residual"] = tuple(axis for axis in axes if axis not in table["batch"])
     return MappingProxyType(table)
+
+
+def row_problems(name: str, axes: Sequence[str]) -> Iterator[UserError]:
+    """Find the names in a row of the rules that are not mesh axes."""
+    for axis in axes:
+        if axis not in AXES:
+            yield UserError(f"rules.{name}", axis, "there is no such mesh axis", did_you_mean(axis, AXES))

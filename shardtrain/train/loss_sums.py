@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from shardtrain.errors import UserError
 from shardtrain.nn.context import Context
 from shardtrain.nn.losses import Loss
 from shardtrain.nn.model import Batch
 from shardtrain.nn.returned import Sums
 from shardtrain.sharding import Partitioner
+from shardtrain.sharding.divide import check_microbatches
 from shardtrain.weights.weight import Weight
 
 Tree = Any
@@ -71,7 +71,7 @@ def widened(grads: Tree, weights: Tree, partitioner: Partitioner) -> Tree:
     return jax.tree.map(one, grads, weights)
 
 
-def microbatches(batch: Batch, count: int) -> Batch:
+def microbatches(batch: Batch, count: int, key: str = "optimizer.accumulate") -> Batch:
     """`[B, ...]` leaves as `[B / count, count, ...]`: microbatch m is the rows `m::count`, so no row moves.
 
     Raises:
@@ -79,8 +79,7 @@ def microbatches(batch: Batch, count: int) -> Batch:
     """
 
     def split(a: jax.Array) -> jax.Array:
-        if a.shape[0] % count:
-            raise UserError(f"{a.shape[0]} rows are not divisible by {count} microbatches; use a divisor of the rows")
+        check_microbatches(key, count, a.shape[0])
         return a.reshape(a.shape[0] // count, count, *a.shape[1:])
 
     return jax.tree.map(split, batch)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 from flax import nnx
 
 from shardtrain.errors import UserError, did_you_mean, require_kind
+from shardtrain.pipeline.idle import Idle
 from shardtrain.pipeline.phases import BackwardName
 from shardtrain.pipeline.schedules import Schedule
 from shardtrain.train.pipelined import PipelinedModel
 from shardtrain.train.split_module import SplitModule, Tree
 from shardtrain.train.unpipelined import UnpipelinedModel
-
-Idle = Literal["compute", "skip"]
 
 
 class ModelDef(SplitModule):

@@ -20,7 +20,7 @@ from shardtrain.nn.stack import Stack, constrain_residual
 from shardtrain.pipeline.executor import pipeline_forward, pipeline_gradients
 from shardtrain.pipeline.forward import OutputFunction
 from shardtrain.pipeline.idle import CheckedStep
-from shardtrain.pipeline.layers import check_ranks, layer_table
+from shardtrain.pipeline.layers import check_accumulate, check_ranks, layer_table
 from shardtrain.pipeline.phases import BackwardName, check_backward
 from shardtrain.pipeline.schedules import Schedule, allocate, bubble_warning, check_trains, forward, simulate
 from shardtrain.pipeline.stage import StageFunctions
@@ -84,11 +84,7 @@ class PipelinedModel:
             raise UserError(
                 "a loss function of its own cannot be pipelined: only nn.Model's head can; drop loss, or the schedule"
             )
-        if accumulate > 1:
-            raise UserError(
-                f"optimizer.accumulate is {accumulate}, but a pipeline has microbatches of its own; use accumulate 1 "
-                "and choose pipeline.microbatches"
-            )
+        check_accumulate(accumulate)
         if gather == "step":
             split_dims(self.weights, partitioner)
 
@@ -153,7 +149,7 @@ class PipelinedModel:
             self.program,
             self.layers_CRk,
             dataclasses.replace(stage, aux_scales=aux_scales(weights, options.total)),
-            microbatches(batch, self.program.schedule.microbatches),
+            microbatches(batch, self.program.schedule.microbatches, "pipeline.microbatches"),
             constrain_gradients,
         )
         return join_layers(jax.tree.map(lambda g: g[:, None], dstacked), dshared), sums, model_state

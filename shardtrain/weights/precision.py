@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax.numpy as jnp
 
 from shardtrain.errors import UserError
+
+Matmul: TypeAlias = Literal["compute", "float8"]
 
 
 def at_least_float32(dtype: Any) -> Any:
@@ -36,11 +38,11 @@ class Precision:
     params: Any = jnp.float32
     compute: Any = jnp.float32
     reduce: Any = jnp.float32
-    matmul: str = "compute"
+    matmul: Matmul = "compute"
 
     def __post_init__(self) -> None:
-        if self.matmul not in ("compute", "float8"):
-            raise UserError(f"precision.matmul {self.matmul!r} is neither compute nor float8; pick one")
+        if self.matmul not in get_args(Matmul):
+            raise UserError("precision.matmul", self.matmul, "must be compute or float8", "choose one of them")
 
     @property
     def softmax(self) -> Any:

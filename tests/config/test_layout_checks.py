@@ -98,8 +98,8 @@ def test_a_rule_of_null_lifts_the_check(base):
 def test_a_pipeline_that_does_not_fit(problems):
     found = problems("mesh={pipe: 8}", "pipeline.chunks=2", "pipeline.microbatches=3", "optimizer.accumulate=2")
     assert set(found) == {"model.n_layers", "optimizer.accumulate", "pipeline.microbatches"}
-    assert "pipe 8 x chunks 2 = 16 stages need a layer each" in found["model.n_layers"].rule
-    assert found["pipeline.microbatches"].rule == "16 rows per device must divide by the microbatches"
+    assert "16 pipeline stages (mesh.pipe x pipeline.chunks) need a layer each" in found["model.n_layers"].rule
+    assert found["pipeline.microbatches"].rule == "16 rows per device must be divisible by the number of microbatches"
 
 
 def test_a_pipeline_schedule_that_does_not_exist(problems):

@@ -78,7 +78,7 @@ def test_options_are_judged_by_the_signature(problems, own_model):
         (":Own", "not the name of a module", "package.module:Class"),
         ("{own}:Onw", "no class 'Onw'", "did you mean Own?"),
         ("{own}:Positional", "by position only", "keyword"),
-        ("{own}:Keywords", "names no option beside **kwargs", "name them in its signature"),
+        ("{own}:Keywords", "has only **kwargs", "name them in its signature"),
     ],
 )
 def test_a_type_that_leads_nowhere(problems, own_model, type_, rule, fix):

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from commands import CONFIG
 from shardtrain.config import ConfigError, load_config, parse_config
-from shardtrain.config.errors import shortened
 from shardtrain.config.schema import RunConfig
+from shardtrain.errors import shortened
 
 GOOD = CONFIG.read_text()
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -28,8 +28,8 @@ MONSTERS = {
     "thousands of open brackets": ("[" * 100_000, "nested deeper than 50 levels"),
     "thousands of dashes": ("- " * 5000, "nested deeper than 50 levels"),
     "thousands of braces": (f"{GOOD}xla: {{options: {'{a: ' * 1000}1{'}' * 1000}}}", "nested deeper than 50 levels"),
-    "a billion laughs": (LAUGHS, "too large for a config, with all that its aliases stand for"),
-    "a chain of aliases": (CHAIN, "too large for a config, with all that its aliases stand for"),
+    "a billion laughs": (LAUGHS, "too large for a config once its aliases are expanded"),
+    "a chain of aliases": (CHAIN, "too large for a config once its aliases are expanded"),
     "megabytes": (GOOD + "#" * 30_000_000, "a config has at most 1,048,576 characters"),
     "a long line": (f"{GOOD}log: {{every: {' ' * 9000}]}}", "expected the node content"),
     "a NUL in a name": (f'{GOOD}init_from: "a\\0b"', "text with a NUL"),

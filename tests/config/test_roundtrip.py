@@ -11,7 +11,7 @@ from shardtrain.config import load_config, parse_config
 from shardtrain.config.strict_yaml import parse
 from shardtrain.sharding.mesh import AXES
 
-text = st.text(max_size=8)
+text = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8)  # YAML holds no NUL
 positive = st.integers(1, 10**6)
 maybe = {
     "run": {"seed": st.integers(0, 2**32 - 1), "dir": text, "max_skipped_steps": positive},
@@ -42,7 +42,7 @@ schedules = st.one_of(
     st.just({"type": "constant"}),
     st.just({"type": "cosine", "warmup_steps": 3}),
     st.fixed_dictionaries({"type": st.just("linear"), "decay_steps": st.integers(1, 10**9)}),
-    st.fixed_dictionaries({"type": st.just("wsd")}, optional={"stable_ratio": st.floats(0, 0.99)}),
+    st.fixed_dictionaries({"type": st.just("wsd")}, optional={"stable_ratio": st.floats(0, 0.9)}),
     st.fixed_dictionaries({"type": st.just("wsd"), "decay_start": st.integers(0, 5)}),
 )
 sections = st.fixed_dictionaries(

@@ -24,7 +24,7 @@ from shardtrain.config import load_config
         ("mesh.slow.data=0", "greater than or equal to 1", ""),
         ("rules=a", "must be a mapping", "{a: 1}"),
         ("rules.mlp=3", "must be a list", "[a, b]"),
-        ("data.type=corpora", "does not exist", "did you mean corpus?"),
+        ("data.type=corpora", "there is no such type", "did you mean corpus?"),
         ("data.held_out=0.9", "less than or equal to 0.5", "0.02"),
         ("data.shuffle=no", "must be a boolean", "true or false"),
         ("data.path=3", "must be text, or must be a list", "data/*.txt"),

@@ -16,14 +16,14 @@ from shardtrain.data import open_source
         (["model.n_layers=0"], "model.n_layers", "greater than 0", "positive"),
         (["model.n_heads=-4", "rules.heads=null"], "model.n_heads", "greater than 0", "positive"),
         (["model.norm_eps=0.0"], "model.norm_eps", "greater than 0", "positive"),
-        (["model.dropout=1.0"], "model.dropout", "from 0 to below 1", "model.dropout=0.1"),
-        (["model.dropout=-0.1"], "model.dropout", "from 0 to below 1", "model.dropout=0.1"),
+        (["model.dropout=1.0"], "model.dropout", "from 0 to below 1", "dropout=0.1"),
+        (["model.dropout=-0.1"], "model.dropout", "from 0 to below 1", "dropout=0.1"),
         (["model.z_loss=-1.0"], "model.z_loss", "from 0 to 1", "1e-4"),
         (["model.remat=ful"], "model.remat", "is not a policy", "did you mean full?"),
         (["model.remat=names:querry,key"], "model.remat", "keeps 'querry'", "did you mean query?"),
-        (["model.remat=[]"], "model.remat", "lists no names", "full"),
-        (["model.n_heads=6", "model.n_kv_heads=6"], "model.n_heads", "128 / 6", "model.head_dim"),
-        (["model.n_kv_heads=6", "model.n_heads=8"], "model.n_kv_heads", "divide model.n_heads = 8", "[1, 2, 4, 8]"),
+        (["model.remat=[]"], "model.remat", "names nothing to keep", "full"),
+        (["model.n_heads=6", "model.n_kv_heads=6"], "model.n_heads", "128 / 6", "head_dim"),
+        (["model.n_kv_heads=6", "model.n_heads=8"], "model.n_kv_heads", "divide n_heads = 8", "[1, 2, 4, 8]"),
         (["data.type=tokens"], "data.path", "needs their path", "set data.path"),
         (["data.type=tokens", "data.path=[base.yaml]"], "data.path", "one file", "join"),
         (["data.path=base.yaml"], "data.path", "reads no files", "data.path=null"),
@@ -64,7 +64,7 @@ def test_missing_data(problems, path):
     Path("empty").mkdir()
     problem = problems("data.type=text", f"data.path={path}")["data.path"]
     assert str(problem.value) in ("nowhere.txt", "nowhere/*.txt", "empty")
-    assert "no such file or folder" in problem.rule or "empty" in problem.rule
+    assert any(words in problem.rule for words in ("no such file or folder", "matches no file", "empty"))
 
 
 @pytest.mark.parametrize("path", ["base.yaml", "base.*", ".", "[base.yaml, '*.yaml']"])
@@ -72,7 +72,7 @@ def test_data_that_is_there(base, path):
     load_config(base, ["data.type=text", f"data.path={path}"])
 
 
-@pytest.mark.parametrize(("path", "rule"), [("''", "needs their path"), ("[]", "their path"), ("['']", "it is empty")])
+@pytest.mark.parametrize(("path", "rule"), [("''", "it is empty"), ("[]", "it is empty"), ("['']", "it is empty")])
 def test_an_empty_path(problems, path, rule):
     problem = problems("data.type=text", f"data.path={path}")["data.path"]
     assert rule in problem.rule

@@ -114,9 +114,9 @@ def test_a_run_trains_on_it(own, tmp_path):
         ("no_such_data:Counting", [], "importing module 'no_such_data' fails"),
         ("own_data:Countin", [], "module own_data has no class 'Countin'; did you mean Counting?"),
         ("own_data:Needy", [], "needs 'shards', which a config does not give; it may take seq_len, vocab_size"),
-        ("own_data:Plain", ["data.path=x"], "data.path 'x': data.type own_data:Plain has no parameter 'path'; remove"),
+        ("own_data:Plain", ["data.path=x"], "it has no parameter 'path', and data.path is 'x'; remove"),
         ("own_data:Plain", ["data.tokenizer=byte", "model.vocab_size=258"], "has no parameter 'tokenizer'"),
-        ("mine", [], "data.type 'mine' does not exist; use one of corpus, synthetic, text, tokens (package.module:Cl"),
+        ("mine", [], "there is no such type; use one of corpus, synthetic, text, tokens (package.module:Cl"),
     ],
 )
 def test_what_cannot_be_a_source_is_refused_in_the_config(own, type, overrides, message):
@@ -133,7 +133,7 @@ def test_what_is_no_source_is_refused_when_it_opens(own, tmp_path):
     ):
         open_data(configured("own_data:no_source"), tmp_path)
     with pytest.raises(
-        UserError, match=r"sample\.prompt 'ab' needs a tokenizer, and data\.type own_data:Bare has none"
+        UserError, match=r"sample\.prompt = ab: text needs a tokenizer, and data\.type own_data:Bare has none"
     ):
         open_data(configured("own_data:Bare", "sample.prompt=ab"), tmp_path)
 
@@ -143,47 +143,53 @@ def test_what_is_no_source_is_refused_when_it_opens(own, tmp_path):
     [
         (
             {"type": "corpsu"},
-            "data.type 'corpsu' does not exist; did you mean corpus?",
+            "data.type = corpsu: there is no such type; did you mean corpus?",
         ),
         (
             {"type": "zzz"},
-            "data.type 'zzz' does not exist; use one of corpus, synthetic, text, tokens",
+            "data.type = zzz: there is no such type; use one of corpus, synthetic, text, tokens",
         ),
-        ({"type": "text"}, "data.path is missing: data.type text reads files; set it to where they are"),
-        ({"type": "tokens"}, "data.path is missing: data.type tokens reads files"),
-        ({"type": "tokens", "path": ["a", "b"]}, "data.path ['a', 'b']: data.type tokens reads one file"),
+        (
+            {"type": "text"},
+            "data.path: data.type text reads files and needs their path; set data.path to",
+        ),
+        ({"type": "tokens"}, "data.path: data.type tokens reads files"),
+        ({"type": "tokens", "path": ["a", "b"]}, "data.path = ['a', 'b']: data.type tokens reads one file"),
         (
             {"type": "tokens", "path": "a", "tokenizer": "byte"},
-            "data.tokenizer 'byte': data.type tokens does not use",
+            "data.tokenizer = byte: data.type tokens is not text",
         ),
         (
             {"type": "corpus", "path": "x"},
-            "data.path 'x': data.type corpus does not use it; remove it, or choose",
+            "data.path = x: data.type corpus reads no files; set data.path=null",
         ),
-        ({"type": "synthetic", "path": "x"}, "data.path 'x': data.type synthetic does not use it"),
+        ({"type": "synthetic", "path": "x"}, "data.path = x: data.type synthetic reads no files"),
         (
             {"type": "corpus", "directory": None},
             "directory is missing: data.type corpus keeps its tokens in one",
         ),
-        ({"type": "corpus", "tokenizer": "words"}, "data.tokenizer 'words': it must be 'bpe' or 'byte'"),
+        ({"type": "corpus", "tokenizer": "words"}, "data.tokenizer = words: must be bpe or byte"),
         (
             {"type": "corpus", "tokenizer": "byte", "tokenizer_vocab": 9},
-            "data.vocab_size 9: data.tokenizer byte has exactly 257 ids; remove it, or choose bpe",
+            "data.vocab_size = 9: only a bpe tokenizer has a vocabulary to choose; set data.vocab_size=null",
         ),
         (
             {"type": "corpus", "vocab_size": 256},
-            "tokenizer vocabulary 256: byte-level BPE needs at least 257 ids",
+            "model.vocab_size = 256: a byte-level BPE needs at least 257 ids",
         ),
         (
             {"type": "corpus", "tokenizer_vocab": 100},
-            "tokenizer vocabulary 100: byte-level BPE needs at least 257",
+            "data.vocab_size = 100: a byte-level BPE needs at least 257",
         ),
         (
             {"type": "corpus", "tokenizer_vocab": 301},
-            "model.vocab_size 300: the data (data.type corpus) has a vocabulary of 301, and each of its ids "
-            "needs a row in the embedding; set model.vocab_size to 301 or more",
+            "data.vocab_size = 301: each of the data's 301 token ids needs a row in the model, and model.vocab_size is "
+            "300; set model.vocab_size=301",
         ),
-        ({"type": "corpus", "tokenizer": "byte", "vocab_size": 256}, "a vocabulary of 257"),
+        (
+            {"type": "corpus", "tokenizer": "byte", "vocab_size": 256},
+            "model.vocab_size = 256: the byte tokenizer has 257 ids",
+        ),
     ],
 )
 def test_requests_that_make_no_sense(tmp_path, changes, message):
@@ -195,5 +201,5 @@ def test_requests_that_make_no_sense(tmp_path, changes, message):
 
 def test_token_files_with_a_larger_vocabulary_than_the_model(tmp_path):
     write_tokens(tmp_path / "t.bin", [np.arange(33)], vocab_size=301)
-    with pytest.raises(UserError, match=r"model.vocab_size 300: .*type tokens\) has a vocabulary of 301"):
+    with pytest.raises(UserError, match=r"model.vocab_size = 300: .*type tokens\) has a vocabulary of 301"):
         opened(None, "tokens", path=tmp_path / "t.bin")

@@ -108,7 +108,7 @@ def test_what_a_run_has_kept_needs_no_text(texts, kept, caplog):
     (texts / "b.txt").write_bytes("zebra".encode("utf-16"))
     assert opened(kept, path=texts)[0].fingerprint == first.fingerprint
     assert "b.txt: not UTF-8" in caplog.text
-    with pytest.raises(UserError, match=r"data.path is missing"):
+    with pytest.raises(UserError, match=r"data.path: .* needs their path"):
         opened(kept.parent / "other", path=None)
 
 

@@ -52,13 +52,13 @@ def test_what_stands_for_no_file(folder):
     (folder / "nothing").mkdir()
     (folder / "nothing" / ".hidden").touch()
     for path, rule in {
-        folder / "no.txt": "there is no such file or folder (looked from ",
-        folder / "nothing": "the folder is empty; put text files into it, or name another",
-        f"{folder}/*.pdf": "the glob matches no file; '**' stands for any depth of folders",
+        folder / "no.txt": "there is no such file or folder; check the path",
+        folder / "nothing": "the folder is empty; put files there, or name another folder",
+        f"{folder}/*.pdf": "the glob matches no file; check the glob ('**' stands for any depth of folders",
     }.items():
-        with pytest.raises(UserError, match=re.escape(f"data.path {path}: {rule}")):
+        with pytest.raises(UserError, match=re.escape(f"data.path = {path}: {rule}")):
             text_files([folder, path])
-    with pytest.raises(UserError, match=r"data.path \[\]: it is empty; name at least one"):
+    with pytest.raises(UserError, match=r"data.path = \[\]: it is empty; name at least one"):
         text_files([])
 
 
@@ -172,12 +172,12 @@ def test_what_cannot_be_read_is_named(folder):
 @pytest.mark.parametrize(
     ("paths", "message"),
     [
-        ("", r"data.path '': it is empty; name a file"),
-        (" ", r"data.path ' ': it is empty; name a file"),
-        (["x", ""], r"data.path '': it is empty; name a file"),
-        ([], r"data.path \[\]: it is empty; name at least one"),
-        (3, r"data.path 3: it is of type int; give a path, or"),
-        ([None], r"data.path None: it is of type NoneType; give a path"),
+        ("", r"data.path = '': it is empty; name a file"),
+        (" ", r"data.path = ' ': it is empty; name a file"),
+        (["x", ""], r"data.path = '': it is empty; name a file"),
+        ([], r"data.path = \[\]: it is empty; name at least one"),
+        (3, r"data.path = 3: it is of type int; give a path, or"),
+        ([None], r"data.path: it is of type NoneType; give a path"),
     ],
 )
 def test_paths_that_are_none(tmp_path, paths, message):

@@ -60,7 +60,7 @@ def test_training_and_saving_are_exact(tmp_path):
 
 @pytest.mark.parametrize("vocab_size", [0, 256])
 def test_vocabulary_too_small_for_all_bytes(vocab_size):
-    with pytest.raises(UserError, match=rf"vocabulary {vocab_size}: byte-level BPE needs at least 257 ids .* 2048"):
+    with pytest.raises(UserError, match=rf"vocab_size = {vocab_size}: a byte-level BPE needs at least 257 ids.* 2048"):
         BPETokenizer.train(TEXT, vocab_size)
 
 

@@ -137,9 +137,9 @@ def test_a_kernel_that_cannot_is_an_error_and_never_replaced(options, match):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"n_heads": 4, "n_kv_heads": 3}, "n_heads 4 is not a multiple of n_kv_heads 3"),
-        ({"n_heads": 4, "n_kv_heads": 0}, "n_heads 4 is not a multiple of n_kv_heads 0"),
-        ({"n_heads": 3}, "dim 16 is not a multiple of n_heads 3; use a multiple, or give head_dim"),
+        ({"n_heads": 4, "n_kv_heads": 3}, "n_kv_heads = 3: must divide n_heads = 4"),
+        ({"n_heads": 4, "n_kv_heads": 0}, "n_kv_heads = 0: must divide n_heads = 4"),
+        ({"n_heads": 3}, "n_heads = 3: .*16 / 3 dims, .*; use a divisor of 16, or set head_dim"),
         ({"n_heads": 4, "window": 0}, "sliding window 0 leaves nothing for a token to see"),
         ({"n_heads": 2, "head_dim": 3}, "head_dim 3 is odd"),
     ],

@@ -98,5 +98,5 @@ def test_dtype_is_kept():
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5])
 def test_a_rate_is_a_probability_below_one(rate):
-    with pytest.raises(UserError, match=f"dropout {rate} is not a probability below 1; use 0 <= dropout < 1"):
+    with pytest.raises(UserError, match=f"dropout = {rate}: must be a probability from 0 to below 1; for example"):
         nn.Dropout(rate, "mlp")

@@ -94,5 +94,5 @@ def test_the_loss_curve_stays_with_that_of_bfloat16():
 
 
 def test_another_word_is_refused():
-    with pytest.raises(UserError, match=r"precision.matmul 'float16' is neither compute nor float8"):
+    with pytest.raises(UserError, match=r"precision.matmul = float16: must be compute or float8"):
         nn.Precision(matmul="float16")

@@ -217,9 +217,9 @@ def test_plain_flax_layers_stack_too():
     ("options", "match"),
     [
         ({"n_layers": 0}, "a stack has 0 layers; use 1 or more"),
-        ({"n_layers": 2, "remat": "some"}, "remat 'some' is not a policy; use one of none, full, dots, offload"),
-        ({"n_layers": 2, "remat": "names:"}, "lists no names"),
-        ({"n_layers": 2, "remat": []}, "lists no names"),
+        ({"n_layers": 2, "remat": "some"}, "remat = some: is not a policy; use one of none, full, dots, offload"),
+        ({"n_layers": 2, "remat": "names:"}, "names nothing to keep"),
+        ({"n_layers": 2, "remat": []}, "names nothing to keep"),
     ],
 )
 def test_mistakes_are_named(options, match):
@@ -243,7 +243,7 @@ def test_names_are_read_from_text_or_a_list(names):
 @pytest.mark.parametrize("remat", ["names:normed,hiden", "offload:hiden", ["hiden"]], ids=str)
 def test_a_name_that_nothing_has_is_refused_while_tracing(remat):
     module = stack(1, F32, remat=remat)
-    with pytest.raises(UserError, match=r"remat keeps 'hiden', but no activation.*did you mean hidden"):
+    with pytest.raises(UserError, match=r"remat = .*: keeps 'hiden', but no activation.*did you mean hidden"):
         jax.eval_shape(lambda: module(start("f4"), context())[0])
 
 

@@ -77,7 +77,7 @@ def test_a_kernel_sees_its_device_s_part_of_rows_and_heads():
     out = jax.jit(lambda q: place.per_device(kernel, (q, axes), out=axes))(q_BSHK)
     np.testing.assert_array_equal(out, -q_BSHK)
     assert set(seen) == {(2, 3, 2, 2)}
-    with pytest.raises(UserError, match=r"an array of kernel: dim 2 \('heads'\) has size 6, .* tensor 4 does not"):
+    with pytest.raises(UserError, match=r"an array of kernel: dim 2 = 6: the rules split 'heads' over tensor 4, which"):
         place.per_device(kernel, (q_BSHK[:, :, :6], axes), out=axes)
 
 

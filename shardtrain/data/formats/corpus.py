@@ -7,5 +7,4 @@ from shardtrain.data.tokenized import tokenized, windows
 
 def open_rows(request: Request) -> Opened:
     """Opens the text, tokenized into `request.directory`."""
-    request.refuse("path")
     return windows(request, tokenized(request, corpus_documents))

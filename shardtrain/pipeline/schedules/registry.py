@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from shardtrain.errors import UserError, did_you_mean
-from shardtrain.host.import_path import NotFoundError, find
+from shardtrain.host.import_path import find
 from shardtrain.pipeline.schedules.check import check, check_trains
 from shardtrain.pipeline.schedules.csv_file import from_csv
 from shardtrain.pipeline.schedules.schedule import PublishedOrder, Schedule
@@ -83,10 +83,7 @@ def get(name: str) -> Entry:
 
 
 def _imported(name: str) -> Builder:
-    try:
-        build: Builder = find(name, "function")
-    except NotFoundError as error:
-        raise UserError(f"pipeline schedule {name!r}: {error}") from error
+    build: Builder = find(name, "function", "pipeline.schedule")
     try:
         inspect.signature(build).bind(1, 1, 1)
     except (TypeError, ValueError) as error:  # ValueError: written in C, it has no signature

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import Literal
 
 import numpy as np
 
 from shardtrain.errors import UserError
+from shardtrain.pipeline.idle import Idle
 from shardtrain.pipeline.schedules.buffers import allocate, message_edges
 from shardtrain.pipeline.schedules.schedule import Action, Pipeline, PublishedOrder, Schedule, deadlock, needs
 
@@ -104,9 +104,7 @@ class Simulation:
         )
 
 
-def simulate(
-    pipeline: Schedule | PublishedOrder, costs: Costs | None = None, idle: Literal["compute", "skip"] = "compute"
-) -> Simulation:
+def simulate(pipeline: Schedule | PublishedOrder, costs: Costs | None = None, idle: Idle = "compute") -> Simulation:
     """Simulate the time and memory of a schedule.
 
     Args:
