@@ -171,7 +171,7 @@ class Loader:
         return NamedSharding(self._sharding.mesh, PartitionSpec(*self._sharding.spec[:ndim]))
 
     def _rows_of_this_process(self) -> np.ndarray:
-        """Which rows of each batch to read: by device, never by process index (DESIGN.md, contracts)."""
+        """Which rows of each batch to read: by device, never by process index."""
         B = self._global_batch
         sharding = self._sharding_of(1)
         check_divides(sharding, (B,), "data.global_batch")

@@ -89,7 +89,7 @@ def batch_gradients(
             in_specs=(params_spec, PartitionSpec(), PartitionSpec(tuple(reduced) or None)),
             out_specs=(params_spec, PartitionSpec(), PartitionSpec()),
             axis_names={*reduced, *pipe},
-            check_vma=False,  # other axes stay Auto (research/pipeline.md, sharp edge 3)
+            check_vma=False,  # other axes stay Auto
         )
     grads, sums, new_state = run(state.params, state.model_state, batch)
     if not whole:

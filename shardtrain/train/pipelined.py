@@ -127,7 +127,7 @@ def _through(
         in_specs=(jax.tree.map(partial(entry_spec, dim=NONE), model.weights), rows),
         out_specs=(PartitionSpec() if whole else rows, PartitionSpec()),
         axis_names={"pipe", *by_hand},
-        check_vma=False,  # other axes stay Auto (research/pipeline.md, sharp edge 3)
+        check_vma=False,  # other axes stay Auto
     )(params, batch)
 
 
