@@ -65,10 +65,10 @@ def main() -> None:
 
     {command}
 
-{args.steps} steps of AdamW on quickstart's text (2 layers, d 128, vocab 2048, 16 x 64 tokens a step), the same weights
-and batches each time. `training` is the mean of the last 20 steps.
+{args.steps} steps of AdamW on the text of the quickstart (2 layers, d 128, vocab 2048, 16 x 64 tokens per step), with
+the same initial weights and batches each time. `training loss` is the mean of the last 20 steps.
 
-| optimizer.moments | bytes of optimizer state a weight | training loss | held-out loss |
+| optimizer.moments | bytes of optimizer state per weight | training loss | held-out loss |
 |---|---|---|---|
 {chr(10).join(rows)}
 

@@ -123,9 +123,9 @@ def main(argv: list[str] | None = None) -> None:
     python {" ".join(["benchmarks/remat.py", *sys.argv[1:]])}
 
 A training step of a Llama with {shape.n_layers} layers, d {shape.d_model}, {shape.n_heads} heads, ff {shape.d_ff} and
-vocab {shape.vocab_size}, {args.rows} x {args.length} tokens, AdamW, {args.compute}. Temporaries are a device's, by
-XLA's account; FLOPs are of matmuls; times are medians of {args.pairs} interleaved steps, over those of `full`, which
-took {wall["full"] * 1e3:.0f} ms. CPU seconds are those of all threads.
+vocab {shape.vocab_size}, {args.rows} x {args.length} tokens, AdamW, {args.compute}. Temporaries are those of one
+device, as counted by XLA. FLOPs are those of matmuls, relative to `full`. Times are medians of {args.pairs} interleaved
+steps, relative to `full`, which took {wall["full"] * 1e3:.0f} ms. CPU seconds are the sum over all threads.
 
 | | model.remat | temporaries, MB | FLOPs | step time | CPU s |
 |---|---|---|---|---|---|
