@@ -18,10 +18,10 @@ _CALM, _FOUND, _RAISED = range(3)
 
 
 def by_process_zero(decide: Callable[[], int | None]) -> int | None:
-    """Runs `decide` on process 0 and returns its answer (a step, or None) on every process.
+    """Run `decide` on process 0 and returns its answer (a step, or None) on every process.
 
     Raises:
-        UserError: `decide` raised it; the other processes refer to process 0's message.
+      UserError: `decide` raised it; the other processes refer to process 0's message.
     """
     if jax.process_count() == 1:
         return decide()
@@ -44,7 +44,7 @@ def on_process_zero(make: Callable[[], T]) -> T | None:
     """What `make` makes, on process 0, and None on the others, which wait until it is made.
 
     Raises:
-        UserError: `make` raised it; then no process waits in vain for another.
+      UserError: `make` raised it; then no process waits in vain for another.
     """
     made = None
 
@@ -57,10 +57,10 @@ def on_process_zero(make: Callable[[], T]) -> T | None:
 
 
 def first_found(look: Callable[[], str | None]) -> str | None:
-    """Runs `look` on every process, and returns on each what the first of them found that found anything, or None.
+    """Run `look` on every process, and returns on each what the first of them found that found anything, or None.
 
     Raises:
-        UserError: `look` raised it, on any process.
+      UserError: `look` raised it, on any process.
     """
     if jax.process_count() == 1:
         return look()
@@ -83,7 +83,7 @@ def on_all(make: Callable[[], T], said: Callable[[T], Mapping[str, Any]]) -> T:
     """What `make` makes, once it is made on every process and all say the same of it (see `alike.together`).
 
     Raises:
-        UserError: `make` raised it on any process, or the processes differ.
+      UserError: `make` raised it on any process, or the processes differ.
     """
     return make() if jax.process_count() == 1 else together(make, said, _exchange)
 

@@ -28,7 +28,7 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
-    """Opens `path` for writing under a temporary name; it appears, synced, only if the block succeeds."""
+    """Open `path` for writing under a temporary name; it appears, synced, only if the block succeeds."""
     temporary = path.with_name(path.name + TEMPORARY)
     try:
         with naming(path), open(temporary, "wb") as file:
@@ -41,18 +41,18 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text as UTF-8, atomically."""
+    """Write a text as UTF-8, atomically."""
     with atomic(path) as file:
         file.write(text.encode())
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes one JSON object, atomically."""
+    """Write one JSON object, atomically."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads one JSON object; raises UserError naming the file and the offset of what is wrong in it."""
+    """Read one JSON object; raises UserError naming the file and the offset of what is wrong in it."""
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -73,10 +73,10 @@ def sha256(path: Path) -> str:
 
 
 def require_writable(directory: Path, what: str) -> None:
-    """Makes a directory if it is missing, and tries to write there.
+    """Make a directory if it is missing, and tries to write there.
 
     Raises:
-        UserError: it cannot be written; `what` (checkpoints, ...) is what should go there.
+      UserError: it cannot be written; `what` (checkpoints, ...) is what should go there.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -11,14 +11,14 @@ from shardtrain.host.files import naming
 
 
 class RunLock:
-    """Holds a run directory for this process, from construction until `release` (or the end of a ``with``).
+    """Holds a run directory for this process, from construction until `release` (or the end of a `with`).
 
-    An advisory `flock` on ``<directory>/lock``: the kernel drops it when the process ends in any way, ``kill
-    -9`` included, so there is never a stale lock to remove. The file stays; its content only serves the
+    An advisory `flock` on `<directory>/lock`: the kernel drops it when the process ends in any way, `kill
+    -9` included, so there is never a stale lock to remove. The file stays; its content only serves the
     message. Of several processes of one run, process 0 takes it.
 
     Raises:
-        UserError: another process holds it (its pid and host are named), or the directory cannot be written.
+      UserError: another process holds it (its pid and host are named), or the directory cannot be written.
     """
 
     def __init__(self, directory: Path | str):
@@ -46,7 +46,7 @@ class RunLock:
             os.write(self._descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
 
     def release(self) -> None:
-        """Lets another process in. Calling it again does nothing."""
+        """Let another process in. Calling it again does nothing."""
         if self._descriptor is not None:
             os.close(self._descriptor)  # closing the only descriptor releases the lock
             self._descriptor = None

@@ -53,7 +53,7 @@ def join(coordinator: str | None, processes: int, process: int, patience: float)
 
 @contextlib.contextmanager
 def last_act(report: Callable[[BaseException], int]) -> Iterator[None]:
-    """Ends this process after the block, with code 0 or what `report` makes of an error.
+    """End this process after the block, with code 0 or what `report` makes of an error.
 
     Python's own way out would first wait for the others (`jax.distributed` does so at exit), which wait for this one
     in a collective; and then for every device thread, of which one may hang in a collective with a process that has

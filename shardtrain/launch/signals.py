@@ -114,7 +114,7 @@ def stop_together() -> Iterator[Stop]:
 
 @contextlib.contextmanager
 def _listening(receive: Callable[[int], None], signals: tuple[signal.Signals, ...]) -> Iterator[None]:
-    """Calls `receive` with the number of each signal, on a thread of its own."""
+    """Call `receive` with the number of each signal, on a thread of its own."""
     hears, tells = socket.socketpair()
     tells.setblocking(False)
     thread = threading.Thread(target=_listen, args=(hears, receive, signals), name="signals", daemon=True)

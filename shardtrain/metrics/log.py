@@ -34,7 +34,7 @@ class MetricsLog:
     that.
 
     Attributes:
-        last: the last line; its `step` is -1 when there is none.
+      last: the last line; its `step` is -1 when there is none.
     """
 
     def __init__(self, directory: Path | str, *, tensorboard: bool = True):
@@ -48,7 +48,7 @@ class MetricsLog:
         """Append one line, `step` first. Values are Python, NumPy or JAX scalars; integers stay integers.
 
         Raises:
-            ValueError: `step` is not above the last line's (see `truncate`), or is also among the values.
+          ValueError: `step` is not above the last line's (see `truncate`), or is also among the values.
         """
         if step <= self.last["step"]:
             raise ValueError(f"step {step} after step {self.last['step']} in {self._path}: truncate({step - 1}) first")
@@ -106,7 +106,7 @@ def read(directory: Path | str) -> list[dict[str, float]]:
     """The lines of a run directory's `metrics.jsonl`, oldest first; a torn last line is left out.
 
     Raises:
-        UserError: there is no such file, or a line before the last is damaged.
+      UserError: there is no such file, or a line before the last is damaged.
     """
     path = Path(directory) / FILE
     if not path.is_file():

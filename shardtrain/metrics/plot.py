@@ -17,7 +17,7 @@ def plot_loss(directory: Path | str) -> Path:
     Steps whose value is not finite are left out.
 
     Raises:
-        UserError: no metrics, or not one finite loss among them.
+      UserError: no metrics, or not one finite loss among them.
     """
     # Only here: matplotlib is slower to import than all else in this room, and a run draws once, at its end.
     from matplotlib.figure import Figure
