@@ -1,4 +1,4 @@
-"""What a config names by an import path, `package.module:name`: a model, a schedule, a source of data, an optimizer."""
+"""Objects that a config names by an import path, `package.module:name`: models, schedules, sources, optimizers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shardtrain.errors import UserError, did_you_mean
 
 
 class NotFoundError(UserError):
-    """An import path that leads to nothing.
+    """An import path that leads nowhere.
 
     Attributes:
       rule: what is wrong with it.
@@ -26,15 +26,15 @@ class NotFoundError(UserError):
 
 
 def find(path: str, noun: str, is_one: Callable[[Any], bool] = callable) -> Any:
-    """Import a module and return what it calls by a name.
+    """Import a module and return one of its objects.
 
     Args:
       path: `package.module:name`.
-      noun: what it shall be, for messages: `class`.
-      is_one: whether something is that.
+      noun: what the object should be, for messages: `class`.
+      is_one: tells whether an object is that.
 
     Raises:
-      NotFoundError: no such module or name, or it is something else.
+      NotFoundError: there is no such module or name, or the object is something else.
     """
     module_name, _, name = path.partition(":")
     shape = f"package.module:{'Class' if noun == 'class' else noun}"
