@@ -262,7 +262,7 @@ def test_other_optimizers_keep_theirs_so_too(type, moments):
     [
         ("adamw", "int4", "moments 'int4' is none of float32, bfloat16, int8"),
         ("sgd", "int8", "keeps no mu or trace or nu or v"),
-        ("optax.rmsprop", "bfloat16", "beside a count of its updates"),
+        ("optax.rmsprop", "bfloat16", "with a count of its updates"),
     ],
 )
 def test_mistakes_are_named(type, moments, message):

@@ -123,7 +123,7 @@ def read(directory: Path | str) -> list[dict[str, float]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """Each whole line, parsed and as bytes."""
+    """Yield each complete line, parsed and as bytes."""
     lines = path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         try:
@@ -149,13 +149,13 @@ def _number(value: Any) -> float | int | str:
 class _Events:
     """A TensorBoard event file, one event per step.
 
-    tensorboardX's `SummaryWriter` would queue each scalar to a thread, through a pipe: slower, and lost on a
-    kill.
+    The `SummaryWriter` of tensorboardX would pass each scalar to a thread through a pipe, which is slower, and loses
+    them on a kill.
     """
 
     def __init__(self, directory: Path):
         directory.mkdir(parents=True, exist_ok=True)
-        # The name holds the time in whole seconds, and an existing file would be overwritten.
+        # By itself the name has the time in whole seconds only, and an existing file would be overwritten.
         self._directory = directory
         self._writer = EventsWriter(str(directory / "events"), f".{os.getpid()}.{time.time_ns()}")
         self._flushed = 0.0
@@ -169,7 +169,7 @@ class _Events:
 
     def flush(self) -> None:
         with naming(self._directory):
-            self._writer.flush()  # which also calls fsync: milliseconds, or many on a disk that is shared
+            self._writer.flush()  # which also calls fsync: milliseconds, or many of them on a shared disk
         self._flushed = time.monotonic()
 
     def close(self) -> None:

@@ -21,24 +21,23 @@ def schedule(
     stable_ratio: float | None = None,
     decay_start: int | None = None,
 ) -> optax.Schedule:
-    """The learning rate as a function of the number of updates made so far.
+    """Return the learning rate as a function of the number of updates made so far.
 
-    The warm-up is linear and never zero: update s gets `lr * (s + 1) / (warmup_steps + 1)`, so the peak is
-    reached at s = `warmup_steps`. From `decay_steps` on the rate stays at `lr * final_ratio`.
+    The warm-up is linear and never zero: update s gets `lr * (s + 1) / (warmup_steps + 1)`, so that the peak is reached
+    at s = `warmup_steps`. From `decay_steps` on, the rate stays at `lr * final_ratio`.
 
     Args:
-      type: `constant` (no decay: `decay_steps` and `final_ratio` have no say), `linear` or `cosine` (from the
-        end of the warm-up on; SGDR, arXiv:1608.03983), `wsd` (warm-up, stable, linear decay;
-        arXiv:2405.18392).
-      lr: the peak.
+      type: `constant` (no decay; ignores `decay_steps` and `final_ratio`), `linear` or `cosine` (from the end of the
+        warm-up on; SGDR, arXiv:1608.03983), `wsd` (warm-up, stable, linear decay; arXiv:2405.18392).
+      lr: the peak rate.
       decay_steps: the update at which the decay ends, counted from the start of the run, warm-up included.
+      warmup_steps: number of updates of the warm-up.
       final_ratio: final rate / peak.
-      stable_ratio: wsd only: the share of `decay_steps`, warm-up included, before the decay starts; default
-        0.8.
-      decay_start: wsd only, instead of `stable_ratio`: the update at which the decay starts.
+      stable_ratio: for wsd only: the share of `decay_steps`, warm-up included, before the decay starts. Default: 0.8.
+      decay_start: for wsd only, instead of `stable_ratio`: the update at which the decay starts.
 
     Raises:
-      UserError: an unknown type, or a number outside of its range.
+      UserError: the type is unknown, or a number is out of range.
     """
     if type not in SCHEDULES:
         raise UserError(f"schedule type {type!r} does not exist; {did_you_mean(type, SCHEDULES)}")
@@ -72,14 +71,14 @@ def schedule(
 
 
 def _decay_start(decay_steps: int, warmup_steps: int, stable_ratio: float | None, decay_start: int | None) -> int:
-    """The update at which the decay of wsd starts."""
+    """Return the update at which the decay of wsd starts."""
     if stable_ratio is not None and decay_start is not None:
         raise UserError(f"schedule wsd has both stable_ratio {stable_ratio} and decay_start {decay_start}; drop one")
     stable_ratio = 0.8 if stable_ratio is None else stable_ratio
     start = round(decay_steps * stable_ratio) if decay_start is None else decay_start
     if not warmup_steps <= start < decay_steps:
         raise UserError(
-            f"schedule wsd would start its decay at step {start}, but that must lie from the end of the "
-            f"warm-up ({warmup_steps}) to below decay_steps ({decay_steps}); change decay_start or stable_ratio"
+            f"schedule wsd would start its decay at step {start}, but that must be at least the end of "
+            f"the warm-up ({warmup_steps}) and below decay_steps ({decay_steps}); change decay_start or stable_ratio"
         )
     return start
