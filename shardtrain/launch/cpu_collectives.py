@@ -32,7 +32,7 @@ _SPELLINGS = (FLAG, "xla_cpu_enable_concurrency_optimized_scheduler")
 
 #: Threads of XLA's pool for each device of this process.
 THREADS = 6
-#: If more were needed, there are so many devices that one only compiles for them.
+#: If more were needed, there are so many devices that programs are only compiled for them.
 _MOST_THREADS = 512
 
 _log = logging.getLogger(__name__)
