@@ -78,7 +78,7 @@ def shardings_like(tree: Any, params: Any, weights: Any) -> Any:
             return sharding
         spec = (*sharding.spec, *(None,) * (len(weight.shape) - len(sharding.spec)))
         if len(leaf.shape) == len(spec) and all(n % k == 0 for n, k in zip(weight.shape, leaf.shape, strict=True)):
-            # One element represents several of a dim. They are split alike, unless there are fewer of them than devices.
+            # One element represents several of a dim. They are split alike, unless there are fewer than devices.
             dims = [s if k % _pieces(mesh, s) == 0 else None for k, s in zip(leaf.shape, spec, strict=True)]
             kept = PartitionSpec(*dims[: len(sharding.spec)])
         else:
