@@ -79,9 +79,8 @@ def compile_step(path: str, devices: int, overrides: list[str]) -> dict[str, flo
 
     seconds = [lap()]
     job = build(load_config(path, ["devices.platform=cpu", f"devices.emulate={devices}", *overrides]))
-    job.model.packed = False  # as in a run
     data, place = job.config.data, job.partitioner
-    source, _ = open_source("synthetic", seq_len=data.seq_len, vocab_size=job.config.model.options["vocab_size"])
+    source, _ = open_source("synthetic", seq_len=data.seq_len, vocab_size=job.config.model.size("vocab"))
     rows = {**source[0], "row": np.int32(0)}
     batch = {
         name: jax.ShapeDtypeStruct(

@@ -67,7 +67,7 @@ def use_checkout() -> None:
 
 
 def host_batch(rows: int, seq: int, vocab: int) -> dict[str, np.ndarray]:
-    """A random batch as the library takes it, `[rows, seq]` each, but for `segment_ids`, which a run does not read."""
+    """A random batch as the library takes it, `[rows, seq]` each, without `segment_ids`, as in a run."""
     rng = np.random.default_rng(1)
     return {
         "tokens": rng.integers(0, vocab, (rows, seq), dtype=np.int32),

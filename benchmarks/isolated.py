@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -24,8 +25,8 @@ from programs import random_batch
 from shardtrain.models.llama import Llama
 from shardtrain.nn import Precision, attend, linear_cross_entropy
 from shardtrain.nn.embedding import lookup
-from shardtrain.nn.linear import einsum
-from shardtrain.nn.losses import chunk_count
+from shardtrain.nn.head import chunk_count
+from shardtrain.nn.matmul import einsum
 from shardtrain.nn.rope import rope_frequencies, rotate
 from shardtrain.optim import optimizer
 from shardtrain.sharding import Partitioner
@@ -90,8 +91,9 @@ class Bench:
             return lookup(table, batch["tokens"], precision)
 
         def loss(batch: Any, x: jax.Array, table: jax.Array) -> jax.Array:
-            head, labels = (x, table, ("vocab", "embed")), (batch["targets"], batch["loss_mask"])
-            return linear_cross_entropy(*head, *labels, chunk=self.args.loss_chunk, precision=precision)[0]
+            layer: Any = SimpleNamespace(weight=table, axes=("vocab", "embed"), precision=precision)
+            labels = batch["targets"], batch["loss_mask"]
+            return linear_cross_entropy(x, layer, *labels, chunk=self.args.loss_chunk)[0]
 
         def attention(batch: Any, *qkv: jax.Array) -> jax.Array:
             return attend(*qkv, implementation=self.args.attention)

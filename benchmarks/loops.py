@@ -41,7 +41,7 @@ class Timed(Loop):
         self.total = self.spent["all"]
 
     def _finish(self, flight: Any, reports: Any) -> None:
-        self._arrivals.wait_for(flight)  # waiting for the step
+        self._timer.wait_for(flight)  # waiting for the step
         with self.timed("metrics"):
             super()._finish(flight, reports)
 
@@ -116,7 +116,7 @@ def llama(shape: dict[str, int], rows: int, length: int, **mesh: int) -> SimpleN
     """A real training step on real batches."""
     devices = jax.devices()[: int(np.prod(list(mesh.values()) or [1]))]
     place = Partitioner(MeshSpec(**mesh).build(devices))
-    model = ModelDef(lambda rngs: Llama(**shape, rngs=rngs), packed=TokenWindows.packed)
+    model = ModelDef(lambda rngs: Llama(**shape, rngs=rngs))
     tx = optimizer("adamw", model.weights, lr=1e-3)
     with tempfile.TemporaryDirectory() as folder:  # the open map outlives its name
         ids = np.random.default_rng(0).integers(0, shape["vocab_size"], 2_000_000)

@@ -47,7 +47,7 @@ import roll
 import sleeping
 from programs import random_batch
 from shardtrain import MeshSpec, ModelDef, Partitioner, init_state, make_train_step, optimizer
-from shardtrain.collectives.fsdp import whole_bytes
+from shardtrain.collectives.fsdp import gathered_bytes
 from shardtrain.hlo import collectives
 from shardtrain.hlo.text import leaves, parse
 from shardtrain.models.llama import Llama
@@ -220,7 +220,7 @@ def tick_and_step(shape: floor.Shape, length: int, cases: Any, microbatches: lis
             moved = sum(c.bytes * c.times for c in collectives(program.as_text(), place.mesh) if "fsdp" in c.axes)
             line += f" {moved / 1e6:20.1f} {program.memory_analysis().temp_size_in_bytes / 1e6:11.1f}"
         print(line, flush=True)
-    held = whole_bytes(model.weights, place)
+    held = gathered_bytes(model.weights, place)
     print(f"step holds {held.weights / 1e6:.1f} MB of gathered weights and {held.gradients / 1e6:.1f} MB of gradients")
 
 

@@ -22,7 +22,8 @@ from shardtrain import ModelDef, Partitioner, TrainState
 from shardtrain.nn.context import Context
 from shardtrain.sharding import use
 from shardtrain.train.loss_sums import microbatches
-from shardtrain.train.model_def import split_layers
+from shardtrain.train.pipelined import PipelinedModel
+from shardtrain.train.split_module import split_layers
 from shardtrain.train.state import abstract_state
 
 Tree = Any
@@ -45,13 +46,13 @@ def make_step(model: ModelDef, tx: optax.GradientTransformation, place: Partitio
 
 def mean_loss(model: ModelDef, params: Tree, batch: Tree, key: jax.Array, place: Partitioner) -> jax.Array:
     """The loss over the global batch. Auxiliary terms are left out."""
-    assert model.program is not None
-    assert model.layers_CRk is not None
-    R, M = model.program.schedule.ranks, model.program.schedule.microbatches
+    pipelined = model.execution
+    assert isinstance(pipelined, PipelinedModel)
+    R, M = pipelined.program.schedule.ranks, pipelined.program.schedule.microbatches
     cut = model.cut(lambda x: x)
     stacked, shared = split_layers(params)
     stages_R = jax.tree.map(lambda a: a[0], stacked)  # [1, R, k, ...]
-    layers_Rk = jnp.asarray(model.layers_CRk[0])
+    layers_Rk = jnp.asarray(pipelined.layers_CRk[0])
     batch_M = jax.tree.map(
         lambda a: place.constrain(jnp.swapaxes(a, 0, 1), None, "batch", *[None] * (a.ndim - 2)),
         microbatches(batch, M),

@@ -18,7 +18,7 @@ from shardtrain.nn import Context
 from shardtrain.pipeline.executor import pipeline_gradients
 from shardtrain.pipeline.layers import layer_table
 from shardtrain.pipeline.schedules import Costs, Schedule, allocate
-from shardtrain.pipeline.stage import Cut, Work
+from shardtrain.pipeline.stage import ModelParts, StageFunctions
 
 
 def costs(backward: str, seconds: float) -> Costs:
@@ -33,7 +33,7 @@ def step(schedule: Schedule, backward: str, seconds: float, devices: list[jax.De
     """
     program = allocate(schedule, save_residuals=backward == "save")
     multiply = slow_product(seconds / schedule.chunks)
-    cut = Cut(
+    parts = ModelParts(
         embed=lambda shared, batch, ctx: batch["x"],
         block=lambda w, x, ctx: (multiply(w, x), {}),
         head=lambda shared, x, batch, ctx: (x.sum(), jnp.float32(x.size), {}),
@@ -44,8 +44,8 @@ def step(schedule: Schedule, backward: str, seconds: float, devices: list[jax.De
 
     def gradients(weights: jax.Array, batch_M: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         layers = layer_table(schedule, schedule.stages)
-        keep = lambda stacked, shared: (stacked, shared)  # noqa: E731
-        dweights, _, sums = pipeline_gradients(program, layers, Work(cut, weights, {}, Context(batch_M)), batch_M, keep)
+        stage = StageFunctions(parts, weights, {}, Context(batch_M))
+        dweights, _, sums = pipeline_gradients(program, layers, stage, batch_M, lambda *gradients: gradients)
         return dweights, sums["loss"][0]
 
     stages, whole = PartitionSpec(None, "pipe"), PartitionSpec()

@@ -12,10 +12,6 @@ import jax
 from flax import nnx
 
 from shardtrain import nn
-from shardtrain.nn.attention_kernels import Implementation
-from shardtrain.nn.losses import Loss
-from shardtrain.nn.model import Batch
-from shardtrain.sharding import constrain, gather_residual
 
 
 class Block(nnx.Module):
@@ -29,22 +25,38 @@ class Block(nnx.Module):
         self.mlp = nn.GatedMLP(dim, hidden, dropout=dropout, **common)
 
     def __call__(self, x_BSD: jax.Array, ctx: nn.Context) -> tuple[jax.Array, dict[str, Any]]:
-        """One transformer block; no auxiliary terms."""
+        """Apply one transformer block, which has no auxiliary terms."""
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), ctx)
-        x_BSD = x_BSD + self.mlp(self.mlp_norm(x_BSD), ctx)
-        return constrain(x_BSD, "batch", "seq_residual", None), {}
+        return x_BSD + self.mlp(self.mlp_norm(x_BSD), ctx), {}
 
 
 class Llama(nnx.Module):
     """A decoder-only language model (Touvron et al. 2023).
 
-    Options for its relatives: Mistral `sliding_window`; Qwen 2 `qkv_bias`, `tie_embeddings`; Qwen 3 `qk_norm`,
-    `head_dim`; Llama 3 `rope_theta`, `rope_scaling`; Gemma 2 `logit_soft_cap` (on attention scores).
-
     Args:
-      attention: attention kernel, see `nn.attend`.
-      remat, scan: see `nn.Stack`.
-      z_loss, loss_chunk: see `nn.linear_cross_entropy`.
+      n_layers: number of blocks.
+      d_model: width of the residual stream.
+      n_heads: query heads.
+      n_kv_heads: key and value heads, which the query heads share in groups; default `n_heads`.
+      head_dim: width of a head (Qwen 3); default `d_model / n_heads`.
+      d_ff: hidden width of the MLP.
+      vocab_size: rows of the embedding.
+      rope_theta: base of the rotary frequencies (500,000 for Llama 3).
+      rope_scaling: extension to longer sequences (Llama 3.1), see `rope_frequencies` in `nn/rope.py`.
+      norm_eps: added to the mean square in norms.
+      qkv_bias: biases on query, key and value (Qwen 2).
+      qk_norm: norms on query and key (Qwen 3).
+      tie_embeddings: use the embedding as the output head, too (Qwen 2, Llama 3.2).
+      sliding_window: tokens that each token sees, itself included (Mistral); `None` for the whole past.
+      logit_soft_cap: soft cap of the attention scores (Gemma 2).
+      attention: the attention kernel, see `nn.attend`.
+      dropout: rate after attention and MLP.
+      remat: what the backward pass recomputes, see `nn.Stack`.
+      scan: one loop over the blocks, see `nn.Stack`.
+      z_loss: see `nn.linear_cross_entropy`.
+      loss_chunk: `chunk` of `nn.linear_cross_entropy`.
+      precision: dtypes.
+      rngs: seeds of the weights.
     """
 
     def __init__(
@@ -65,7 +77,7 @@ class Llama(nnx.Module):
         tie_embeddings: bool = False,
         sliding_window: int | None = None,
         logit_soft_cap: float | None = None,
-        attention: Implementation = "auto",
+        attention: nn.Implementation = "auto",
         dropout: float = 0.0,
         remat: str | list[str] = "full",
         scan: bool = True,
@@ -101,26 +113,20 @@ class Llama(nnx.Module):
             None if tie_embeddings else nn.Linear(*head, role="head", init=small, precision=precision, rngs=rngs)
         )
 
-    def embedder(self, batch: Batch, ctx: nn.Context) -> jax.Array:
-        """Token vectors `[B, S, D]`."""
-        return constrain(self.embedding(batch["tokens"]), "batch", "seq_residual", None)
+    def flops_per_token(self, seq_len: int) -> float:
+        """Count the FLOPs of a training step per token, for MFU."""
+        attention = self.blocks.layer.attention.flops_per_token(seq_len)
+        return nn.matmul_flops(self) + self.blocks.n_layers * attention
+
+    def embedder(self, batch: nn.Batch, ctx: nn.Context) -> jax.Array:
+        """Look up the token vectors `[B, S, D]`."""
+        return self.embedding(batch["tokens"])
 
     def logits(self, x_BSD: jax.Array) -> jax.Array:
-        """`[B, S, V]` of the last block's output."""
-        x_BSD = gather_residual(self.norm(x_BSD))
-        return self.embedding.attend(x_BSD) if self.unembedding is None else self.unembedding(x_BSD)
+        """Turn the last block's output into logits `[B, S, V]`."""
+        return nn.logits(self.norm(x_BSD), self.unembedding or self.embedding)
 
-    def head(self, x_BSD: jax.Array, batch: Batch, ctx: nn.Context) -> Loss:
-        """Next-token cross entropy, as `(loss_sum, weight_sum, metrics)`."""
-        targets, mask = batch["targets"], batch["loss_mask"]
-        layer = self.embedding if self.unembedding is None else self.unembedding
-        return nn.linear_cross_entropy(
-            self.norm(x_BSD),
-            layer.weight[...],
-            layer.axes,
-            targets,
-            mask,
-            chunk=self.loss_chunk,
-            z_loss=self.z_loss,
-            precision=layer.precision,
-        )
+    def head(self, x_BSD: jax.Array, batch: nn.Batch, ctx: nn.Context) -> nn.Loss:
+        """Sum the next-token cross entropy: `(loss_sum, weight_sum, metrics)`."""
+        layer, labels = self.unembedding or self.embedding, (batch["targets"], batch["loss_mask"])
+        return nn.linear_cross_entropy(self.norm(x_BSD), layer, *labels, chunk=self.loss_chunk, z_loss=self.z_loss)

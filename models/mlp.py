@@ -1,4 +1,7 @@
-"""The smallest useful model: predicts the next token from the current one, through residual MLP blocks."""
+"""The smallest useful model: it predicts the next token from the current one, through residual MLP blocks.
+
+Shapes: B batch, S sequence, D model dim, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,6 @@ import jax
 from flax import nnx
 
 from shardtrain import nn
-from shardtrain.nn.losses import Loss
-from shardtrain.nn.model import Batch
-from shardtrain.sharding import constrain, gather_residual
 
 
 class Block(nnx.Module):
@@ -21,12 +21,22 @@ class Block(nnx.Module):
         self.mlp = nn.GatedMLP(dim, hidden, dropout=dropout, **common)
 
     def __call__(self, x_BSD: jax.Array, ctx: nn.Context) -> tuple[jax.Array, dict[str, Any]]:
-        """One residual block; no auxiliary terms."""
-        return constrain(x_BSD + self.mlp(self.norm(x_BSD), ctx), "batch", "seq_residual", None), {}
+        """Apply one residual block, which has no auxiliary terms."""
+        return x_BSD + self.mlp(self.norm(x_BSD), ctx), {}
 
 
 class MLP(nnx.Module):
-    """Embedding, `n_layers` residual MLP blocks, tied head."""
+    """An embedding, residual MLP blocks, and the embedding again as the output head.
+
+    Args:
+      n_layers: number of blocks.
+      d_model: width of the residual stream.
+      d_ff: hidden width of the blocks.
+      vocab_size: rows of the embedding.
+      dropout: rate after each MLP.
+      precision: dtypes.
+      rngs: seeds of the weights.
+    """
 
     def __init__(
         self,
@@ -44,14 +54,14 @@ class MLP(nnx.Module):
         self.blocks = nn.Stack(lambda r: Block(d_model, d_ff, dropout, rngs=r, **common), n_layers, rngs=rngs)
         self.norm = nn.LayerNorm(d_model, rngs=rngs, **common)
 
-    def embedder(self, batch: Batch, ctx: nn.Context) -> jax.Array:
-        """Token vectors `[B, S, D]`."""
-        return constrain(self.embedding(batch["tokens"]), "batch", "seq_residual", None)
+    def embedder(self, batch: nn.Batch, ctx: nn.Context) -> jax.Array:
+        """Look up the token vectors `[B, S, D]`."""
+        return self.embedding(batch["tokens"])
 
     def logits(self, x_BSD: jax.Array) -> jax.Array:
-        """`[B, S, V]` of the last block's output."""
-        return self.embedding.attend(gather_residual(self.norm(x_BSD)))
+        """Turn the last block's output into logits `[B, S, V]`."""
+        return nn.logits(self.norm(x_BSD), self.embedding)
 
-    def head(self, x_BSD: jax.Array, batch: Batch, ctx: nn.Context) -> Loss:
-        """Next-token cross entropy, as `(loss_sum, weight_sum, metrics)`."""
+    def head(self, x_BSD: jax.Array, batch: nn.Batch, ctx: nn.Context) -> nn.Loss:
+        """Sum the next-token cross entropy: `(loss_sum, weight_sum, metrics)`."""
         return nn.cross_entropy(self.logits(x_BSD), batch["targets"], batch["loss_mask"])

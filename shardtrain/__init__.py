@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from shardtrain.sharding import Partitioner as Partitioner
     from shardtrain.sharding import constrain as constrain
     from shardtrain.sharding import make_rules as make_rules
+    from shardtrain.train.evaluation import evaluate as evaluate
     from shardtrain.train.generate import generate as generate
     from shardtrain.train.loop import Callback as Callback
     from shardtrain.train.model_def import ModelDef as ModelDef
     from shardtrain.train.state import TrainState as TrainState
     from shardtrain.train.state import init_state as init_state
-    from shardtrain.train.step import evaluate as evaluate
     from shardtrain.train.step import make_eval_step as make_eval_step
     from shardtrain.train.step import make_train_step as make_train_step
     from shardtrain.weights.precision import Precision as Precision
@@ -53,7 +53,7 @@ _HOME = {
     "UserError": "errors",
     "build": "run",
     "constrain": "sharding",
-    "evaluate": "train.step",
+    "evaluate": "train.evaluation",
     "generate": "train.generate",
     "init_state": "train.state",
     "load_config": "config",

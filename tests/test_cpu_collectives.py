@@ -109,7 +109,7 @@ def test_no_program_can_take_all_threads_of_the_pool(mesh, options):
     model = ModelDef(lambda rngs: Llama(**sizes, rngs=rngs), schedule=table, backward=options.get("backward", "remat"))
     tx = optimizer("adamw", model.weights, lr=0.1, clip_norm=1.0)
     state, batch = abstract_state(model, tx, place), tiny.batch(place, rows=32)
-    rows, i32 = place.size("batch"), jnp.int32
+    rows, i32 = place.shards("batch"), jnp.int32
     text, last, key = (
         jax.ShapeDtypeStruct((rows, 16), i32),
         jax.ShapeDtypeStruct((), i32),

@@ -18,8 +18,8 @@ from shardtrain.hlo.text import parse
 from shardtrain.models.llama import Llama
 from shardtrain.nn import Precision
 from shardtrain.optim import optimizer
-from shardtrain.sharding import Partitioner, make_rules, use
-from shardtrain.train.gradients import batch_gradients
+from shardtrain.sharding import use
+from shardtrain.train.gradients import Gradients
 from shardtrain.train.model_def import ModelDef
 from shardtrain.train.state import abstract_state, init_state
 from shardtrain.train.step import make_train_step
@@ -90,14 +90,14 @@ def test_rotary_tables_are_made_once_per_step(remat):
 
 
 def gradients(rules: dict[str, list[str]], **mesh: int):
-    place = Partitioner(tiny.partitioner(**mesh).mesh, make_rules(rules))
+    place = tiny.partitioner(rules, **mesh)
     model = tiny.llama(n_kv_heads=4)
     state = init_state(model, optax.sgd(0.1), place)
 
     @jax.jit
     def run(state, batch):
         with use(place):
-            return batch_gradients(model, None, state, batch, jax.random.key(0), place, 1, jnp.float32)[0]
+            return Gradients(model, place)(state, batch, jax.random.key(0))[0]
 
     program = run.lower(state, tiny.batch(place)).compile()
     return jax.device_get(program(state, tiny.batch(place))), program.memory_analysis().temp_size_in_bytes

@@ -34,7 +34,7 @@ def batch(place, leaf=None, value=0):
     host = {name: np.array(a) for name, a in tiny.batch().items()}
     if leaf is not None:
         host[leaf][5, 3] = value
-    return {name: jax.device_put(a, place.sharding(("batch", "seq")[: a.ndim])) for name, a in host.items()}
+    return tiny.placed(host, place)
 
 
 BAD = {
@@ -74,7 +74,7 @@ def test_a_model_without_a_known_table_has_nothing_to_debug():
         def __init__(self, rngs):
             super().__init__(4, rngs=rngs)
 
-    with pytest.raises(UserError, match="debug holds ids against weights with a logical axis 'vocab'"):
+    with pytest.raises(UserError, match="debug compares ids with weights of a logical axis 'vocab'"):
         make_train_step(ModelDef(Plain), TX, tiny.partitioner(), loss=lambda *_: None, debug=True)
 
 

@@ -12,7 +12,7 @@ import pytest
 import floor
 import tiny
 from shardtrain.sharding import use
-from shardtrain.train.gradients import batch_gradients
+from shardtrain.train.gradients import Gradients
 from shardtrain.train.state import abstract_state, init_state
 from shardtrain.train.step import make_train_step
 
@@ -55,9 +55,8 @@ def gradients(mesh: str, accumulate: int, remat: str, scan: bool, dtype: str):
     @jax.jit
     def run(state, batch):
         with use(place):
-            return batch_gradients(model, None, state, batch, jax.random.key(7), place, accumulate, jnp.dtype(dtype))[
-                :2
-            ]
+            gradients = Gradients(model, place, accumulate=accumulate, reduce_dtype=jnp.dtype(dtype))
+            return gradients(state, batch, jax.random.key(7))[:2]
 
     grads, sums = run(state, tiny.batch(place))
     return jax.tree.map(np.asarray, (sums, grads))
@@ -98,7 +97,7 @@ def test_the_single_device_step_equals_a_hand_written_one(scan):
         shape = floor.Shape(**tiny.SIZES)
         want = jax.value_and_grad(floor.loss_fn)(floor.from_library(state.params), batch, shape, remat=False)
         grads, sums, _ = jax.jit(
-            lambda s, b: batch_gradients(model, None, s, b, jax.random.key(0), place, 1, jnp.float64)
+            lambda s, b: Gradients(model, place, reduce_dtype=jnp.float64)(s, b, jax.random.key(0))
         )(state, batch)
         total, weight = sums["loss"]
         assert tiny.relative_error((total / weight, floor.from_library(grads)), want) < 1e-12

@@ -172,7 +172,7 @@ def test_another_seed_is_another_run(undisturbed, tmp_path):
     run = Trainer.from_config(load_config(CONFIG, overrides), allow_changes=True)
     run.close()
     assert run.resumed_from == STEPS
-    assert run.batches.state["next_row"] == 0  # synthetic tokens of another seed are other data
+    assert run.loop.batches.state["next_row"] == 0  # synthetic tokens of another seed are other data
 
 
 @pytest.mark.parametrize("step", [None, 8])
@@ -185,5 +185,5 @@ def test_init_from_takes_the_weights_and_nothing_else(undisturbed, tmp_path, ste
     fresh = run.job.init_state()
     assert_same_bits(run.state.params, trained)
     assert_same_bits(run.state, dataclasses.replace(fresh, params=trained))
-    assert (run.step, run.resumed_from, run.batches.state["next_row"]) == (0, None, 0)
+    assert (run.step, run.resumed_from, run.loop.batches.state["next_row"]) == (0, None, 0)
     assert saved(run.directory) == []

@@ -85,6 +85,25 @@ def test_numbers_and_their_count_must_fit():
     assert (first.result(), second.result()) == ([message], [message])
 
 
+def test_a_process_that_is_started_again_while_others_are_awaited_is_met_once():
+    """Whether it comes back before the last one, or after."""
+    for back in (0.3, 1.2):
+        address = free_address()
+        host, _, port = address.partition(":")
+        with ThreadPoolExecutor() as pool:
+            stay = pool.submit(attend, address, 0, words=("a",))
+            time.sleep(0.1)
+            with socket.create_connection((host, int(port))) as first:
+                first.sendall(b'["shardtrain 1", 1, 3]\n')
+                time.sleep(0.1)
+            again = threading.Timer(back, lambda at=address: attend(at, 1, words=("a",)))
+            again.start()
+            time.sleep(0.6)
+            last = pool.submit(attend, address, 2, words=("a",))
+            assert stay.result() == last.result() == [[["a of 0", "a of 1", "a of 2"]]]
+            again.join()
+
+
 def test_a_process_that_leaves_ends_the_others():
     address = free_address()
     with ThreadPoolExecutor() as pool:

@@ -40,8 +40,8 @@ def test_spec(cube, axes, spec):
         assert cube.spec(*axes) == spec
 
 
-def test_size_counts_the_pieces_of_a_dim(cube):
-    assert {name: cube.size(name) for name in ("batch", "embed", "seq", "head_dim")} == {
+def test_shards_counts_the_shards_of_a_dim(cube):
+    assert {name: cube.shards(name) for name in ("batch", "embed", "seq", "head_dim")} == {
         "batch": 4,
         "embed": 2,
         "seq": 1,
@@ -65,7 +65,7 @@ def test_an_unknown_name_suggests_the_nearest(cube):
     ):
         cube.spec("emned")
     with pytest.raises(UserError, match=r"'zzz' has no rule; use one of batch, seq, embed"):
-        cube.size("zzz")
+        cube.shards("zzz")
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,12 @@ from shardtrain.optim import optimizer
 from shardtrain.pipeline import schedules
 from shardtrain.pipeline.slots import microbatch
 from shardtrain.sharding import use
-from shardtrain.train.gradients import batch_gradients
+from shardtrain.train.evaluation import evaluate
+from shardtrain.train.gradients import Gradients
 from shardtrain.train.loss_sums import microbatches
 from shardtrain.train.model_def import ModelDef
 from shardtrain.train.state import abstract_state, init_state
-from shardtrain.train.step import evaluate, make_eval_step, make_train_step
+from shardtrain.train.step import make_eval_step, make_train_step
 
 
 def test_microbatch_m_is_the_rows_m_mod_count():
@@ -66,7 +67,7 @@ def test_each_auxiliary_term_has_its_own_global_normaliser(mesh, accumulate):
         def run(state, batch):
             with use(place):
                 key = jax.random.key(0)
-                return batch_gradients(model, None, state, batch, key, place, accumulate, jnp.float64)[:2]
+                return Gradients(model, place, accumulate=accumulate, reduce_dtype=jnp.float64)(state, batch, key)[:2]
 
         grads, sums = jax.jit(run)(state, tiny.batch(place))
         batch = tiny.batch()
@@ -91,7 +92,7 @@ def test_auxiliary_weights_cost_no_second_forward_pass():
                 return total / weight + (aux["size"][0] / aux["size"][1] if with_aux else 0)
 
             def run(state, batch):
-                return batch_gradients(model, None, state, batch, jax.random.key(0), place, 1, jnp.float64)[0]
+                return Gradients(model, place, reduce_dtype=jnp.float64)(state, batch, jax.random.key(0))[0]
 
             fn = run if with_aux else lambda state, batch: jax.grad(loss)(state.params, batch)
             return jax.jit(fn).lower(state, tiny.batch()).compile().cost_analysis()["flops"]
@@ -179,7 +180,7 @@ def gradients_of(model: ModelDef, place: Any, reduce: Any = jnp.float32) -> Any:
 
     def run(state, batch):
         with use(place):
-            return batch_gradients(model, None, state, batch, jax.random.key(0), place, 1, reduce)[0]
+            return Gradients(model, place, reduce_dtype=reduce)(state, batch, jax.random.key(0))[0]
 
     return jax.jit(run)(state, tiny.batch(place))
 
@@ -281,14 +282,16 @@ def test_evaluation_is_the_mean_over_all_batches_and_has_no_dropout():
 
 @pytest.mark.parametrize("mesh", [{}, {"pipe": 2}])
 @pytest.mark.parametrize("kind", ["train", "evaluation"])
-def test_only_a_step_on_packed_rows_reads_segment_ids(mesh, kind):
+def test_only_a_step_on_rows_with_segment_ids_reads_them(mesh, kind):
     place, tx = tiny.partitioner(**mesh), optax.sgd(0.1)
     schedule = schedules.make("1f1b", 2, 2, 1) if mesh else None
+    model = ModelDef(lambda rngs: Llama(**tiny.SIZES, rngs=rngs), schedule=schedule)
+    batch = tiny.batch(place)
+    bare = {name: leaf for name, leaf in batch.items() if name != "segment_ids"}
 
-    def leaves_read(*, packed):
-        model = ModelDef(lambda rngs: Llama(**tiny.SIZES, rngs=rngs), schedule=schedule, packed=packed)
+    def leaves_read(batch):
         step = make_train_step(model, tx, place) if kind == "train" else make_eval_step(model, place)
-        program = step.lower(abstract_state(model, tx, place), tiny.batch(place)).as_text()
+        program = step.lower(abstract_state(model, tx, place), batch).as_text()
         return program[: program.index("->")].count("%arg")
 
-    assert leaves_read(packed=True) == leaves_read(packed=False) + 1
+    assert leaves_read(batch) == leaves_read(bare) + 1

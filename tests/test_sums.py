@@ -13,9 +13,10 @@ from shardtrain.errors import UserError
 from shardtrain.models.llama import Llama
 from shardtrain.optim import optimizer
 from shardtrain.pipeline import schedules
+from shardtrain.train.evaluation import evaluate
 from shardtrain.train.model_def import ModelDef
 from shardtrain.train.state import init_state
-from shardtrain.train.step import evaluate, make_eval_step, make_train_step
+from shardtrain.train.step import make_eval_step, make_train_step
 
 
 class Router(nnx.Module):

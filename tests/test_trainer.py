@@ -75,9 +75,9 @@ def test_too_many_non_finite_steps_end_the_run():
 
 def test_steps_are_shown_in_order_by_a_thread_that_does_not_train():
     screen = Screen()
-    loop = trainer(5, display=screen)
+    loop = trainer(5)
     with loop.batches:
-        loop.fit()
+        loop.fit(screen)
     assert [step for step, _ in screen.shown] == [1, 2, 3, 4, 5]
     assert threading.main_thread() not in screen.threads
     assert not any(thread.is_alive() for thread in screen.threads)
@@ -85,9 +85,9 @@ def test_steps_are_shown_in_order_by_a_thread_that_does_not_train():
 
 def test_what_cannot_be_reported_ends_the_run():
     screen = Screen(breaks_at=2)
-    loop = trainer(1000, display=screen)
+    loop = trainer(1000)
     with loop.batches, pytest.raises(OSError, match="Input/output error"):
-        loop.fit()
+        loop.fit(screen)
     assert [step for step, _ in screen.shown] == [1]
     assert loop.step < 1000
 

@@ -1,6 +1,8 @@
-"""Tiny models and batches that the tests share."""
+"""Tiny models, meshes and batches that the tests share."""
 
+from collections.abc import Mapping
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -9,36 +11,38 @@ import numpy as np
 
 from shardtrain.models.llama import Llama
 from shardtrain.nn import Precision
-from shardtrain.sharding import Partitioner
-from shardtrain.sharding.mesh import MeshSpec
+from shardtrain.sharding import MeshSpec, Partitioner, make_rules
 from shardtrain.train.model_def import ModelDef
 
 SIZES = {"n_layers": 2, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "d_ff": 64, "vocab_size": 64}
 ROWS, LENGTH = 16, 16
 
 
-def partitioner(**sizes: int) -> Partitioner:
-    """A partitioner over as many of the eight devices as the sizes need."""
+def partitioner(rules: Mapping[str, Any] = MappingProxyType({}), **sizes: int) -> Partitioner:
+    """A partitioner over as many of the eight devices as the sizes need, with some rules replaced."""
     devices = jax.devices()[: int(np.prod(list(sizes.values()) or [1]))]
-    return Partitioner(MeshSpec(**sizes).build(devices))
+    return Partitioner(MeshSpec(**sizes).build(devices), make_rules(rules))
 
 
 def llama(dtype: Any = jnp.float32, **options: Any) -> ModelDef:
-    """A tiny Llama, `SIZES` with `options` over them."""
+    """A tiny Llama: `SIZES`, overridden by `options`."""
     precision = Precision(dtype, dtype, dtype)
     return ModelDef(lambda rngs: Llama(**{**SIZES, **options}, precision=precision, rngs=rngs))
 
 
 @cache
-def _host_batch(rows: int, length: int, vocab: int, seed: int) -> dict[str, np.ndarray]:
+def _host_batch(rows: int, length: int, vocab: int, seed: int, packed: bool) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
-    return {
-        "tokens": rng.integers(0, vocab, (rows, length), dtype=np.int32),
-        "targets": rng.integers(0, vocab, (rows, length), dtype=np.int32),
-        # Unequal token counts in every row, so that a mean of means would be wrong.
-        "loss_mask": (rng.random((rows, length)) < rng.random((rows, 1))).astype(np.float32),
-        "segment_ids": np.ones((rows, length), np.int32),
-        "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+    start = rng.integers(1, length, (rows, 1)) if packed else np.full((rows, 1), length)  # of the second document
+    position = np.arange(length, dtype=np.int32)[None]
+    second = position >= start
+    host = {name: rng.integers(0, vocab, (rows, length), dtype=np.int32) for name in ("tokens", "targets")}
+    # Unequal weights in every row, so that a mean of means would be wrong.
+    mask = rng.integers(0, 3, (rows, length)) if packed else rng.random((rows, length)) < rng.random((rows, 1))
+    return host | {
+        "loss_mask": mask.astype(np.float32),
+        "segment_ids": second.astype(np.int32) + 1,
+        "positions": np.where(second, position - start, position).astype(np.int32),
         "row": np.arange(rows, dtype=np.int32),
     }
 
@@ -50,16 +54,20 @@ def batch(
     length: int = LENGTH,
     vocab: int = 64,
     seed: int = 0,
-):
-    """A random batch with uneven masks, laid out on a mesh."""
-    host = _host_batch(rows, length, vocab, seed)
-    if place is None:
-        return host
+    packed: bool = False,
+) -> dict[str, Any]:
+    """A random batch with uneven masks, sharded over a mesh if one is given; packed, with two documents in each row."""
+    host = _host_batch(rows, length, vocab, seed, packed)
+    return host if place is None else placed(host, place)
+
+
+def placed(host: Mapping[str, np.ndarray], place: Partitioner) -> dict[str, jax.Array]:
+    """A batch of host arrays, sharded over a mesh."""
     return {name: jax.device_put(a, place.sharding(("batch", "seq")[: a.ndim])) for name, a in host.items()}
 
 
 def relative_error(got: Any, want: Any) -> float:
-    """Largest difference between two trees, each leaf relative to the largest element of the wanted one."""
+    """The largest difference between two trees, each leaf relative to the largest element of the wanted one."""
     pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
     return max(
         float(

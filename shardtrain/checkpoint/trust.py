@@ -20,15 +20,15 @@ def newest(directory: Path) -> int | None:
     Raises:
       UserError: checkpoints exist or existed, and none of them can be trusted.
     """
-    agree.by_process_zero(lambda: lifecycle.prepare(directory))
+    agree.decide_on_process_zero(lambda: lifecycle.prepare(directory))
     problems: list[str] = []
     for step in _newest_first(directory):
         problem = _problem(directory, step)
         if problem is None:
             return step
         problems.append(problem)
-        agree.by_process_zero(functools.partial(lifecycle.set_corrupt_aside, directory, step, problem))
-    agree.by_process_zero(lambda: lifecycle.require_none_corrupt(directory, problems))
+        agree.decide_on_process_zero(functools.partial(lifecycle.set_corrupt_aside, directory, step, problem))
+    agree.decide_on_process_zero(lambda: lifecycle.require_none_corrupt(directory, problems))
     return None
 
 
@@ -52,7 +52,7 @@ def require_intact(directory: Path, step: int) -> None:
     Raises:
       UserError: it does not exist, has no manifest, or differs from it.
     """
-    agree.by_process_zero(lambda: lifecycle.require_sealed(directory, step))
+    agree.decide_on_process_zero(lambda: lifecycle.require_sealed(directory, step))
     lifecycle.require_no_problem(directory, step, _problem(directory, step))
 
 
@@ -63,10 +63,10 @@ def _problem(directory: Path, step: int) -> str | None:
 
 def _newest_first(directory: Path) -> Iterator[int]:
     """Yield the steps with a manifest, newest first, as process 0 sees them."""
-    step = agree.by_process_zero(functools.partial(_newest_below, directory, None))
+    step = agree.decide_on_process_zero(functools.partial(_newest_below, directory, None))
     while step is not None:
         yield step
-        step = agree.by_process_zero(functools.partial(_newest_below, directory, step))
+        step = agree.decide_on_process_zero(functools.partial(_newest_below, directory, step))
 
 
 def _newest_below(directory: Path, limit: int | None) -> int | None:

@@ -1,5 +1,4 @@
-"""The end of a program that has not waited for its last save. Python waits for the save; if it fails, so does the
-program."""
+"""The end of a program with a save under way: Python waits for the save and, if it fails, makes the program fail."""
 
 import atexit
 import os

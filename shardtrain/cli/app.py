@@ -1,4 +1,4 @@
-"""The command line as a whole: its verbs, each of which has a file here, and how it ends."""
+"""The command line: its verbs, each of which has a file in this folder, and its exit code."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ def main() -> None:
     with safe_streams() as output:
         code = _run()
         sys.stdout.flush()
-        # What `train` made is on the disk. The other commands are what they print.
+        # The results of `train` are on the disk. Those of the other commands are their output.
         if not code and output is not None and output.lost is not None and sys.argv[1:2] != ["train"]:
             code = 2
-            if not isinstance(output.lost, BrokenPipeError):  # as `| head` leaves
+            if not isinstance(output.lost, BrokenPipeError):  # from `| head`
                 print(f"error: standard output cannot be written: {output.lost.strerror}", file=sys.stderr)
     sys.exit(code)
 
 
 def _run() -> int:
-    """Run the command; its exit code."""
+    """Run the command; returns its exit code."""
     try:
-        sys.path.append(_here())  # `type: my_model:MyModel` finds a file beside the user, as under `python -m`
+        sys.path.append(_here())  # `type: my_model:MyModel` finds a file in this directory, as with `python -m`
         app()
-    except SystemExit as end:  # how typer ends
-        if isinstance(end.code, str):  # of a user's own code
+    except SystemExit as end:  # raised by typer
+        if isinstance(end.code, str):  # raised by a user's own code
             print(end.code, file=sys.stderr)
             return 1
         return end.code or 0

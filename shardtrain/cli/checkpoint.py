@@ -1,4 +1,4 @@
-"""The commands `shardtrain checkpoint ...`: what the checkpoints of a run hold, and whether they are sound."""
+"""The commands `shardtrain checkpoint ...`: the contents of a run's checkpoints, and whether they are intact."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
+from shardtrain.cli.options import Debug
 from shardtrain.errors import UserError
 
 checkpoint_app = typer.Typer(no_args_is_help=True, help="Look at a run's checkpoints.")
 
 Directory = Annotated[Path, typer.Argument(help="Run directory, such as runs/quickstart.", show_default=False)]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 @checkpoint_app.command("list")
@@ -71,7 +71,7 @@ def checkpoint_show(
 
     sound = [record.step for record in list_steps(directory, hashes=False) if record.status == "unchecked"]
     if step is None and not sound:
-        raise UserError(f"no sound checkpoint in {directory}; `shardtrain checkpoint list` shows what there is")
+        raise UserError(f"no sound checkpoint in {directory}; `shardtrain checkpoint list` shows all that exist")
     step = sound[-1] if step is None else step
     rows = [
         (row.path, " x ".join(map(str, row.shape)), row.dtype, f"{row.bytes:,} B")
@@ -86,18 +86,8 @@ def checkpoint_show(
     print(f"mesh: { {axis: size for axis, size in extra['mesh'].items() if size > 1} }")
     stored = directory / "config.yaml"
     if stored.exists():
-        lines = list(
-            difflib.unified_diff(
-                dump(extra["config"]).splitlines(),
-                stored.read_text(encoding="utf-8").splitlines(),
-                "checkpoint",
-                "now",
-                "",
-                "",
-                0,
-                "",
-            )
-        )
+        before, now = dump(extra["config"]).splitlines(), stored.read_text(encoding="utf-8").splitlines()
+        lines = [*difflib.unified_diff(before, now, "checkpoint", "now", n=0, lineterm="")]
         print("\n".join(["config:", *lines]) if lines else "config: the same as the run directory's")
 
 

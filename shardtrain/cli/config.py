@@ -1,4 +1,4 @@
-"""The command `shardtrain config`: everything that a config says, defaults included."""
+"""The command `shardtrain config`: the resolved config, including defaults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An error as its reader needs it."""
+"""Errors as the command line prints them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from shardtrain.errors import UserError
 
 
 def report(error: BaseException) -> int:
-    """Print an error as its reader needs it; the exit code for it."""
+    """Print an error, with its traceback unless it is a mistake of the user; returns the exit code."""
     if "--debug" in sys.argv or not isinstance(error, UserError | OSError):
         traceback.print_exception(error)
         return 1

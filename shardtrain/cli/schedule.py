@@ -1,4 +1,4 @@
-"""The command `shardtrain schedule`: what a pipeline schedule looks like, before anything runs."""
+"""The command `shardtrain schedule`: pictures and figures of pipeline schedules, before anything runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from shardtrain.cli.options import Debug
 from shardtrain.errors import UserError
 
 
@@ -22,7 +23,7 @@ def schedule(
     *,
     compare: Annotated[bool, typer.Option("--compare", help="All schedules side by side.")] = False,
     published: Annotated[bool, typer.Option("--published", help="Also the order as the paper has it.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Draw a pipeline schedule, with its bubble and the activations that it keeps."""
     draw_schedule(name, ranks, microbatches, chunks, out, compare, published)
@@ -40,20 +41,20 @@ def draw_schedule(
     """Print schedules to the terminal, and draw them into a file. All phases take equal time, B as much as two.
 
     Args:
-      name: of the schedule, its import path, or the path of a CSV file.
+      name: name or import path of the schedule, or the path of a CSV file.
       ranks: size of the mesh axis `pipe`.
       microbatches: per step.
-      chunks: on each rank; `None` for what suits the schedule.
+      chunks: on each rank; `None` for the schedule's own number.
       out: picture to write.
-      compare: all registered schedules (and `name`, if it is another), in a table.
-      published: also the orders as published.
+      compare: print all registered schedules (and `name`, if it is not one of them) as a table.
+      published: also print the published orders.
 
     Raises:
       UserError: no such schedule, or sizes that it does not allow.
     """
     from rich.console import Console
 
-    from shardtrain.pipeline.schedules import draw, make, registered, textbook
+    from shardtrain.pipeline.schedules import draw, make, published_order, registered
 
     if name is None and not compare:
         raise UserError(
@@ -67,7 +68,7 @@ def draw_schedule(
     for each in names:
         own = _chunks(each, chunks, compare)
         charts.append(draw.Chart.of(make(each, ranks, microbatches, own)))
-        if published and (order := textbook(each, ranks, microbatches, own)) is not None:
+        if published and (order := published_order(each, ranks, microbatches, own)) is not None:
             charts.append(draw.Chart.of(order))
 
     console = Console(highlight=False, soft_wrap=True)
@@ -86,9 +87,9 @@ def draw_schedule(
 
 
 def _chunks(name: str, asked: int | None, compare: bool) -> int:
-    """How many chunks to draw a schedule with: those asked for, or its own.
+    """The number of chunks to draw a schedule with: the one asked for, or its own.
 
-    Side by side, a schedule keeps its own if that is one, or if it does not go with those asked for.
+    In a comparison, a schedule keeps its own number if that is 1, or if it does not allow the one asked for.
     """
     from shardtrain.pipeline.schedules import from_csv, get
 

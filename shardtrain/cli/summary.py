@@ -1,12 +1,15 @@
-"""What a run is about to do, in a few lines at its start."""
+"""The lines that introduce a run at its start."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shardtrain.run import Trainer
 
 
-def summary(run: Any) -> list[str]:
-    """What is about to happen, in a few lines."""
+def summary(run: Trainer) -> list[str]:
+    """Describe model, devices, memory, directory and pipeline of a run, in a few lines."""
     from shardtrain.weights.paths import flatten
 
     job, report = run.job, run.job.report
@@ -20,10 +23,10 @@ def summary(run: Any) -> list[str]:
         f"{report.replicated_share:.1%} replicated",
         f"directory: {run.directory}",
     ]
-    if (peak := run.speed.peak_flops) is not None:
+    if (peak := run.loop.speed.peak_flops) is not None:
         lines.append(f"MFU is of {peak / devices.size / 1e12:,.0f} TFLOP/s per device, causal attention counted once")
-    if job.model.program is not None:
-        lines.append(pipeline_summary(job.model))
+    if (pipeline := job.model.execution.summary()) is not None:
+        lines.append(pipeline)
     if job.whole is not None:
         held = job.whole
         lines.append(
@@ -38,17 +41,3 @@ def summary(run: Any) -> list[str]:
     if run.resumed_from is not None:
         lines.append(f"resumed from the checkpoint of step {run.resumed_from}")
     return lines
-
-
-def pipeline_summary(model: Any) -> str:
-    """Schedule, layers of each stage and bubble. (`make_train_step` warns where that is large.)"""
-    from shardtrain.pipeline.schedules import simulate
-
-    schedule = model.program.schedule
-    counts = [(model.layers_CRk[chunk, rank] >= 0).sum() for rank, chunk in schedule.placement]
-    bubble = simulate(schedule).bubble_fraction
-    idle = ", skipped" if model.idle == "skip" else ""
-    return (
-        f"pipeline: {schedule.name}, {schedule.ranks} ranks x {schedule.chunks} chunks, {schedule.microbatches} "
-        f"microbatches, bubble {bubble:.0%}{idle}; layers of the stages: {' '.join(map(str, counts))}"
-    )

@@ -21,6 +21,7 @@ from shardtrain.cli.summary import summary
 if TYPE_CHECKING:
     from shardtrain.config import RunConfig
     from shardtrain.launch.roll_call import RollCall
+    from shardtrain.run import Trainer
 
 
 def train(
@@ -49,15 +50,15 @@ def train(
 
         _train(load_config(file, overrides or ()), allow_changes, processes)
     else:
-        from shardtrain.launch.processes import join, last_act
+        from shardtrain.launch.processes import exit_after, join
 
         others = join(coordinator, processes, process, join_timeout)  # before a model is imported, which may use JAX
-        with last_act(report):
+        with exit_after(report):
             _train(_same_config(file, overrides or (), others), allow_changes, processes)
 
 
 def _same_config(file: str, overrides: Sequence[str], others: RollCall) -> RunConfig:
-    """The config, once it is read on all processes and is the same."""
+    """The config, once all processes have read it and it is the same on each."""
     from shardtrain.config import load_config
     from shardtrain.host.alike import asked, together
 
@@ -70,6 +71,7 @@ def _same_config(file: str, overrides: Sequence[str], others: RollCall) -> RunCo
 
 
 def _train(config: RunConfig, allow_changes: bool, processes: int) -> None:
+    """Make the run of a config, train it, and report how it ended."""
     import jax
 
     from shardtrain.launch.signals import stop_on_signals, stop_together
@@ -78,9 +80,9 @@ def _train(config: RunConfig, allow_changes: bool, processes: int) -> None:
     from shardtrain.run import Trainer
 
     signals = stop_together if processes > 1 else stop_on_signals
-    with explained(lambda line: print(line, file=sys.stderr, flush=True)), signals() as stop:
+    with explained(_say), signals() as stop:
         start = time.perf_counter()
-        print("preparing data and state ...", file=sys.stderr, flush=True)
+        _say("preparing data and state ...")
         run = Trainer.from_config(
             config,
             should_stop=stop,
@@ -88,28 +90,36 @@ def _train(config: RunConfig, allow_changes: bool, processes: int) -> None:
             allow_changes=allow_changes,
             processes=processes,
         )
-        stop.run = run
-        print(f"prepared in {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
-        if run.step >= run.steps:
+        stop.follow(run.loop)
+        _say(f"prepared in {time.perf_counter() - start:.1f} s")
+        if run.step >= config.run.steps:
             run.fit()
             left = "its evaluation is still to be made" if run.stopped_early else "nothing to do"
-            print(f"the run in {run.directory} is finished: {run.step} of {run.steps} steps; {left}")
+            print(f"the run in {run.directory} is finished: {run.step} of {config.run.steps} steps; {left}")
         elif jax.process_index() == 0:
-            with progress(run.steps, run.step) as run.display:
+            with progress(config.run.steps, run.step) as display:
                 for line in summary(run):
-                    run.display.message(line)
-                run.fit()
-            if run.stopped_early:
-                print(f"stopped and saved after step {run.step}; to resume:\n  {resume_command()}")
-            else:
-                print(f"done: {run.step} steps; results in {run.directory}")
-                if (sample := run.directory / "sample.txt").exists():
-                    print(sample.read_text(encoding="utf-8").rstrip())
+                    display.message(line)
+                run.fit(display)
+            _report_end(run)
         else:
             run.fit()
 
 
+def _report_end(run: Trainer) -> None:
+    if run.stopped_early:
+        print(f"stopped and saved after step {run.step}; to resume:\n  {resume_command()}")
+        return
+    print(f"done: {run.step} steps; results in {run.directory}")
+    if (sample := run.directory / "sample.txt").exists():
+        print(sample.read_text(encoding="utf-8").rstrip())
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def resume_command() -> str:
-    """This very command, for a shell."""
+    """The present command line, quoted for a shell."""
     program = "python -m shardtrain" if sys.argv[0].endswith("__main__.py") else Path(sys.argv[0]).name
     return f"{program} {shlex.join(sys.argv[1:])}"

@@ -1,1 +1,1 @@
-"""What layers and steps need of the network beyond what the compiler inserts by itself."""
+"""Collectives that layers and steps call themselves, in addition to those that the compiler inserts."""

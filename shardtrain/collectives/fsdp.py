@@ -1,7 +1,7 @@
-"""Into and out of the region where gradients are made: weights gathered and gradients summed, by hand.
+"""FSDP as explicit collectives, once per step: weights are gathered and gradients are reduced.
 
-A pipeline that leaves fsdp to the compiler gathers the weights of a stage in every tick, and scatters their gradients
-in every backward tick. By hand, each crosses fsdp once per step, for the memory of `WholeBytes`.
+A pipeline that leaves FSDP to the compiler gathers the weights of a stage in every tick, and scatters their gradients
+in every backward tick. With explicit collectives each crosses `fsdp` once per step, for the memory of `GatheredBytes`.
 """
 
 from __future__ import annotations
@@ -16,23 +16,28 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from shardtrain.errors import UserError
-from shardtrain.sharding import Partitioner
+from shardtrain.sharding import Partitioner, mesh_axes
+from shardtrain.weights.paths import Path, dotted
 from shardtrain.weights.weight import Weight
 
-#: When a pipeline gathers the weights that fsdp splits: in each tick (by the compiler), or once per step (by hand).
+#: When a pipeline gathers the weights that `fsdp` splits: in each tick (the compiler does), or once per step.
 Gather = Literal["tick", "step"]
 Tree = Any
 
 _AXIS = "fsdp"
-#: In place of the dim that fsdp splits, for a weight that it does not.
+#: The split dim of a weight that `fsdp` does not split.
 NONE = -1
 
 
 def split_dims(weights: Tree, partitioner: Partitioner) -> Tree:
-    """The dim of each weight that fsdp splits, or `NONE`.
+    """Return the dim of each weight that `fsdp` splits, or `NONE`.
+
+    Args:
+      weights: tree of `Weight`.
+      partitioner: mesh and rules.
 
     Raises:
-      UserError: weights or rows cannot be split over fsdp by hand, or none are; names what is in the way.
+      UserError: weights or rows cannot be split over `fsdp` manually, or no weight is; names the obstacle.
     """
     if partitioner.mesh.shape[_AXIS] == 1:
         raise UserError(
@@ -52,47 +57,64 @@ def split_dims(weights: Tree, partitioner: Partitioner) -> Tree:
     return dims
 
 
-def _split_dim(path: tuple[Any, ...], weight: Weight, partitioner: Partitioner) -> int:
+def _split_dim(path: Path, weight: Weight, partitioner: Partitioner) -> int:
     for dim, part in enumerate(partitioner.spec(*weight.axes)):
-        if part == _AXIS:
+        axes, logical = mesh_axes(part), weight.axes[dim]
+        if axes == (_AXIS,):
             return dim
-        if isinstance(part, tuple) and _AXIS in part:
-            name, logical = jax.tree_util.keystr(path, simple=True, separator="."), weight.axes[dim]
+        if _AXIS in axes:
             raise UserError(
-                f"pipeline.gather step needs fsdp to be the only mesh axis on a dim, and weight {name} has "
-                f"{' x '.join(part)} on dim {dim} ({logical!r}): gathered over fsdp alone, its parts would not lie in "
+                f"pipeline.gather step needs fsdp to be the only mesh axis on a dim, and weight {dotted(path)} has "
+                f"{' x '.join(axes)} on dim {dim} ({logical!r}): gathered over fsdp alone, its shards would be out of "
                 f"order; set rules.{logical} to one of them, or use gather tick"
             )
     return NONE
 
 
 def entry_spec(weight: Weight, dim: int) -> PartitionSpec:
-    """How a weight enters the region: its rank's layers, and this rank's part of what fsdp splits by hand."""
+    """Return the partition with which a weight enters the manual region: this rank's layers, and its `fsdp` shard.
+
+    Args:
+      weight: the weight.
+      dim: the dim that `fsdp` splits manually, or `NONE`.
+    """
     return PartitionSpec(
         *("pipe" if axis == "stages" else _AXIS if i == dim else None for i, axis in enumerate(weight.axes))
     )
 
 
 def gathered(params: Tree, weights: Tree, dims: Tree, partitioner: Partitioner) -> Tree:
-    """Whole weights of this rank's shards, in the parameters' dtypes; within a region manual over fsdp.
+    """Gather this rank's weights over `fsdp`, in the parameters' dtypes; to be called in a region manual over `fsdp`.
 
-    A weight that its layer casts to a narrower dtype anyway travels in that one: the layer sees the same values.
+    A weight that its layer casts to a narrower dtype anyway is sent in that dtype: the layer sees the same values.
+
+    Args:
+      params: the shards.
+      weights: tree of `Weight`, congruent with `params`.
+      dims: from `split_dims`.
+      partitioner: mesh and rules.
     """
 
-    def one(shard: jax.Array, weight: Weight, dim: int) -> jax.Array:
+    def gather(shard: jax.Array, weight: Weight, dim: int) -> jax.Array:
         if dim == NONE:
             return shard
         narrow = shard if weight.compute is None else shard.astype(_narrower(shard.dtype, weight.compute))
         return jax.lax.all_gather(narrow, _AXIS, axis=dim, tiled=True).astype(shard.dtype)
 
-    return on_parts(lambda params: jax.tree.map(one, params, weights, dims), weights, partitioner)(params)
+    return on_shards(lambda params: jax.tree.map(gather, params, weights, dims), weights, partitioner)(params)
 
 
 def summed(grad: jax.Array, axes: Sequence[str], dtype: Any, dim: int = NONE) -> jax.Array:
-    """The sum of a gradient over mesh axes, of which fsdp leaves each rank its part of `dim`, if there is one.
+    """Sum a gradient over mesh axes; to be called within `on_shards`.
 
-    It comes first, so that the other axes add up as little as there is. A float32 gradient travels in `dtype`; a wider
-    one, of wider parameters, as it is. See `on_parts`.
+    Over `fsdp` it is a reduce-scatter, which leaves each rank its shard. It comes first, so that the other axes sum
+    as little as possible.
+
+    Args:
+      grad: this device's share of the gradient.
+      axes: the mesh axes.
+      dtype: in which a float32 gradient is sent. A wider one, of wider parameters, keeps its dtype.
+      dim: the dim that `fsdp` splits, or `NONE`.
     """
     if not axes:
         return grad
@@ -103,11 +125,16 @@ def summed(grad: jax.Array, axes: Sequence[str], dtype: Any, dim: int = NONE) ->
     return (jax.lax.psum(total, tuple(axes)) if axes else total).astype(grad.dtype)
 
 
-def on_parts(function: Callable[[Tree], Tree], weights: Tree, partitioner: Partitioner) -> Callable[[Tree], Tree]:
-    """A function of a tree like `weights`, in and out, with all mesh axes manual; to be called in a manual region.
+def on_shards(function: Callable[[Tree], Tree], weights: Tree, partitioner: Partitioner) -> Callable[[Tree], Tree]:
+    """Wrap a function of a tree like `weights` so that all mesh axes are manual; to be called in a manual region.
 
-    With axes left to it, XLA makes what an all-gather or reduce-scatter by hand takes whole over these first; and on a
-    CPU it aborts where the sum is of bfloat16.
+    If axes were left to XLA, it would first gather the operand of an explicit all-gather or reduce-scatter over these;
+    and on CPUs it aborts where the sum is of bfloat16.
+
+    Args:
+      function: maps a tree like `weights` to another.
+      weights: tree of `Weight`.
+      partitioner: mesh and rules.
     """
     specs = jax.tree.map(lambda w: partitioner.spec(*w.axes), weights)  # over the axes that are not manual yet
     axes = {*partitioner.mesh.axis_names} - {*jax.sharding.get_abstract_mesh().manual_axes}
@@ -115,27 +142,35 @@ def on_parts(function: Callable[[Tree], Tree], weights: Tree, partitioner: Parti
 
 
 @dataclasses.dataclass(frozen=True)
-class WholeBytes:
-    """What a device holds during a step because fsdp is by hand, in bytes.
+class GatheredBytes:
+    """The bytes that a device holds during a step because weights are gathered once per step.
 
     Attributes:
-      weights: gathered ones, all of this device's stages and what they share.
-      gradients: accumulated ones of the same, and of the weights that fsdp never splits; float32 or wider.
+      weights: gathered weights, of all stages of this device and those that the stages share.
+      gradients: accumulated gradients of the same, and of the weights that `fsdp` does not split; float32 or wider.
     """
 
     weights: int
     gradients: int
 
 
-def whole_bytes(weights: Tree, partitioner: Partitioner) -> WholeBytes:
-    """From shapes alone; raises what `split_dims` does."""
+def gathered_bytes(weights: Tree, partitioner: Partitioner) -> GatheredBytes:
+    """Count from shapes alone.
+
+    Args:
+      weights: tree of `Weight`.
+      partitioner: mesh and rules.
+
+    Raises:
+      UserError: as `split_dims`.
+    """
     held = {"weights": 0, "gradients": 0}
     dims = jax.tree.leaves(split_dims(weights, partitioner))
     for weight, dim in zip(jax.tree.leaves(weights), dims, strict=True):
-        pieces = math.prod(partitioner.size(axis) for i, axis in enumerate(weight.axes) if axis and i != dim)
-        held["gradients"] += weight.size // pieces * jnp.promote_types(weight.dtype, jnp.float32).itemsize
-        held["weights"] += 0 if dim == NONE else weight.nbytes // pieces
-    return WholeBytes(**held)
+        shards = math.prod(partitioner.shards(axis) for i, axis in enumerate(weight.axes) if axis and i != dim)
+        held["gradients"] += weight.size // shards * jnp.promote_types(weight.dtype, jnp.float32).itemsize
+        held["weights"] += 0 if dim == NONE else weight.nbytes // shards
+    return GatheredBytes(**held)
 
 
 def _narrower(stored: Any, compute: Any) -> Any:

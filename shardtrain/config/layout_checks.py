@@ -16,15 +16,6 @@ from shardtrain.sharding.mesh import AXES, MeshSpec, divisors
 
 RuleTable = Mapping[str, tuple[str, ...]]
 
-#: Logical axis -> the model option that is its size. A model without such an option is not checked here.
-SIZES = {
-    "heads": "n_heads",
-    "kv_heads": "n_kv_heads",
-    "mlp": "d_ff",
-    "vocab": "vocab_size",
-    "embed": "d_model",
-}
-
 
 def check_mesh(mesh: MeshSizes, devices: Devices) -> Iterator[Problem]:
     """Axis sizes, and their product against `devices.emulate` where that is given."""
@@ -83,12 +74,9 @@ def check_rules(rules: RuleTable, model: Model) -> Iterator[Problem]:
 
 
 def check_model_sizes(model: Model, mesh: MeshSizes, rules: RuleTable) -> Iterator[Problem]:
-    """Heads, kv_heads, mlp, vocab and embed against the mesh axes that the rules give them."""
-    options = dict(model.options)
-    if options.get("n_kv_heads", 0) is None:  # as many as heads, which are checked
-        del options["n_kv_heads"]
-    for logical, option in SIZES.items():
-        if _is_count(size := options.get(option)):
+    """The sizes that the model states against the mesh axes that the rules give them."""
+    for logical, option in model.size_options().items():
+        if _is_count(size := model.options.get(option)):
             yield from _divides(f"model.{option}", size, logical, mesh, rules)
 
 
@@ -133,10 +121,11 @@ def check_gather(mesh: MeshSizes, pipeline: Pipeline) -> Iterator[Problem]:
 
 def check_layers(model: Model, mesh: MeshSizes, pipeline: Pipeline) -> Iterator[Problem]:
     """Layers against the stages of a pipeline."""
-    layers, stages = model.options.get("n_layers"), mesh.pipe * pipeline.chunks
+    layers, stages = model.size("layers"), mesh.pipe * pipeline.chunks
     if mesh.pipe > 1 and _is_count(layers) and layers < stages:
         rule = f"pipe {mesh.pipe} x chunks {pipeline.chunks} = {stages} stages need a layer each"
-        yield Problem("model.n_layers", layers, rule, f"use {stages} layers or more, or fewer ranks or chunks")
+        path = f"model.{model.size_options()['layers']}"
+        yield Problem(path, layers, rule, f"use {stages} layers or more, or fewer ranks or chunks")
 
 
 def check_microbatches(
@@ -181,7 +170,7 @@ def _split(logical: str, mesh: MeshSizes, rules: RuleTable) -> tuple[int, str]:
 
     A size that is not known yet (-1) counts as 1: to divide by the others is necessary in any case.
     """
-    row = rules.get(logical, DEFAULT_RULES[logical])
+    row = rules.get(logical, DEFAULT_RULES.get(logical, ()))
     sizes = {axis: size for axis in row if axis in AXES and (size := getattr(mesh, axis)) > 1}
     named = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
     return math.prod(sizes.values()), named if len(sizes) < 2 else f"{named} = {math.prod(sizes.values())}"
@@ -196,7 +185,7 @@ def _divides(path: str, size: int, logical: str, mesh: MeshSizes, rules: RuleTab
     if "=" not in named:
         axis = named.split()[0]
         fix += f", a mesh.{axis} among {[d for d in divisors(size) if d <= pieces]}"
-    if logical in SIZES:
+    if path.startswith("model."):
         fix += f", or rules.{logical}=null to keep such dims whole"
     yield Problem(path, size, rule, fix)
 

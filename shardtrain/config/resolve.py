@@ -17,7 +17,7 @@ def resolve(sections: Mapping[str, Any]) -> dict[str, Any]:
         done["init_from"] = _expanded(sections["init_from"])
     if data:
         tokenizer = data.tokenizer or ("bpe" if data.type in ("corpus", "text") else None)
-        of_model = model.options.get("vocab_size") if model and tokenizer == "bpe" else None
+        of_model = model.size("vocab") if model and tokenizer == "bpe" else None
         vocab = of_model if data.vocab_size is None else data.vocab_size
         path = tuple(map(_expanded, data.path)) if isinstance(data.path, tuple) else data.path and _expanded(data.path)
         done["data"] = data.model_copy(update={"tokenizer": tokenizer, "vocab_size": vocab, "path": path})

@@ -19,6 +19,7 @@ from shardtrain.config.frozen import FrozenDict, freeze, thaw
 from shardtrain.config.model_type import ModelType
 from shardtrain.config.strict_yaml import dump
 from shardtrain.launch.devices import Platform
+from shardtrain.nn.sizes import size_options
 from shardtrain.weights.weight import Role
 
 Count = Annotated[int, Field(ge=1)]
@@ -103,6 +104,14 @@ class Model(Section):
         """The model's class."""
         return ModelType.find(self.type).cls
 
+    def size_options(self) -> dict[str, str]:
+        """The options that are sizes, by logical axis."""
+        return size_options(ModelType.find(self.type).cls)
+
+    def size(self, axis: str) -> Any:
+        """The option that is the size of a logical axis; `None` where it is not given."""
+        return self.options.get(self.size_options()[axis])
+
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for the class, of its signature's types, without `rngs` and `precision`."""
         return ModelType.find(self.type).arguments(thaw(self.options))
@@ -111,7 +120,7 @@ class Model(Section):
 class Data(Section):
     """What the model learns from. Batches are global, in sequences."""
 
-    type: Annotated[str, Field(examples=["corpus"])]  # a name in shardtrain.data.FACTORIES, or package.module:Class
+    type: Annotated[str, Field(examples=["corpus"])]  # a module of shardtrain.data.formats, or package.module:Class
     path: Annotated[str | tuple[str, ...] | None, Field(examples=["data/*.txt"])] = None  # text and tokens
     seq_len: Annotated[Count, Field(examples=[128])]
     global_batch: Annotated[Count, Field(examples=[16])]

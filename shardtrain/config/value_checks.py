@@ -22,11 +22,8 @@ from shardtrain.sharding.mesh import divisors
 
 #: Ids of the byte tokenizer: 256 bytes and the separator. A byte-level BPE has these and its merges.
 BYTE_VOCAB = 257
-#: Model options of these names are sizes or scales, and so above 0.
-POSITIVE = (
-    *("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size", "sliding_window"),
-    *("loss_chunk", "rope_theta", "norm_eps", "logit_soft_cap"),
-)
+#: Model options of these names are above 0, and so are sizes.
+POSITIVE = ("sliding_window", "loss_chunk", "rope_theta", "norm_eps", "logit_soft_cap")
 #: Types without a tokenizer. (Whether one of the user's own has one, is known once it is open.)
 TOKEN_TYPES = ("tokens", "synthetic")
 
@@ -48,7 +45,7 @@ def check_xla(xla: Xla, devices: Devices) -> Iterator[Problem]:
 def check_model_numbers(model: Model) -> Iterator[Problem]:
     """Numbers that no model can have."""
     options = model.options
-    for name in POSITIVE:
+    for name in (*model.size_options().values(), *POSITIVE):
         if isinstance(value := options.get(name), int | float) and not value > 0:
             yield Problem(f"model.{name}", value, "must be greater than 0", f"give model.{name} a positive value")
     if isinstance(dropout := options.get("dropout"), int | float) and not 0 <= dropout < 1:
@@ -73,15 +70,19 @@ def check_remat(model: Model) -> Iterator[Problem]:
 
 def check_heads(model: Model) -> Iterator[Problem]:
     """Heads against the model dim and the key-value heads."""
-    width, heads, groups = (model.options.get(name) for name in ("d_model", "n_heads", "n_kv_heads"))
+    names = model.size_options()
+    width, heads, groups, head_dim = map(model.size, ("embed", "heads", "kv_heads", "head_dim"))
     if not (isinstance(heads, int) and heads > 0):
         return
-    if isinstance(width, int) and "head_dim" in model.options and not model.options["head_dim"] and width % heads:
-        rule = f"without model.head_dim a head has d_model / n_heads = {width} / {heads} dims: no whole number"
-        yield Problem("model.n_heads", heads, rule, "choose n_heads that divides d_model, or set model.head_dim")
+    if isinstance(width, int) and names["head_dim"] in model.options and not head_dim and width % heads:
+        quotient = f"{names['embed']} / {names['heads']} = {width} / {heads}"
+        rule = f"without model.{names['head_dim']} a head has {quotient} dims: no whole number"
+        fix = f"choose {names['heads']} that divides {names['embed']}, or set model.{names['head_dim']}"
+        yield Problem(f"model.{names['heads']}", heads, rule, fix)
     if isinstance(groups, int) and groups > 0 and heads % groups:
         fix = f"use one of {divisors(heads)}"
-        yield Problem("model.n_kv_heads", groups, f"must divide model.n_heads = {heads}", fix)
+        rule = f"must divide model.{names['heads']} = {heads}"
+        yield Problem(f"model.{names['kv_heads']}", groups, rule, fix)
 
 
 def check_data_type(data: Data) -> Iterator[Problem]:
@@ -110,23 +111,24 @@ def check_data(data: Data) -> Iterator[Problem]:
 
 def check_vocabulary(data: Data, model: Model) -> Iterator[Problem]:
     """The tokenizer's ids against its least number and the rows of the model's embedding."""
-    vocab, limit = data.vocab_size, model.options.get("vocab_size")
+    vocab, limit, option = data.vocab_size, model.size("vocab"), f"model.{model.size_options()['vocab']}"
     if not isinstance(limit, int):
         rule = f"the data sources speak token ids, and model.type {model.type} has no option vocab_size"
-        yield Problem("model.vocab_size", limit, rule, "give the class a keyword parameter vocab_size: int")
+        fix = "give the class a keyword parameter vocab_size: int, or state another name in its size_options"
+        yield Problem(option, limit, rule, fix)
         return
     if data.tokenizer == "byte" and limit < BYTE_VOCAB:
         rule = f"the byte tokenizer has {BYTE_VOCAB} ids: 256 bytes and a separator"
-        yield Problem("model.vocab_size", limit, rule, f"use model.vocab_size={BYTE_VOCAB} or more")
+        yield Problem(option, limit, rule, f"use {option}={BYTE_VOCAB} or more")
     if data.tokenizer != "bpe" and vocab is not None:
         rule = "only a bpe tokenizer has a vocabulary to choose"
         yield Problem("data.vocab_size", vocab, rule, "set data.vocab_size=null")
     elif vocab is not None and vocab > limit > 0:
-        rule = f"each of the data's {vocab} token ids needs a row in the model, and model.vocab_size is {limit}"
-        fix = f"set model.vocab_size={vocab}, or a smaller data.vocab_size"
+        rule = f"each of the data's {vocab} token ids needs a row in the model, and {option} is {limit}"
+        fix = f"set {option}={vocab}, or a smaller data.vocab_size"
         yield Problem("data.vocab_size", vocab, rule, fix)
     elif vocab is not None and 0 < vocab < BYTE_VOCAB:
-        path = "model.vocab_size" if vocab == limit else "data.vocab_size"
+        path = option if vocab == limit else "data.vocab_size"
         rule = f"a byte-level BPE has at least {BYTE_VOCAB} ids: 256 bytes and a separator"
         yield Problem(path, vocab, rule, f"use {path}={BYTE_VOCAB} or more, for example 2048")
 

@@ -5,15 +5,17 @@
     with Loader(train, global_batch=16, seed=0, sharding=sharding) as loader:
         batch = next(loader)
 
-A new dataset is one file with a class that follows `Source`, and one line in `catalog.FACTORIES`.
+A new dataset is one file in `shardtrain/data/formats`, which is found by its name; or a class that follows `Source`
+anywhere, named by its import path.
 """
 
-from shardtrain.data.catalog import FACTORIES, Request, open_source
+from shardtrain.data.catalog import open_source
 from shardtrain.data.corpus import corpus_documents
 from shardtrain.data.document import Document, Text
 from shardtrain.data.listing import text_files
 from shardtrain.data.loader import Batch, Loader, State
 from shardtrain.data.prepare import Kept, load_tokenizer, prepare
+from shardtrain.data.request import Request
 from shardtrain.data.source import Row, Rows, Source, split, window
 from shardtrain.data.synthetic import SyntheticTokens
 from shardtrain.data.text import text_documents
@@ -22,7 +24,6 @@ from shardtrain.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, en
 from shardtrain.data.tokens import TokenFile, TokenWindows, open_tokens, write_tokens
 
 __all__ = [
-    "FACTORIES",
     "BPETokenizer",
     "Batch",
     "ByteTokenizer",

@@ -1,9 +1,22 @@
 """Sources of the user's own, named by an import path: `data.type: package.module:Class`.
 
-The class, or a function, is called with those of the fields of `catalog.Request` that its signature names, as keywords:
-`seq_len`, `vocab_size`, `seed`, `path`, `tokenizer`, `tokenizer_vocab`, `directory` (a folder of the run's own) and
-`write` (true on the one process that may write there). It gives a `Source`. Where rows are text, its attribute
-`tokenizer` follows `Tokenizer`, and a run ends with a sample.
+The class, or a function, is called with the keyword arguments that its signature names, out of `seq_len`, `vocab_size`
+(the model's), `seed`, `path`, `tokenizer`, `tokenizer_vocab` (`data.vocab_size`), `directory` (a folder of the run's
+own) and `write` (true on the one process that may write there). The result follows `shardtrain.data.Source`:
+
+    class Counting:
+        fingerprint = "counting"  # of everything that the rows depend on
+
+        def __init__(self, seq_len: int, vocab_size: int):
+            self.seq_len, self.vocab_size = seq_len, vocab_size
+
+        def __len__(self):
+            return 1000
+
+        def __getitem__(self, row):
+            return shardtrain.data.window((row + np.arange(self.seq_len + 1)) % self.vocab_size)
+
+If rows are text, an attribute `tokenizer` follows `shardtrain.data.Tokenizer`, and a run ends with a sample.
 """
 
 import inspect
@@ -15,19 +28,19 @@ from shardtrain.data.tokenizer import Tokenizer
 from shardtrain.errors import UserError
 from shardtrain.host.import_path import NotFoundError, find
 
-#: What a source has; see `Source`.
+#: The required members of a `Source`.
 _PARTS = ("fingerprint", "vocab_size", "__len__", "__getitem__")
 
 
 def check_imported(type: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What to call the class with, if it can be called with what a config says.
+    """Returns the arguments to call the class with.
 
     Args:
-        type: the import path.
-        fields: those of a `Request`, by name.
+      type: the import path.
+      fields: of a `Request`, by name.
 
-    Raises UserError where there is no such class, where it needs something else, or where it does not take a setting
-    that was given.
+    Raises:
+      UserError: there is no such class, it needs another argument, or it does not take a setting that was given.
     """
     accepted = _parameters(type, _class(type))
     anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
@@ -50,14 +63,19 @@ def check_imported(type: str, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def open_imported(type: str, fields: Mapping[str, Any]) -> tuple[Source, Tokenizer | None]:
-    """The source of an import path, and its tokenizer where it has one.
+    """Returns the source of an import path, and its tokenizer if it has one.
 
-    Raises UserError as `check_imported`, and where what came is no source.
+    Args:
+      type: the import path.
+      fields: of a `Request`, by name.
+
+    Raises:
+      UserError: as `check_imported`; or the result is not a source.
     """
     source = _class(type)(**check_imported(type, fields))
     if lacking := [part for part in _PARTS if not hasattr(source, part)]:
         raise UserError(
-            f"data.type {type} gave {source!r:.80}, which has no {', no '.join(lacking)}; it must follow "
+            f"data.type {type} returned {source!r:.80}, which has no {', no '.join(lacking)}; it must follow "
             "shardtrain.data.Source"
         )
     return source, getattr(source, "tokenizer", None)
@@ -74,5 +92,5 @@ def _class(type: str) -> Callable[..., Any]:
 def _parameters(type: str, found: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     try:
         return inspect.signature(found).parameters
-    except ValueError as error:  # of some that are written in C
-        raise UserError(f"data.type {type} does not tell its parameters; name a class written in Python") from error
+    except ValueError as error:  # for some that are written in C
+        raise UserError(f"data.type {type} has no signature; name a class written in Python") from error

@@ -1,4 +1,4 @@
-"""Text is tokenised once, when a run begins, and kept in the directory of the run:
+"""Text is tokenised once, when a run begins, and kept in the directory of the run.
 
     tokens.bin, tokens.bin.json   the token file (`tokens.py`); a separator follows each document
     tokenizer.json                the tokenizer, if it was learnt from the text

@@ -13,8 +13,7 @@ _LONG_SPACE = re.compile(r"\s{16,}")
 
 
 def sample(pieces: Callable[[], Iterable[str]], watch: Watch, limit: int = DIFFERENT_BYTES) -> Iterable[str]:
-    """Return every piece of a text; or every second, fourth, eighth, ..., so that all distinct words fit in `limit`
-    bytes.
+    """Return every piece of a text, or every second, fourth, eighth, ..., so that its distinct words fit in `limit`.
 
     Args:
       pieces: gives the text from its start, each time it is called.

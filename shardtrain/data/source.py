@@ -18,9 +18,8 @@ class Source(Protocol):
     and dtypes. Tokens are in `0 .. vocab_size - 1`. So are targets, or they are negative where the loss must ignore
     them. The name `row` is reserved for the loader, which adds it.
 
-    An attribute `packed` may be False where each row is one segment. A run then sets `ModelDef.packed` to it, and
-    attention needs no mask of [B, S, S] to keep segments apart, with which fused attention on a GPU reads far more
-    memory. Without the attribute rows count as packed.
+    Only rows that hold several documents have `segment_ids` (int32 [S]), which keep the documents apart. They cost
+    attention a mask of [B, S, S], with which fused attention on a GPU reads far more memory.
     """
 
     @property
@@ -45,7 +44,6 @@ def window(ids: np.ndarray) -> Row:
         "tokens": ids[:-1].astype(np.int32),
         "targets": ids[1:].astype(np.int32),
         "loss_mask": np.ones(size, np.float32),
-        "segment_ids": np.ones(size, np.int32),
         "positions": np.arange(size, dtype=np.int32),
     }
 
@@ -73,11 +71,6 @@ class Rows:
     source: Source
     start: int
     stop: int
-
-    @property
-    def packed(self) -> bool:
-        """The whole source's."""
-        return getattr(self.source, "packed", True)
 
     @property
     def fingerprint(self) -> str:

@@ -27,7 +27,6 @@ class SyntheticTokens:
     """
 
     PROBABILITIES = (0.7, 0.15, 0.1, 0.05)
-    packed = False
 
     def __init__(self, *, seq_len: int, vocab_size: int, seed: int, rows: int = 1 << 20):
         for name, value, least in (

@@ -127,8 +127,7 @@ class BPETokenizer:
         return np.array(self._tokenizer.encode_batch_fast([text])[0].ids, np.int32)
 
     def encode_parts(self, parts: Iterable[str]) -> Iterator[np.ndarray]:
-        """Yield the ids of a text that comes in parts. A tokenizer that cuts other words than ours gets the whole
-        text."""
+        """Yield the ids of a text that comes in parts. A tokenizer with other words than ours gets the whole text."""
         ours = have_our_words(self._tokenizer)
         texts = pieces(parts) if ours else iter(["".join(parts)])
         while several := list(itertools.islice(texts, _TOGETHER)):

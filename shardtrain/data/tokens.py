@@ -13,7 +13,6 @@ import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 
@@ -60,7 +59,6 @@ class TokenWindows:
       UserError: the file is too short for one window.
     """
 
-    packed: ClassVar[bool] = False
     file: TokenFile
     seq_len: int
 

@@ -1,4 +1,4 @@
-"""What the compiler did: a compiled program's collectives, over which mesh axes and inside which loops."""
+"""The collectives of a compiled program: over which mesh axes, and inside which loops, the compiler put them."""
 
 from shardtrain.hlo.collectives import Collective, Loop, collectives
 from shardtrain.hlo.order import in_flight

@@ -3,8 +3,8 @@
     found = collectives(step.lower(state, batch).compile().as_text(), mesh)
     assert all("data" not in c.axes for c in found if c.loops)
 
-Whatever is not known raises: a collective that was silently missed would make every assertion about the
-others worthless.
+Unknown syntax raises an error: if a collective were silently missed, every assertion about the others would be
+worthless.
 """
 
 import math
@@ -17,13 +17,18 @@ from shardtrain.errors import UserError
 from shardtrain.hlo.groups import Groups, replica_groups, source_target_pairs, spanned
 from shardtrain.hlo.text import Array, Instruction, UnknownHLOError, leaves, parse
 
-_REDUCING = frozenset({"all-reduce", "all-gather", "reduce-scatter"})  # those with use_global_device_ids
+_REDUCING = frozenset({"all-reduce", "all-gather", "reduce-scatter"})  # they have use_global_device_ids
 _KINDS = _REDUCING | {"all-to-all", "collective-permute", "collective-broadcast", "ragged-all-to-all"}
 
 
 @dataclass(frozen=True)
 class Loop:
-    """A while loop: its instruction's name, and how often it runs where XLA knows."""
+    """A while loop.
+
+    Attributes:
+      name: of its instruction.
+      trips: the number of iterations; `None` if XLA does not know it.
+    """
 
     name: str
     trips: int | None
@@ -31,11 +36,20 @@ class Loop:
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective at one place of the program; it counts twice where two places call its computation.
+    """One collective at one place of the program; if two places call its computation, it counts twice.
 
-    `kind` is HLO's name without `-start`. `axes` are the mesh axes along which the members of at least one
-    group (or a source and its target) differ: empty when nothing is sent. `groups` are positions in
-    `mesh.devices.flat`; of a collective-permute, its (source, target) pairs. `loops` is outermost first.
+    Attributes:
+      kind: HLO's name, without `-start`.
+      operands: per-device arrays that it reads.
+      results: per-device arrays that it writes.
+      axes: the mesh axes along which the members of some group (or a source and its target) differ; empty if nothing
+        is sent.
+      loops: the loops around it, outermost first.
+      conditional: whether it is inside a branch.
+      op_name: the JAX operation that it stems from.
+      computation: name of the HLO computation.
+      name: of the instruction.
+      groups: positions in `mesh.devices.flat`; for a collective-permute, its (source, target) pairs.
     """
 
     kind: str
@@ -56,29 +70,31 @@ class Collective:
 
     @property
     def dtype(self) -> str:
-        """HLO's name of the results' dtype; joined, as in `bf16+f32`, when XLA merged several."""
+        """HLO's name of the results' dtype; joined, as in `bf16+f32`, if XLA merged several."""
         return "+".join(sorted({r.dtype for r in self.results}))
 
     @property
     def bytes(self) -> int:
-        """Per-device bytes of the larger side (what is gathered to, or scattered from), for one execution."""
+        """Per-device bytes of the larger side (the gathered or unscattered one), for one execution."""
         return max(sum(a.bytes for a in side) for side in (self.operands, self.results))
 
     @property
     def times(self) -> int | None:
-        """Executions in one run of the program, branches taken; None when a loop's trips are unknown."""
+        """Executions in one run of the program, with every branch taken; `None` if a loop's trips are unknown."""
         trips = [loop.trips for loop in self.loops if loop.trips is not None]
         return math.prod(trips) if len(trips) == len(self.loops) else None
 
 
 def collectives(text: str, mesh: Mesh | AbstractMesh) -> list[Collective]:
-    """All collectives that `text`, a `compiled.as_text()`, reaches from its entry.
+    """List all collectives that a program reaches from its entry. An asynchronous one counts once, at its start.
 
-    `mesh` is the one that the program was compiled for. An asynchronous collective counts once, at its start.
+    Args:
+      text: the compiled program's `as_text()`.
+      mesh: the mesh that it was compiled for.
 
     Raises:
-        UserError: the program has another number of devices than the mesh.
-        UnknownHLOError: a line, an instruction or a group syntax that the parser does not know.
+      UserError: the program and the mesh have different numbers of devices.
+      UnknownHLOError: the parser does not know a line, an instruction or the syntax of a group.
     """
     module = parse(text)
     if module.partitions != mesh.size:
@@ -93,10 +109,10 @@ def collectives(text: str, mesh: Mesh | AbstractMesh) -> list[Collective]:
         reached.add(name)
         for op in module.computations[name].values():
             if op.opcode.endswith(("-done", "-update")):
-                continue  # its start has told it all
+                continue  # counted at its start
             if _kind(op):
                 found.append(_collective(op, name, module.computations[name], mesh, loops, conditional))
-                continue  # what it calls is the scalar reduction
+                continue  # it calls only the scalar reduction
             inside = (*loops, Loop(op.name, _trips(op))) if op.opcode == "while" else loops
             for callee in op.called():
                 if callee not in module.computations:
@@ -107,21 +123,21 @@ def collectives(text: str, mesh: Mesh | AbstractMesh) -> list[Collective]:
     for name, body in module.computations.items():
         for op in body.values():
             if name not in reached and _kind(op):
-                raise UnknownHLOError(f"a collective in computation {name!r}, which nothing known calls: {op.line}")
+                raise UnknownHLOError(f"a collective in computation {name!r}, which no instruction calls: {op.line}")
     return found
 
 
 def is_collective(op: Instruction) -> bool:
-    """Whether an instruction is a collective, or the start of an asynchronous one.
+    """Return whether an instruction is a collective, or the start of an asynchronous one.
 
     Raises:
-        UnknownHLOError: it looks like one, and is none that is known.
+      UnknownHLOError: it looks like a collective, but is not a known one.
     """
     return not op.opcode.endswith(("-done", "-update")) and _kind(op) is not None
 
 
 def _kind(op: Instruction) -> str | None:
-    """The collective that `op` is (or ends), or None when it is none."""
+    """Return the kind of collective that `op` is (or ends), or `None`."""
     kind = re.sub(r"-(start|done)$", "", op.opcode)
     if kind in _KINDS:
         return kind
@@ -158,7 +174,7 @@ def _collective(
         raise UnknownHLOError(f"type of {op.opcode}: {op.line}")
     results = leaves(op.type[1] if started and isinstance(op.type, tuple) else op.type)
     if kind == "all-reduce" and results != operands:
-        raise UnknownHLOError(f"an all-reduce whose results are not of its operands' types: {op.line}")
+        raise UnknownHLOError(f"an all-reduce whose results differ in type from its operands: {op.line}")
     # Without these, ids in groups count replicas, not partitions (XLA collective_op_group_mode.cc).
     if ", channel_id=" not in attributes or (kind in _REDUCING and ", use_global_device_ids=true" not in attributes):
         raise UnknownHLOError(f"a collective whose groups do not count partitions: {op.line}")

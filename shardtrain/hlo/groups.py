@@ -1,13 +1,13 @@
-"""Who talks to whom in a collective, in every syntax that XLA prints, and the mesh axes that this spans.
+"""The groups of devices of a collective, in every syntax that XLA prints, and the mesh axes that they span.
 
-    {{0,1},{2,3}}                                      lists; {} is everybody
+    {{0,1},{2,3}}                                      lists; {} is all devices
     [4,2]<=[2,4]T(1,0)                                 iota: arange, reshaped, transposed, cut into groups
     mesh['data'=2,'tensor'=4] {'tensor'}               the groups along some axes of a mesh
     mesh['a'=8], device_ids=([2,4]T(1,0)) {'a':(2)4}   a permuted mesh; a's part of size 4 after one of size 2
 
 Sources: XLA `xla/hlo/ir/replica_group.cc`, `tile_assignment.cc`, `mesh_and_axis.cc`. The mesh that XLA prints
 may have other axes than the user's (`axis_0`, ...): only the resulting ids are used. Ids are partition ids:
-positions in `mesh.devices.flat`, whatever the devices' own ids are.
+positions in `mesh.devices.flat`, independent of the devices' own ids.
 """
 
 import math
@@ -30,10 +30,14 @@ _MESH_REF = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
 
 
 def replica_groups(attributes: str, devices: int) -> Groups:
-    """The groups in an instruction's attributes, as partition ids.
+    """Read the groups in an instruction's attributes, as partition ids.
+
+    Args:
+      attributes: text of the instruction's attributes.
+      devices: number of devices of the program.
 
     Raises:
-        UnknownHLOError: no groups, a syntax not listed above, or groups that do not split all `devices`.
+      UnknownHLOError: there are no groups, their syntax is not listed above, or they do not partition the devices.
     """
     if m := _find("replica_groups", _LISTS, attributes):
         lists = re.findall(rf"\{{({_INTS})\}}", m[0])
@@ -45,12 +49,20 @@ def replica_groups(attributes: str, devices: int) -> Groups:
     else:
         raise UnknownHLOError(f"replica groups: {attributes}")
     if sorted(i for g in groups for i in g) != list(range(devices)):
-        raise UnknownHLOError(f"replica groups that do not split {devices} devices: {attributes}")
+        raise UnknownHLOError(f"replica groups that do not partition {devices} devices: {attributes}")
     return tuple(groups)
 
 
 def source_target_pairs(attributes: str, devices: int) -> Groups:
-    """The (source, target) pairs of a collective-permute, as partition ids; errors as in `replica_groups`."""
+    """Read the (source, target) pairs of a collective-permute, as partition ids.
+
+    Args:
+      attributes: text of the instruction's attributes.
+      devices: number of devices of the program.
+
+    Raises:
+      UnknownHLOError: as `replica_groups`.
+    """
     m = _find("source_target_pairs", _LISTS, attributes)
     pairs = [_ints(p) for p in re.findall(rf"\{{({_INTS})\}}", m[0])] if m else []
     if m is None or any(len(p) != 2 or max(p) >= devices for p in pairs):
@@ -59,7 +71,7 @@ def source_target_pairs(attributes: str, devices: int) -> Groups:
 
 
 def spanned(groups: Groups, mesh: Mesh | AbstractMesh) -> frozenset[str]:
-    """The mesh axes along which the members of at least one group differ."""
+    """Return the axes of `mesh` along which the members of at least one of the `groups` differ."""
     coordinates = np.indices(tuple(mesh.shape.values())).reshape(len(mesh.axis_names), -1)
     return frozenset(
         axis
@@ -69,7 +81,7 @@ def spanned(groups: Groups, mesh: Mesh | AbstractMesh) -> frozenset[str]:
 
 
 def _find(key: str, syntax: re.Pattern[str], attributes: str) -> re.Match[str] | None:
-    """`key=<syntax>` as a whole attribute: anything left over before the next comma is unknown syntax."""
+    """Match `key=<syntax>` as an entire attribute: any remainder before the next comma is unknown syntax."""
     start = re.search(rf"(?:^|, ){key}=", attributes)
     m = syntax.match(attributes, start.end()) if start else None
     return m if m and re.match(r", [\w-]+=|$", attributes[m.end() :]) else None
@@ -106,8 +118,8 @@ def _mesh_groups(axes: str, device_ids: str | None, over: str) -> list[tuple[int
         raise UnknownHLOError(f"mesh device_ids ({device_ids})")
     if ids.size != math.prod(sizes.values()):
         raise UnknownHLOError(f"{ids.size} device_ids for mesh [{axes}]")
-    # Ids share a group when their coordinates agree but for what is grouped over; a sub-axis (p)s of an axis
-    # of size n is the middle of that axis seen as [p, s, n / (p s)].
+    # Ids share a group if their coordinates agree on all axes that are not grouped over. A sub-axis (p)s of an axis of
+    # size n is the middle dim of that axis reshaped to [p, s, n / (p s)].
     coordinates = dict(zip(sizes, np.indices(tuple(sizes.values())).reshape(len(sizes), -1), strict=True))
     key = {name: c.copy() for name, c in coordinates.items()}
     for name, before, size in refs:

@@ -1,7 +1,7 @@
-"""How many collectives of a program one device can be in at once.
+"""The number of collectives of a program in which one device can take part at once.
 
-A collective starts when the one before it in the program has ended. But for XLA's CPU backend a loop, or a branch, is
-dealt with once it has started; so the next collective starts while those of the loop are still to come, unless it needs
+A collective starts when the previous one in the program has ended. But XLA's CPU backend does not wait for a loop, or a
+branch: once it has started, the next collective may start while those of the loop are still to come, unless it needs
 data from the loop.
 """
 
@@ -12,20 +12,23 @@ from shardtrain.hlo.text import Module, parse
 
 
 def in_flight(text: str) -> int:
-    """At most so many threads wait for other devices, for each device, when a program (its `as_text()`) runs on CPU.
+    """Return the most threads per device that wait for other devices while a program runs on CPU.
+
+    Args:
+      text: the compiled program's `as_text()`.
 
     Raises:
-      UnknownHLOError: a line, or an opcode, that the parser does not know.
+      UnknownHLOError: the parser does not know a line or an opcode.
     """
     module = parse(text)
     return _most(module, module.entry, {})
 
 
 def _most(module: Module, computation: str, known: dict[str, int]) -> int:
-    """The same, of one computation."""
+    """Return the same for one computation."""
     if computation not in known:
         loops: list[_Loop] = []
-        waits: dict[str, int] = {}  # for which of the loops each instruction waits, as bits
+        waits: dict[str, int] = {}  # the loops for which each instruction waits, as bits
         most = 0
         for op in module.computations[computation].values():
             waits_for = 0
@@ -44,7 +47,7 @@ def _most(module: Module, computation: str, known: dict[str, int]) -> int:
 
 
 class _Loop(NamedTuple):
-    """A loop, or a branch, that holds collectives: its bit, those of the loops it waits for, and the most in flight."""
+    """A loop or branch with collectives: its bit, the bits of the loops it waits for, and the most in flight."""
 
     bit: int
     waits_for: int
@@ -52,7 +55,7 @@ class _Loop(NamedTuple):
 
 
 def _at_once(loops: list[_Loop]) -> int:
-    """A bound of what is in flight in these: of loops that wait for each other only one runs at a time."""
+    """Return a bound on the collectives in flight; of loops that wait for each other only one runs at a time."""
     chains: list[list[_Loop]] = []
     for loop in loops:
         chain = next((chain for chain in chains if loop.waits_for & chain[-1].bit), None)

@@ -1,7 +1,7 @@
 """The text of an optimized HLO module, as computations of instructions.
 
-Names of computations, and of instructions, are unique in a module. Only what our questions need is parsed: of
-each instruction its name, type, opcode, and the unparsed rest.
+Names of computations, and of instructions, are unique in a module. Only the parts that this package needs are parsed:
+each instruction's name, type and opcode, and the unparsed rest.
 """
 
 import math
@@ -16,12 +16,17 @@ _DTYPE = re.compile(r"(?:bf|[sucf])(\d+)(?:e\w+)?")
 
 
 class UnknownHLOError(ValueError):
-    """HLO text that this parser does not understand; the message holds the line. The parser must learn it."""
+    """HLO text that this parser does not know yet; the message holds the line."""
 
 
 @dataclass(frozen=True)
 class Array:
-    """One array on one device: HLO's name of the dtype (`f32`, `bf16`, `pred`) and the per-device shape."""
+    """One array on one device.
+
+    Attributes:
+      dtype: HLO's name of it, such as `f32`, `bf16` or `pred`.
+      shape: per device.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -41,13 +46,21 @@ Type: TypeAlias = "Array | tuple[Type, ...]"
 
 
 def leaves(type_: Type) -> tuple[Array, ...]:
-    """The arrays of a possibly nested tuple type, in order."""
+    """List the arrays of a possibly nested tuple type, in order."""
     return (type_,) if isinstance(type_, Array) else tuple(a for item in type_ for a in leaves(item))
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction. `rest` follows the operands' `(`, with quoted text emptied; `line` is the original."""
+    """One instruction.
+
+    Attributes:
+      name: unique in the module.
+      type: of its result.
+      opcode: HLO's name of the operation.
+      rest: the text after the `(` of the operands, with quoted text emptied.
+      line: the original line.
+    """
 
     name: str
     type: Type
@@ -56,27 +69,33 @@ class Instruction:
     line: str
 
     def called(self) -> list[str]:
-        """Names of the computations that it calls: bodies, branches, fusions, reductions."""
+        """List the computations that it calls: bodies, branches, fusions, reductions."""
         found = re.findall(r"([\w-]+)=(%[^\s,{}]+|\{%[^{}]*\})", self.rest)
         return [name for key, value in found if key != "control-predecessors" for name in _names(value)]
 
     def operands(self) -> list[str]:
-        """Names of the instructions that it reads (of an instruction whose operands are plain names)."""
+        """List the instructions that it reads. (Only for an instruction whose operands are plain names.)"""
         return _names(self.rest.partition(")")[0])
 
     def control_predecessors(self) -> list[str]:
-        """Names of the instructions that have to end before it."""
+        """List the instructions that must end before it."""
         found = re.search(r"control-predecessors=(\{[^}]*\})", self.rest)
         return _names(found[1]) if found else []
 
     def attributes(self) -> str:
-        """The text after the operands."""
+        """Return the text after the operands."""
         return self.rest.partition(")")[2]
 
 
 @dataclass(frozen=True)
 class Module:
-    """A parsed module: computation name -> instruction name -> instruction, in program order."""
+    """A parsed module.
+
+    Attributes:
+      computations: by name; each maps the names of its instructions to the instructions, in program order.
+      entry: name of the entry computation.
+      partitions: number of devices.
+    """
 
     computations: dict[str, dict[str, Instruction]]
     entry: str
@@ -84,11 +103,14 @@ class Module:
 
 
 def parse(text: str) -> Module:
-    """Parse `compiled.as_text()`.
+    """Parse a compiled program.
+
+    Args:
+      text: its `as_text()`.
 
     Raises:
-        UnknownHLOError: a line inside a computation is no instruction that this parser knows, there is no
-            entry, or the program is replicated (`pmap`), which gives ids in groups another meaning.
+      UnknownHLOError: a line inside a computation is not an instruction that this parser knows, there is no entry, or
+        the program is replicated (`pmap`), which gives the ids in groups another meaning.
     """
     header = re.match(r"HloModule .*", text)
     if header is None:
@@ -124,7 +146,7 @@ def _instruction(line: str) -> Instruction:
 
 
 def _type(text: str, at: int) -> tuple[Type, int]:
-    """The type that begins at `at`, `f32[2,4]{1,0}` or `(a, (b, c))`, and where it ends."""
+    """Parse the type that begins at `at`, such as `f32[2,4]{1,0}` or `(a, (b, c))`; return it and its end."""
     if not text.startswith("(", at):
         m = _ARRAY.match(text, at)
         if m is None:

@@ -17,7 +17,7 @@ _NOTHING, _REFUSED = -1, -2
 _CALM, _FOUND, _RAISED = range(3)
 
 
-def by_process_zero(decide: Callable[[], int | None]) -> int | None:
+def decide_on_process_zero(decide: Callable[[], int | None]) -> int | None:
     """Run `decide` on process 0, and return its answer (a step, or None) on every process.
 
     Raises:
@@ -52,7 +52,7 @@ def on_process_zero(make: Callable[[], T]) -> T | None:
         nonlocal made
         made = make()
 
-    by_process_zero(decide)
+    decide_on_process_zero(decide)
     return made
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from shardtrain.errors import UserError, did_you_mean
@@ -50,3 +52,9 @@ def find(path: str, noun: str, is_one: Callable[[Any], bool] = callable) -> Any:
         known = [key for key, value in vars(module).items() if is_one(value)]
         raise NotFoundError(f"module {module_name} has no {noun} {name!r}", did_you_mean(name, known))
     return found
+
+
+def modules_of(package: ModuleType) -> dict[str, ModuleType]:
+    """All modules of a package by their names, imported: a file in its folder is enough to be one of them."""
+    names = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    return {name: importlib.import_module(f"{package.__name__}.{name}") for name in names}

@@ -55,7 +55,7 @@ def join(coordinator: str | None, processes: int, process: int, patience: float)
 
 
 @contextlib.contextmanager
-def last_act(report: Callable[[BaseException], int]) -> Iterator[None]:
+def exit_after(report: Callable[[BaseException], int]) -> Iterator[None]:
     """End this process after the block, with code 0 or the code that `report` returns for an error.
 
     A normal exit of Python would first wait for the other processes (`jax.distributed` does so at exit), which may wait

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import queue
+import select
 import socket
 import threading
 import time
@@ -60,6 +61,13 @@ class Peer:
             return json.loads(line)
         except RecursionError as error:
             raise ValueError("not JSON") from error
+
+    def has_gone(self) -> bool:
+        """Whether the other has hung up while it had nothing to say."""
+        try:
+            return bool(select.select([self._socket], [], [], 0)[0]) and not self._socket.recv(1, socket.MSG_PEEK)
+        except OSError:
+            return True
 
     def close(self) -> None:
         """Hang up."""
@@ -190,7 +198,10 @@ def _call(place: tuple[str, int], processes: int, patience: float) -> dict[int, 
 
 def _collect(came: queue.Queue[tuple[Peer, int, int]], peers: dict[int, Peer], processes: int, patience: float) -> None:
     deadline = time.monotonic() + patience
-    while len(peers) < processes - 1:
+    while True:
+        _forget_those_who_left(peers)
+        if len(peers) == processes - 1:
+            return
         try:
             peer, number, expected = came.get(timeout=max(deadline - time.monotonic(), 0))
         except queue.Empty:
@@ -199,6 +210,7 @@ def _collect(came: queue.Queue[tuple[Peer, int, int]], peers: dict[int, Peer], p
                 f"process{'es' * (len(missing) > 1)} {', '.join(missing)} of {processes} did not come within "
                 f"{patience:g} s; start each with the same --coordinator, or give them more time with --join-timeout"
             ) from None
+        _forget_those_who_left(peers)
         problem = None
         if expected != processes:
             problem = f"process {number} has --processes {expected}, and process 0 has {processes}; give all the same"
@@ -208,6 +220,12 @@ def _collect(came: queue.Queue[tuple[Peer, int, int]], peers: dict[int, Peer], p
             _tell([peer], problem, last=True)
             raise UserError(problem)
         peers[number] = peer
+
+
+def _forget_those_who_left(peers: dict[int, Peer]) -> None:
+    """They may be started again."""
+    for number in [number for number, peer in peers.items() if peer.has_gone()]:
+        peers.pop(number).close()
 
 
 def _listen(listener: socket.socket, came: queue.Queue[tuple[Peer, int, int]], patience: float) -> None:

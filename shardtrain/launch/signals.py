@@ -40,8 +40,12 @@ class Stop:
     """
 
     def __init__(self) -> None:
-        self.run: Saving | None = None
         self.asked = False
+        self._run: Saving | None = None
+
+    def follow(self, run: Saving) -> None:
+        """Tell which run a stop would save, once there is one."""
+        self._run = run
 
     def __call__(self, step: int) -> bool:
         """Whether to stop after this step."""
@@ -59,15 +63,15 @@ class Stop:
             os._exit(128 + number)
 
     def _plan(self) -> str:
-        if self.run is None:
+        if self._run is None:
             return "stopping while data is prepared, else after the first step; send it again to stop at once"
         return f"saving after this step, then stopping; send it again to stop at once and lose {self._lost()}"
 
     def _lost(self) -> str:
-        if self.run is None or self.run.checkpointer is None:
+        if self._run is None or self._run.checkpointer is None:
             return "what was prepared"
-        kept = self.run.checkpointer.kept or 0
-        return "nothing" if self.run.step == kept else f"the steps since {kept}, up to {self.run.step}"
+        kept = self._run.checkpointer.kept or 0
+        return "nothing" if self._run.step == kept else f"the steps since {kept}, up to {self._run.step}"
 
 
 class StopTogether(Stop):
@@ -107,8 +111,7 @@ def stop_on_signals() -> Iterator[Stop]:
 
 @contextlib.contextmanager
 def stop_together() -> Iterator[Stop]:
-    """Listen in each of several processes. SIGTERM goes to JAX only: it is acknowledged once all agree, and only
-    asks."""
+    """Listen in each of several processes. SIGTERM is JAX's alone, and is acknowledged once all agree."""
     stop = StopTogether()
     with _listening(stop.receive, (signal.SIGINT, signal.SIGHUP)):
         yield stop

@@ -75,6 +75,6 @@ def transformer_flops_per_token(
     return 6.0 * n_params_matmul + 12.0 * n_layers * n_heads * head_dim * keys
 
 
-def mfu(tokens_per_s: float, flops_per_token: float, peak: float, n_devices: int) -> float:
-    """Share (0 to 1) of the devices' `peak` FLOP/s each that the model's own FLOPs take."""
-    return tokens_per_s * flops_per_token / (peak * n_devices)
+def mfu(tokens_per_s: float, flops_per_token: float, peak: float) -> float:
+    """Share (0 to 1) of the `peak` FLOP/s of all devices together that the model's own FLOPs take."""
+    return tokens_per_s * flops_per_token / peak

@@ -24,18 +24,34 @@ from shardtrain.weights.precision import Precision
 
 
 class Attention(nnx.Module):
-    """Causal self-attention (Vaswani et al. 2017), grouped queries by `n_kv_heads` (Ainslie et al. 2023).
+    """Causal self-attention (Vaswani et al. 2017), with grouped queries (Ainslie et al. 2023).
 
     Args:
-      window: sliding window in tokens, itself included (Mistral); `None` for all of the past.
-      qk_norm: RMS-normalise queries and keys per head before rotation (Qwen 3).
+      dim: width of the input and the output.
+      n_heads: query heads.
+      n_kv_heads: key and value heads, each shared by a group of query heads; default `n_heads`.
+      head_dim: width of a head; default `dim / n_heads`.
+      rope_theta: base of the rotary frequencies.
+      rope_scaling: extension of the rotary frequencies to longer sequences, see `rope_frequencies` in `nn/rope.py`.
+      window: tokens that each token sees, itself included (Mistral); `None` for the whole past.
       qkv_bias: biases on query, key and value (Qwen 2).
-      logit_soft_cap: see `attend`.
+      qk_norm: RMS-normalise queries and keys per head before rotation (Qwen 3).
+      norm_eps: epsilon of these norms.
+      logit_soft_cap: `soft_cap` of `attend`.
       implementation: see `attend`.
+      dropout: dropout rate of the output.
+      precision: dtypes.
+      rngs: seeds of the weights.
 
     Raises:
-      UserError: query heads that are no multiple of the key/value heads, a width that is no multiple of the heads
-        without a head_dim, an empty window, or sizes that rotary embedding refuses.
+      UserError: the query heads are not a multiple of the key and value heads, the width is not a multiple of the heads
+        and no head_dim is given, the window is empty, or rotary embedding refuses the sizes.
+
+    Example:
+      >>> layer = nn.Attention(8, n_heads=4, n_kv_heads=2, rngs=nnx.Rngs(0))
+      >>> ctx = nn.Context({"positions": jnp.arange(5)[None]})
+      >>> layer(jnp.ones((1, 5, 8)), ctx).shape
+      (1, 5, 8)
     """
 
     def __init__(
@@ -60,12 +76,12 @@ class Attention(nnx.Module):
         groups = n_heads if n_kv_heads is None else n_kv_heads
         if groups < 1 or n_heads % groups:
             raise UserError(
-                f"n_heads {n_heads} is no multiple of n_kv_heads {groups}; each group needs as many queries"
+                f"n_heads {n_heads} is not a multiple of n_kv_heads {groups}; use a multiple, for equal groups"
             )
         if head_dim is None and dim % n_heads:
-            raise UserError(f"{dim} dims do not divide over n_heads {n_heads}; use a multiple, or give head_dim")
+            raise UserError(f"dim {dim} is not a multiple of n_heads {n_heads}; use a multiple, or give head_dim")
         if window is not None and window < 1:
-            raise UserError(f"sliding window {window} leaves a token nothing to see; use 1 or more, or null for none")
+            raise UserError(f"sliding window {window} leaves nothing for a token to see; use 1 or more, or null")
         size = dim // n_heads if head_dim is None else head_dim
         self.window, self.soft_cap, self.implementation = window, logit_soft_cap, implementation
         frequencies, self.rope_factor = rope_frequencies(size, rope_theta, rope_scaling)
@@ -77,13 +93,13 @@ class Attention(nnx.Module):
         )
         self.key = Linear(*into_kv, bias=qkv_bias, **common)
         self.value = Linear(*into_kv, bias=qkv_bias, **common)
-        self.out = Linear("BSHK,HKD->BSD", (n_heads, size, dim), ("heads", "head_dim", "embed"), inputs=2, **common)
+        self.out = Linear("BSHK,HKD->BSD", (n_heads, size, dim), ("heads", "head_dim", "embed"), **common)
         self.query_norm = RMSNorm(size, eps=norm_eps, **common) if qk_norm else None
         self.key_norm = RMSNorm(size, eps=norm_eps, **common) if qk_norm else None
         self.dropout = Dropout(dropout, site="attention")
 
     def __call__(self, x_BSD: jax.Array, ctx: Context) -> jax.Array:
-        """`[B, S, D]` to `[B, S, D]` in the compute dtype; reads `positions` and, of packed rows, `segment_ids`."""
+        """Map `[B, S, D]` to `[B, S, D]` in the compute dtype; reads `positions` and, if present, `segment_ids`."""
         x_BSD = gather_residual(x_BSD)
         q_BSHK, k_BSGK, v_BSGK = together(x_BSD, self.query, self.key, self.value)
         q_BSHK = constrain(self._position(q_BSHK, self.query_norm, ctx), "batch", "seq", "heads", None)
@@ -94,12 +110,21 @@ class Attention(nnx.Module):
             checkpoint_name(k_BSGK, "key"),
             checkpoint_name(v_BSGK, "value"),
             window=self.window,
-            segment_ids_BS=ctx.inputs.get("segment_ids") if ctx.packed else None,
+            segment_ids_BS=ctx.inputs.get("segment_ids"),
             soft_cap=self.soft_cap,
             implementation=self.implementation,
         )
         y_BSD = self.out(checkpoint_name(constrain(y_BSHK, "batch", "seq", "heads", None), "attn_mixed"))
         return self.dropout(checkpoint_name(constrain(y_BSD, "batch", "seq_residual", None), "attn_out"), ctx)
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """FLOPs of a training step per token for scores and weighted sums, without the matmuls with weights.
+
+        Per query and visible key of each head 4 K forward, and twice that backward; a query sees (seq_len + 1) / 2 keys
+        on average.
+        """
+        heads, head_dim = self.query.weight.shape[-2:]
+        return 12.0 * heads * head_dim * (seq_len + 1) / 2
 
     def _position(self, x_BSHK: jax.Array, norm: RMSNorm | None, ctx: Context) -> jax.Array:
         x_BSHK = x_BSHK if norm is None else norm(x_BSHK)

@@ -1,4 +1,4 @@
-"""Softmax attention itself: one meaning, several implementations.
+"""Softmax attention itself: one function, several implementations.
 
 Shapes: B batch, S queries, T keys, H query heads, G key/value heads, R = H / G, K head dim.
 """
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from shardtrain.errors import UserError
 from shardtrain.launch.xla_flags import cuda_capability
-from shardtrain.sharding import current, pieces
+from shardtrain.sharding import current, shards
 from shardtrain.weights.precision import at_least_float32
 
 Implementation = Literal["auto", "einsum", "xla", "cudnn"]
@@ -22,11 +22,13 @@ Implementation = Literal["auto", "einsum", "xla", "cudnn"]
 def attention_mask(
     length: int, window: int | None = None, segment_ids_BS: jax.Array | None = None, causal: bool = True
 ) -> jax.Array | None:
-    """Which key each query sees, bool `[B or 1, 1, S, T]`; `None` when all.
+    """Compute which keys each query sees, bool `[B or 1, 1, S, T]`; `None` if it sees all.
 
     Args:
+      length: queries and keys of a sequence.
       window: a query sees this many keys, itself included.
       segment_ids_BS: queries see only keys of their own segment (packed documents).
+      causal: queries see no keys of later positions.
     """
     query, key = jnp.arange(length)[:, None], jnp.arange(length)[None, :]
     mask: jax.Array | None = (query >= key)[None, None] if causal else None
@@ -51,16 +53,27 @@ def attend(
     scale: float | None = None,
     implementation: Implementation = "auto",
 ) -> jax.Array:
-    """Attention `[B, S, H, K]`, in the dtype of `q`; the softmax runs in at least float32.
+    """Compute attention `[B, S, H, K]`, in the dtype of `q`, with the softmax in at least float32.
 
     Args:
-      scale: on the scores; default `K ** -0.5`.
+      q_BSHK: queries.
+      k_BTGK: keys, of as many heads as the queries or a divisor of these.
+      v_BTGK: values, of the heads of the keys.
+      causal: queries see no keys of later positions.
+      window: keys that each query sees, itself included; `None` for all.
+      segment_ids_BS: queries see only keys of their own segment (packed documents).
       soft_cap: scores become `cap * tanh(scores / cap)` (Gemma 2).
+      scale: factor of the scores; default `K ** -0.5`.
       implementation: `einsum` (any device, exact in float64), `xla` (`jax.nn.dot_product_attention`), `cudnn` (fused),
         or `auto`, which takes `cudnn` on NVIDIA GPUs where it applies and `einsum` otherwise.
 
     Raises:
-      UserError: the implementation asked for cannot do this here; it is never replaced by another.
+      UserError: the requested implementation cannot do this here; it is never replaced by another.
+
+    Example:
+      >>> q, k = jnp.ones((2, 5, 4, 8)), jnp.ones((2, 5, 2, 8))
+      >>> nn.attend(q, k, k).shape
+      (2, 5, 4, 8)
     """
     scale = q_BSHK.shape[-1] ** -0.5 if scale is None else scale
     if implementation == "auto" or implementation == "cudnn":
@@ -69,7 +82,7 @@ def attend(
             raise UserError(f"attention: cudnn is not available here: {obstacles}; use attention: auto, xla or einsum")
         implementation = "einsum" if obstacles else "cudnn"
     if implementation == "xla" and soft_cap is not None:
-        raise UserError(f"attention: xla has no logit_soft_cap (asked for {soft_cap}); use attention: einsum")
+        raise UserError(f"attention: xla has no logit_soft_cap, which is {soft_cap}; use attention: einsum")
     if not _groups_stay_together():
         k_BTGK, v_BTGK = (jnp.repeat(a, q_BSHK.shape[2] // a.shape[2], axis=2) for a in (k_BTGK, v_BTGK))
     if implementation == "einsum":
@@ -92,7 +105,7 @@ def attend(
 
 
 def _groups_stay_together() -> bool:
-    """Whether a device that has some query heads also has their keys, and begins with the first head of a group."""
+    """Whether a device that holds some query heads also holds their keys, and starts at the first head of a group."""
     partitioner = current()
     return partitioner is None or partitioner.spec("heads") == partitioner.spec("kv_heads")
 
@@ -104,13 +117,13 @@ def _by_rows_and_heads(
     v_BTGK: jax.Array,
     segment_ids_BS: jax.Array | None,
 ) -> jax.Array:
-    """Attention of each device's own rows and heads, wherever it has all of the sequence.
+    """Run attention on each device's own rows and heads, where a device holds whole sequences.
 
-    Left to itself, the compiler asks JAX's cuDNN call how to split it, which fails in a pipeline (JAX 0.10.2, 0.12).
+    By itself, the compiler asks JAX's cuDNN call how to split it, which fails in a pipeline (JAX 0.10.2, 0.12).
     """
     segment_ids = [] if segment_ids_BS is None else [segment_ids_BS]
     partitioner = current()
-    if partitioner is None or partitioner.mesh.size == 1 or partitioner.pieces("seq") > 1:
+    if partitioner is None or partitioner.mesh.size == 1 or partitioner.shards("seq") > 1:
         return attention(q_BSHK, k_BTGK, v_BTGK, *segment_ids)
     heads = ("batch", None, "heads", None)
     rows = [(ids, ("batch", None)) for ids in segment_ids]
@@ -123,8 +136,8 @@ def _einsum_attention(
     dtype = at_least_float32(q_BSHK.dtype)
     B, S, H, K = q_BSHK.shape
     G, R = k_BTGK.shape[2], H // k_BTGK.shape[2]
-    # One matmul for each row and key head, over all N = S x R queries of the group: with a dim of its own for R, XLA on
-    # CPU takes up to 2.3 times as long for a step. S is the outer one, so that a mesh that splits it moves nothing.
+    # One matmul per row and key head, over all N = S x R queries of the group: with a separate dim for R, a step takes
+    # up to 2.3 times as long on XLA's CPU backend. S is the outer dim, so that a mesh that splits it moves nothing.
     q_BGNK = (q_BSHK * jnp.asarray(scale, q_BSHK.dtype)).reshape(B, S, G, R, K).swapaxes(1, 2).reshape(B, G, S * R, K)
     k_BGTK, v_BGTK = k_BTGK.swapaxes(1, 2), v_BTGK.swapaxes(1, 2)
     scores_BGNT = jnp.einsum("BGNK,BGTK->BGNT", q_BGNK, k_BGTK, preferred_element_type=dtype)
@@ -148,7 +161,7 @@ def _cudnn_obstacles(q_BSHK: jax.Array, soft_cap: float | None) -> Iterator[str]
     most = 256 if capability is not None and capability >= 9 else 128
     if q_BSHK.shape[-1] % 8 or q_BSHK.shape[-1] > most:
         yield f"it needs a head_dim that is a multiple of 8 and at most {most}, not {q_BSHK.shape[-1]}"
-    if pieces("seq") > 1:
-        yield f"it needs whole sequences, and the mesh splits each into {pieces('seq')}"
+    if shards("seq") > 1:
+        yield f"it needs whole sequences, and the mesh splits each into {shards('seq')}"
     if soft_cap is not None:
-        yield f"it has no logit_soft_cap (asked for {soft_cap})"
+        yield f"it has no logit_soft_cap, which is {soft_cap}"

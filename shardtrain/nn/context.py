@@ -1,4 +1,4 @@
-"""What a block may know about where and when it runs."""
+"""The inputs of a block in addition to the residual stream: the batch, its layer and its random keys."""
 
 from __future__ import annotations
 
@@ -13,33 +13,37 @@ import jax.numpy as jnp
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """Passed to the embedder, to every block and to the head; a pytree.
+    """An argument of the embedder, every block and the head; a pytree.
 
     Attributes:
-      inputs: the batch leaves of this microbatch, `[B, ...]` each (`positions`, `segment_ids`, `row`, ...).
+      inputs: the leaves of this microbatch, `[B, ...]` each (`positions`, `row`, `segment_ids` if rows hold several
+        documents, ...).
       key: random key of this step, already folded with seed and step; `None` in evaluation.
       layer: int32 scalar, index of the layer in the whole model.
       train: whether dropout and the like are active.
-      packed: whether a row may hold several segments, as its `segment_ids` say, and attention has to keep them apart.
+
+    Example:
+      >>> ctx = nn.Context({"row": jnp.arange(4)}, key=jax.random.key(0), train=True)
+      >>> ctx.at_layer(3).row_keys("mlp").shape
+      (4,)
     """
 
     inputs: Mapping[str, jax.Array]
     key: jax.Array | None = None
     layer: jax.Array | int = 0
     train: bool = dataclasses.field(default=False, metadata={"static": True})
-    packed: bool = dataclasses.field(default=True, metadata={"static": True})
 
     def at_layer(self, layer: jax.Array | int) -> Context:
-        """The same context, `layer` layers further on."""
+        """Return the same context, `layer` layers further on."""
         return dataclasses.replace(self, layer=self.layer + layer)
 
     def row_keys(self, site: str) -> jax.Array:
-        """One random key per row, `[B]`, for a named place in a layer.
+        """Return one random key per row, `[B]`, for a named place in a layer.
 
-        Folded from (seed, step, layer, site, global row) and nothing else, so that the bits depend neither on the
-        mesh nor on accumulation nor on the pipeline.
+        It is folded from seed, step, layer, site and global row, and nothing else, so the bits do not depend on mesh,
+        accumulation or pipeline.
         """
-        assert self.key is not None, "random bits asked for without a key: Context(train=True) needs one"
+        assert self.key is not None, "random bits need a key: Context(train=True) must have one"
         key = jax.random.fold_in(self.key, jnp.asarray(self.layer, jnp.int32))
         key = jax.random.fold_in(key, zlib.crc32(site.encode()))
         return jax.vmap(lambda row: jax.random.fold_in(key, row))(self.inputs["row"])

@@ -1,4 +1,4 @@
-"""Embedding of tokens, usable as the output head too (tied), and of learned positions.
+"""Embedding of tokens, which can also be the output head (tied), and of learned positions.
 
 Shapes: B batch, S sequence, V vocabulary or number of positions, D model dim, P parts of the vocabulary.
 """
@@ -13,9 +13,9 @@ import numpy as np
 from flax import nnx
 
 from shardtrain.errors import UserError
-from shardtrain.nn.linear import added, einsum, gathered, scattered
+from shardtrain.nn.matmul import added, einsum, gathered, scattered
 from shardtrain.nn.param import param
-from shardtrain.sharding import constrain, pieces
+from shardtrain.sharding import constrain, shards
 from shardtrain.weights.precision import Precision
 
 _AXES = ("vocab", "embed")
@@ -23,7 +23,20 @@ _POSITIONS = ("positions", "embed")
 
 
 class Embedding(nnx.Module):
-    """A table `[vocab, embed]`: tokens to vectors, and with `attend` vectors to logits."""
+    """A table `[vocab, embed]` that maps tokens to vectors and, with `attend`, vectors to logits.
+
+    Args:
+      vocab_size: rows of the table.
+      dim: width of a vector.
+      precision: dtypes.
+      rngs: seeds of the weights.
+
+    Example:
+      >>> table = nn.Embedding(16, 4, rngs=nnx.Rngs(0))
+      >>> x = table(jnp.array([[3, 1, 2]]))
+      >>> x.shape, table.attend(x).shape
+      ((1, 3, 4), (1, 3, 16))
+    """
 
     def __init__(self, vocab_size: int, dim: int, *, precision: Precision = Precision(), rngs: nnx.Rngs):
         self.axes, self.precision = _AXES, precision
@@ -37,7 +50,7 @@ class Embedding(nnx.Module):
         return constrain(lookup(self.weight[...], tokens_BS, self.precision), "batch", "seq", None)
 
     def attend(self, x_BSD: jax.Array) -> jax.Array:
-        """Logits `[B, S, vocab]` by the transposed table, in the compute dtype."""
+        """Multiply by the transposed table; returns logits `[B, S, vocab]` in the compute dtype."""
         return einsum("BSD,VD->BSV", x_BSD.astype(self.precision.compute), self.weight[...], _AXES, self.precision)
 
 
@@ -45,11 +58,18 @@ class PositionEmbedding(nnx.Module):
     """A learned vector for each position, `[positions, embed]` (GPT-2), to be added to those of the tokens.
 
     Args:
-      max_len: number of positions, the longest sequence.
-      dim: model dim.
+      max_len: number of positions, the length of the longest sequence.
+      dim: width of a vector.
+      precision: dtypes.
+      rngs: seeds of the weights.
 
     Raises:
-      UserError: `max_len` below 1.
+      UserError: `max_len` is below 1.
+
+    Example:
+      >>> table = nn.PositionEmbedding(16, 4, rngs=nnx.Rngs(0))
+      >>> table(jnp.arange(5)[None]).shape
+      (1, 5, 4)
     """
 
     def __init__(self, max_len: int, dim: int, *, precision: Precision = Precision(), rngs: nnx.Rngs):
@@ -62,11 +82,11 @@ class PositionEmbedding(nnx.Module):
         )
 
     def __call__(self, positions_BS: jax.Array) -> jax.Array:
-        """The vectors of `batch["positions"]`, int `[B, S]`; returns `[B, S, embed]` in the compute dtype.
+        """Look up `batch["positions"]`, int `[B, S]`; returns `[B, S, embed]` in the compute dtype.
 
         Raises:
-          UserError: the sequence is longer than the table. (A position beyond it in a shorter sequence takes the last
-            vector; `make_train_step(debug=True)` refuses it.)
+          UserError: the sequence is longer than the table. (In a shorter sequence, a position beyond the table takes
+            the last vector; `make_train_step(debug=True)` refuses it.)
         """
         if positions_BS.shape[1] > self.max_len:
             raise UserError(
@@ -79,14 +99,14 @@ class PositionEmbedding(nnx.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def lookup(table_VD: jax.Array, tokens_BS: jax.Array, precision: Precision, axes: tuple[str, str] = _AXES) -> jax.Array:
-    """Rows of a sharded table, `[B, S, D]`; its gradient is summed where the tokens are, then reduced once."""
-    # Gathered over the batch's mesh axes before the lookup: XLA otherwise rematerialises the whole table.
+    """Look up rows of a sharded table, `[B, S, D]`; the gradient is summed where the tokens are, then reduced once."""
+    # The table is gathered over the batch's mesh axes before the lookup; otherwise XLA rematerialises all of it.
     table_VD = gathered(table_VD, axes, precision.compute)
-    (V, D), parts = table_VD.shape, pieces(axes[0])
+    (V, D), parts = table_VD.shape, shards(axes[0])
     if parts == 1:
         return jnp.take(table_VD, tokens_BS, axis=0, mode="clip")
-    # Each device looks in its own part of the vocabulary, and the parts are added: what XLA does by itself, but in so
-    # many words, since its own way aborts (JAX 0.12) where a mesh axis is manual.
+    # Each device looks in its own part of the vocabulary, and the parts are added. XLA would do the same, but aborts
+    # (JAX 0.12) where a mesh axis is manual, so it is written out.
     table_PVD = constrain(table_VD.reshape(parts, V // parts, D), axes[0], None, None)
     first_P = jnp.arange(parts, dtype=tokens_BS.dtype) * (V // parts)
     local_PBS = jnp.clip(tokens_BS, 0, V - 1) - first_P[:, None, None]
@@ -106,10 +126,10 @@ def _lookup_bwd(
     precision: Precision, axes: tuple[str, str], saved: tuple[jax.Array, jax.Array], dy_BSD: jax.Array
 ) -> tuple[jax.Array, np.ndarray]:
     table_VD, tokens_BS = saved
-    (B, S), b, s = tokens_BS.shape, pieces("batch"), pieces("seq")
+    (B, S), b, s = tokens_BS.shape, shards("batch"), shards("seq")
 
     def split(a: jax.Array) -> jax.Array:
-        """Each device's own rows and positions as dims 0 and 1."""
+        """Give each device's own rows and positions the dims 0 and 1."""
         a = a.reshape(b, B // b, s, S // s, *a.shape[2:]).swapaxes(1, 2)
         return constrain(a, "batch", "seq", *[None] * (a.ndim - 2))
 
@@ -117,8 +137,8 @@ def _lookup_bwd(
         zeros_VD = jnp.zeros(table_VD.shape, precision.gradient)
         return zeros_VD.at[tokens].add(dy.astype(precision.gradient), mode="clip")
 
-    # One table per device and their sum, in so many words: left to itself, XLA gathers the activations instead where a
-    # mesh axis is manual.
+    # One table per device and their sum, written out: by itself, XLA gathers the activations instead where a mesh axis
+    # is manual.
     sums = jax.vmap(jax.vmap(add))(split(tokens_BS), split(dy_BSD))
     dtable_VD = constrain(sums, "batch", "seq", axes[0], None).sum((0, 1))
     return scattered(dtable_VD, axes, table_VD.dtype), np.zeros(tokens_BS.shape, jax.dtypes.float0)

@@ -1,7 +1,7 @@
-"""Matmuls in float8: operands scaled by their present largest value, products accumulated in float32.
+"""Matmuls in float8: operands are scaled by their current largest value, products accumulated in float32.
 
 Forward operands are e4m3 (3 bits of mantissa), gradients e5m2 (more range), as in Micikevicius et al. 2022
-(arXiv:2209.05433). Devices without float8 units (CPUs) get the same rounding by emulation.
+(arXiv:2209.05433). Devices without float8 units (CPUs) emulate the same rounding.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _TOP = {E4M3: 8, E5M2: 15}
 
 
 def quantize(a: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """`a * scale` rounded to float8, and `1 / scale` (float32 scalar).
+    """Return `a * scale` rounded to float8, and `1 / scale` (float32 scalar).
 
-    The scale is the largest power of two that keeps all of `a` in range, so scaling itself rounds nothing. What is not
-    finite stays so.
+    The scale is the largest power of two that keeps all of `a` in range, so scaling itself does not round. Values that
+    are not finite stay so.
     """
     _, exponent = jnp.frexp(jnp.max(jnp.abs(a)).astype(jnp.float32))
     shift = _TOP[dtype] - jnp.clip(exponent, -100, 128)
@@ -29,13 +29,13 @@ def quantize(a: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def einsum(equation: str, a: jax.Array, b: jax.Array, formats: tuple[Any, Any], dtype: Any) -> jax.Array:
-    """`jnp.einsum(equation, a, b)` in `dtype`, each operand first rounded to its float8 format.
+    """Compute `jnp.einsum(equation, a, b)` in `dtype`, with each operand first rounded to its float8 format.
 
-    The scale of an operand is that of the whole tensor as it is seen here: a microbatch, and under data parallelism
-    this group's rows. So float8 results follow the mesh, within float8's own rounding.
+    The scale of an operand is that of the whole tensor as this program sees it: a microbatch, and under data
+    parallelism the rows of this group. So float8 results depend on the mesh, within float8's own rounding.
     """
     (a8, a_unit), (b8, b_unit) = quantize(a, formats[0]), quantize(b, formats[1])
-    # HIGHEST keeps NVIDIA's tensor cores from their short accumulator, which gradients do not bear.
+    # HIGHEST keeps NVIDIA's tensor cores from using their short accumulator, which is not enough for gradients.
     exact = jax.lax.Precision.HIGHEST if E5M2 in formats else jax.lax.Precision.DEFAULT
     y = jnp.einsum(equation, a8, b8, preferred_element_type=dtype, precision=exact)
     return (y.astype(jnp.float32) * a_unit * b_unit).astype(dtype)

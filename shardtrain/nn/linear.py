@@ -1,176 +1,22 @@
-"""Matmuls with sharded weights: gather the weight where it is used, scatter its gradient where it is kept."""
+"""The dense layer."""
 
 from __future__ import annotations
 
-import functools
-import string
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
-from shardtrain.nn import float8
+from shardtrain.errors import UserError
+from shardtrain.nn.matmul import Axes, einsums
 from shardtrain.nn.param import Initializer, param
-from shardtrain.sharding import current
 from shardtrain.weights.precision import Precision, at_least_float32
 from shardtrain.weights.weight import Role
 
-Axes = tuple[str | None, ...]
-Arrays = tuple[jax.Array, ...]
-
-
-def gathered(w: jax.Array, axes: Axes, dtype: Any) -> jax.Array:
-    """The weight as a matmul uses it: in the compute dtype, and whole along the mesh axes that split the batch.
-
-    Saying so makes FSDP move weights (in the narrow dtype), never activations.
-    """
-    w, partitioner = narrowed(w, axes, dtype).astype(dtype), current()
-    return w if partitioner is None else partitioner.constrain(w, *axes, drop=_batch_axes(axes))
-
-
-def narrowed(w: jax.Array, axes: Axes, dtype: Any) -> jax.Array:
-    """The weight in the compute dtype, laid out as it is kept, where it is going to be gathered; else as it is.
-
-    Without this layout the one asked for spreads to before the cast, and XLA gathers the wide weight.
-    """
-    partitioner = current()
-    if partitioner is None or w.dtype == dtype:
-        return w
-    split = partitioner.spec(*axes) != partitioner.spec(*axes, drop=_batch_axes(axes))
-    return partitioner.constrain(w.astype(dtype), *axes) if split else w
-
-
-def scattered(w: jax.Array, axes: Axes, dtype: Any) -> jax.Array:
-    """The gradient of a weight as it is kept: in the parameter's dtype, split as the parameter is."""
-    partitioner = current()
-    return (w if partitioner is None else partitioner.constrain(w, *axes)).astype(dtype)
-
-
-def added(parts: jax.Array) -> jax.Array:
-    """The sum over the leading dim, which devices hold in parts, sent in its own dtype (`jnp.sum` widens bfloat16).
-
-    Not `lax.reduce`: within a pipeline XLA's CPU compiler ends the process over its bfloat16 (JAX 0.10.2 and 0.12).
-    """
-    return jax.lax.reduce_sum(parts, (0,))
-
-
-def _batch_axes(axes: Axes) -> tuple[str, ...]:
-    partitioner = current()
-    assert partitioner is not None
-    own = partitioner.rules["experts"] if "experts" in axes else ()  # experts stay apart; their tokens travel
-    return tuple(axis for axis in partitioner.rules["batch"] if axis not in own)
-
-
-def einsum(equation: str, x: jax.Array, w: jax.Array, axes: Axes, precision: Precision) -> jax.Array:
-    """`jnp.einsum(equation, x, w)` for an activation `x` and a sharded weight `w` with logical `axes`.
-
-    `w` comes in its stored dtype and layout and is gathered in `precision.compute`, again in the backward pass, so
-    that no gathered copy stays alive. Its gradient is made and reduced over devices in `precision.gradient`.
-    Every label of the equation stands in at least two of its three terms.
-    """
-    return einsums((equation,), x, (w,), (axes,), precision)[0]
-
-
-class _Products(NamedTuple):
-    """Products of one activation with several weights: of each the equation, logical axes and stored dtype."""
-
-    equations: tuple[str, ...]
-    axes: tuple[Axes, ...]
-    stored: tuple[Any, ...]
-    precision: Precision
-
-
-def einsums(
-    equations: tuple[str, ...], x: jax.Array, ws: Arrays, axes: tuple[Axes, ...], precision: Precision
-) -> Arrays:
-    """`einsum` of one `x` with several weights, whose shares of `x`'s gradient are added before devices reduce it."""
-    return _einsums(_Products(equations, axes, tuple(w.dtype for w in ws), precision), x, ws)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _einsums(products: _Products, x: jax.Array, ws: Arrays) -> Arrays:
-    return _einsums_fwd(products, x, ws)[0]
-
-
-def _einsums_fwd(products: _Products, x: jax.Array, ws: Arrays) -> tuple[Arrays, tuple[jax.Array, Arrays]]:
-    # Spelled out: a remat policy cannot look for matmuls inside of the custom_vjp itself. The backward pass starts
-    # from the same narrow shards: only then does XLA share one gather between it and a rematerialised forward pass.
-    equations, axes, _, precision = products
-    ws = tuple(narrowed(w, names, precision.compute) for w, names in zip(ws, axes, strict=True))
-
-    def forward(equation: str, w: jax.Array, names: Axes) -> jax.Array:
-        whole = gathered(w, names, precision.compute)
-        return _product(equation, x, whole, names, precision, precision.compute, float8.E4M3, float8.E4M3)
-
-    return tuple(map(forward, equations, ws, axes)), (x, ws)
-
-
-def _einsums_bwd(products: _Products, saved: tuple[jax.Array, Arrays], dys: Arrays) -> tuple[jax.Array, Arrays]:
-    (x, ws), (equations, axes, stored, precision) = saved, products
-    dws: list[jax.Array] = []
-    dxs: dict[Any, jax.Array] = {}
-    for equation, w, names, dy, dtype in zip(equations, ws, axes, dys, stored, strict=True):
-        inputs, out = equation.split("->")
-        x_labels, w_labels = inputs.split(",")
-        whole = gathered(w, names, precision.compute)
-        over, dx = _input_gradient(x_labels, w_labels, out, whole, names, dy, precision, parts=len(ws) > 1)
-        dxs[over] = dxs[over] + dx if over in dxs else dx
-        into_w = f"{x_labels},{out}->{w_labels}"
-        dw = _product(into_w, x, dy, names, precision, precision.gradient, float8.E4M3, float8.E5M2)
-        dws.append(scattered(dw, names, dtype))
-    dx, *others = (dx if over is None else added(dx) for over, dx in dxs.items())
-    return functools.reduce(jnp.add, others, dx), tuple(dws)
-
-
-def _product(
-    equation: str, a: jax.Array, b: jax.Array, axes: Axes, precision: Precision, dtype: Any, *formats: Any
-) -> jax.Array:
-    """One matmul, in float8 where the policy says so; the vocabulary's always in the compute dtype."""
-    if precision.matmul == "float8" and "vocab" not in axes:
-        return float8.einsum(equation, a, b, (formats[0], formats[1]), dtype)
-    return jnp.einsum(equation, a, b, preferred_element_type=dtype)
-
-
-_einsums.defvjp(_einsums_fwd, _einsums_bwd)
-
-
-def _input_gradient(
-    x_labels: str, w_labels: str, out: str, w: jax.Array, axes: Axes, dy: jax.Array, precision: Precision, parts: bool
-) -> tuple[Any, jax.Array]:
-    """The gradient of `x`; with `parts`, each device's share of it along a leading dim, and the mesh axes of that dim.
-
-    XLA reduces each matmul's result over devices at once, also where the sum of several is wanted.
-    """
-
-    def multiply(equation: str, dy: jax.Array, w: jax.Array) -> jax.Array:
-        return _product(equation, dy, w, axes, precision, w.dtype, float8.E5M2, float8.E4M3)
-
-    partitioner = current()
-    if parts and partitioner is not None:
-        spec = partitioner.spec(*axes, drop=_batch_axes(axes))
-        split = [i for i, over in enumerate(spec) if over and w_labels[i] not in x_labels]
-        if len(split) == 1:
-            label, name, over = w_labels[split[0]], axes[split[0]], spec[split[0]]
-            part = next(letter for letter in string.ascii_letters if letter not in w_labels + out)
-            count, inside = partitioner.pieces(str(name)), partitioner.sharding((name,)).mesh
-
-            def cut(a: jax.Array, labels: str) -> tuple[jax.Array, str]:
-                at = labels.index(label)
-                shape = (*a.shape[:at], count, a.shape[at] // count, *a.shape[at + 1 :])
-                return a.reshape(shape), labels.replace(label, part + label)
-
-            (dy, out), (w, w_labels) = cut(dy, out), cut(w, w_labels)
-            dx = multiply(f"{out},{w_labels}->{part}{x_labels}", dy, w)
-            free = [PartitionSpec.UNCONSTRAINED] * len(x_labels)
-            return over, jax.lax.with_sharding_constraint(dx, NamedSharding(inside, PartitionSpec(over, *free)))
-    return None, multiply(f"{out},{w_labels}->{x_labels}", dy, w)
-
 
 def fan_in_normal(inputs: int, scale: float = 1.0) -> Initializer:
-    """Truncated normal with variance `scale / fan_in`, fan-in counted over the first `inputs` dims (LeCun 1998)."""
+    """Make a truncated normal with variance `scale / fan_in`, the fan-in being the first `inputs` dims (LeCun 1998)."""
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         dims = tuple(range(inputs))
@@ -182,15 +28,44 @@ def fan_in_normal(inputs: int, scale: float = 1.0) -> Initializer:
     return init
 
 
+def contracted(equation: str, axes: Axes) -> int:
+    """The number of dims of a weight that its einsum contracts; they come first.
+
+    Raises:
+      UserError: the equation has another number of dims than the weight has axes, or contracts dims that do not come
+        first.
+    """
+    inputs, _, out = equation.partition("->")
+    labels = inputs.partition(",")[2]
+    flags = [label not in out for label in labels]
+    if len(labels) != len(axes) or flags != sorted(flags, reverse=True):
+        raise UserError(
+            f"the equation {equation!r} does not fit a weight with axes {axes}; its second term needs one letter per "
+            "axis, those that the result lacks first, as in 'BSHK,HKD->BSD'"
+        )
+    return sum(flags)
+
+
 class Linear(nnx.Module):
     """`y = einsum(equation, x, weight) + bias`: a dense layer over any dims, sharded by the logical axes of its weight.
 
     Args:
-      equation: einsum of activation and weight, e.g. `"BSD,DHK->BSHK"`.
-      shape: weight shape, contracted dims first.
+      equation: einsum of activation and weight, for example `"BSD,DHK->BSHK"`.
+      shape: weight shape; the dims that the equation contracts come first.
       axes: logical axis of each weight dim.
-      inputs: number of contracted dims.
       bias: add a bias over the output dims.
+      role: see `Weight`.
+      init: initialiser; default `fan_in_normal`.
+      precision: dtypes.
+      rngs: seeds of the weights.
+
+    Raises:
+      UserError: the equation does not fit the axes.
+
+    Example:
+      >>> layer = nn.Linear("BSD,DHK->BSHK", (8, 2, 4), ("embed", "heads", "head_dim"), rngs=nnx.Rngs(0))
+      >>> layer(jnp.ones((1, 5, 8))).shape
+      (1, 5, 2, 4)
     """
 
     def __init__(
@@ -199,7 +74,6 @@ class Linear(nnx.Module):
         shape: Sequence[int],
         axes: Sequence[str | None],
         *,
-        inputs: int = 1,
         bias: bool = False,
         role: Role = "matrix",
         init: Initializer | None = None,
@@ -207,13 +81,14 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.equation, self.axes, self.precision = equation, tuple(axes), precision
+        inputs = contracted(equation, self.axes)
         init = init or fan_in_normal(inputs)
         self.weight = param(rngs.params(), shape, axes, init, precision.params, role, inputs, precision.compute)
         zeros, kept = jax.nn.initializers.zeros, [None if a == "embed" else a for a in axes[inputs:]]
         self.bias = param(rngs.params(), shape[inputs:], kept, zeros, precision.params, "bias") if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Apply to `x`; the result has the compute dtype."""
+        """Multiply `x` by the weight; the result has the compute dtype."""
         return together(x, self)[0]
 
     def _biased(self, y: jax.Array) -> jax.Array:
@@ -224,7 +99,7 @@ class Linear(nnx.Module):
 
 
 def together(x: jax.Array, *layers: Linear) -> tuple[jax.Array, ...]:
-    """`layer(x)` of each layer; layers of one precision that share their input send its gradient only once."""
+    """Apply several layers of one precision to the same `x`, so that its gradient is sent only once."""
     precision = layers[0].precision
     assert all(layer.precision == precision for layer in layers)
     equations, axes = tuple(layer.equation for layer in layers), tuple(layer.axes for layer in layers)

@@ -14,7 +14,20 @@ from shardtrain.weights.precision import Precision
 
 
 class GatedMLP(nnx.Module):
-    """`down(silu(gate(x)) * up(x))` (SwiGLU, Shazeer 2020)."""
+    """`down(silu(gate(x)) * up(x))` (SwiGLU, Shazeer 2020).
+
+    Args:
+      dim: width of the input and the output.
+      hidden: width of `gate` and `up`.
+      dropout: dropout rate of the output.
+      precision: dtypes.
+      rngs: seeds of the weights.
+
+    Example:
+      >>> layer = nn.GatedMLP(8, 16, rngs=nnx.Rngs(0))
+      >>> layer(jnp.ones((1, 5, 8)), nn.Context({})).shape
+      (1, 5, 8)
+    """
 
     def __init__(
         self, dim: int, hidden: int, *, dropout: float = 0.0, precision: Precision = Precision(), rngs: nnx.Rngs
@@ -26,7 +39,7 @@ class GatedMLP(nnx.Module):
         self.dropout = Dropout(dropout, site="mlp")
 
     def __call__(self, x_BSD: jax.Array, ctx: Context) -> jax.Array:
-        """`[B, S, dim]` to `[B, S, dim]` in the compute dtype."""
+        """Map `[B, S, dim]` to `[B, S, dim]` in the compute dtype."""
         x_BSD = gather_residual(x_BSD)
         gate_BSF, up_BSF = together(x_BSD, self.gate, self.up)
         gate_BSF, up_BSF = checkpoint_name(gate_BSF, "mlp_gate"), checkpoint_name(up_BSF, "mlp_up")

@@ -1,4 +1,4 @@
-"""The contract between a model and everything that runs it."""
+"""The contract between a model and the code that runs it."""
 
 from __future__ import annotations
 
@@ -22,28 +22,62 @@ class Model(Protocol):
     `x` is any pytree of `[B, ...]` arrays. Weights that embedder and head share belong to the model itself. Every loss
     and metric is a `(sum, weight)` pair; the step divides, once, over the global batch. The weights depend on the batch
     only, never on parameters.
+
+    A model may also have:
+      `logits(x)`: the logits of the last block's output, with which text can be generated.
+      `flops_per_token(seq_len)`: the FLOPs of a training step per token, for MFU. Without it the matmuls with weights
+        count, and nothing else; `Llama` adds those of attention.
+      `size_options`: a class attribute, from logical axes to the options that are their sizes, where these do not have
+        the usual names (`SIZE_OPTIONS` in `nn/sizes.py`): `{"embed": "hidden_size"}`. With it a config is checked
+        against the mesh before anything is built.
+
+    Attributes:
+      blocks: the equal blocks.
+
+    Example:
+      >>> from shardtrain.models.mlp import MLP
+      >>> isinstance(MLP(n_layers=2, d_model=4, d_ff=8, vocab_size=16, rngs=nnx.Rngs(0)), nn.Model)
+      True
     """
 
     blocks: Stack
 
     def embedder(self, batch: Batch, ctx: Context) -> Any:
-        """The batch as the first block's input."""
+        """Turn the batch into the input of the first block."""
 
     def head(self, x: Any, batch: Batch, ctx: Context) -> Loss:
-        """`(loss_sum, weight_sum, metrics)` of the last block's output."""
+        """Turn the output of the last block into `(loss_sum, weight_sum, metrics)`."""
 
 
 def forward(model: Model, batch: Batch, ctx: Context) -> tuple[Loss, Aux]:
-    """Run the three parts in order: the head's loss and metrics, and the blocks' auxiliary terms."""
+    """Run the three parts in order.
+
+    Args:
+      model: a model in three parts.
+      batch: the leaves of a batch, `[B, ...]` each.
+      ctx: the context of that batch.
+
+    Returns:
+      The loss and metrics of the head, and the auxiliary terms of the blocks.
+
+    Example:
+      >>> from shardtrain.models.mlp import MLP
+      >>> model = MLP(n_layers=2, d_model=4, d_ff=8, vocab_size=16, rngs=nnx.Rngs(0))
+      >>> ids = jnp.zeros((2, 5), "i4")
+      >>> batch = {"tokens": ids, "targets": ids, "loss_mask": jnp.ones((2, 5))}
+      >>> (loss, weight, metrics), aux = nn.forward(model, batch, nn.Context(batch))
+      >>> float(weight), sorted(metrics), aux
+      (10.0, ['cross_entropy'], {})
+    """
     x, aux = model.blocks(embedded(model, batch, ctx), ctx)
     return head_sums(model, x, batch, ctx), aux
 
 
 def embedded(model: Model, batch: Batch, ctx: Context) -> Any:
-    """What the model's embedder makes of a batch, checked.
+    """Run the model's embedder on a batch, and check the result.
 
     Raises:
-      UserError: it is no pytree of `[B, ...]` arrays.
+      UserError: the result is not a pytree of `[B, ...]` arrays.
     """
     x = model.embedder(batch, ctx)
     refuse_sown(model)  # type: ignore[arg-type]
@@ -51,10 +85,10 @@ def embedded(model: Model, batch: Batch, ctx: Context) -> Any:
 
 
 def head_sums(model: Model, x: Any, batch: Batch, ctx: Context) -> Loss:
-    """What the model's head makes of the last block's output, checked.
+    """Run the model's head on the last block's output, and check the result.
 
     Raises:
-      UserError: it is not `(loss_sum, weight_sum, metrics)`, or a metric has a name that is taken.
+      UserError: the result is not `(loss_sum, weight_sum, metrics)`, or the name of a metric is taken.
     """
     returned = model.head(x, batch, ctx)
     refuse_sown(model)  # type: ignore[arg-type]

@@ -11,13 +11,25 @@ from flax import nnx
 from shardtrain.nn.param import param
 from shardtrain.weights.precision import Precision
 
-#: For the backward pass a norm keeps its input as it came, and nothing in float32.
+#: For the backward pass a norm keeps its input in its own dtype, and nothing in float32.
 _recomputed = partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.nothing_saveable)
 _ONES, _ZEROS = jax.nn.initializers.ones, jax.nn.initializers.zeros
 
 
 class RMSNorm(nnx.Module):
-    """`x / sqrt(mean(x^2) + eps) * scale` (Zhang & Sennrich 2019)."""
+    """`x / sqrt(mean(x^2) + eps) * scale` (Zhang & Sennrich 2019).
+
+    Args:
+      dim: size of the last dim.
+      eps: added to the mean square.
+      precision: dtypes.
+      rngs: seeds of the weights.
+
+    Example:
+      >>> norm = nn.RMSNorm(4, rngs=nnx.Rngs(0))
+      >>> norm(jnp.full((1, 4), 3.0)).round(3).tolist()
+      [[1.0, 1.0, 1.0, 1.0]]
+    """
 
     def __init__(self, dim: int, *, eps: float = 1e-5, precision: Precision = Precision(), rngs: nnx.Rngs):
         self.eps, self.precision = eps, precision
@@ -35,7 +47,19 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """`(x - mean) / sqrt(var + eps) * scale + bias` (Ba et al. 2016)."""
+    """`(x - mean) / sqrt(var + eps) * scale + bias` (Ba et al. 2016).
+
+    Args:
+      dim: size of the last dim.
+      eps: added to the variance.
+      precision: dtypes.
+      rngs: seeds of the weights.
+
+    Example:
+      >>> norm = nn.LayerNorm(2, rngs=nnx.Rngs(0))
+      >>> norm(jnp.array([[1.0, 3.0]])).round(3).tolist()
+      [[-1.0, 1.0]]
+    """
 
     def __init__(self, dim: int, *, eps: float = 1e-5, precision: Precision = Precision(), rngs: nnx.Rngs):
         self.eps, self.precision = eps, precision

@@ -24,31 +24,40 @@ def param(
     inputs: int = 0,
     compute: Any = None,
 ) -> nnx.Param:
-    """Declare one weight: an `nnx.Param` of `shape` whose metadata says how it shards and how it trains.
+    """Declare one weight: an `nnx.Param` with metadata that says how it is sharded and how it trains.
 
     Args:
       key: random key of the initialiser.
+      shape: sizes of the dims.
       axes: one logical axis per dim; `None` keeps a dim whole on purpose.
       init: `(key, shape, dtype) -> array`, as in `jax.nn.initializers`.
-      inputs: how many leading dims a matmul with the weight contracts.
-      compute: dtype that the layer casts the weight to before anything else, so that it may travel in that.
+      dtype: dtype in which the weight is stored.
+      role: purpose of the weight, see `Weight`.
+      inputs: number of leading dims that a matmul with the weight contracts.
+      compute: dtype that the layer casts the weight to before anything else, so that it may be sent in that.
 
     Raises:
-      UserError: another number of axes than dims, or an unknown role.
+      UserError: the number of axes is not that of dims, or the role is unknown.
+
+    Example:
+      >>> zeros = jax.nn.initializers.zeros
+      >>> weight = nn.param(jax.random.key(0), (4, 8), ("embed", "mlp"), zeros, jnp.float32, "matrix", inputs=1)
+      >>> weight.shape, weight.axes
+      ((4, 8), ('embed', 'mlp'))
     """
     if len(axes) != len(shape):
         raise UserError(f"a weight of shape {tuple(shape)} needs {len(shape)} logical axes, not {tuple(axes)}")
     if role not in get_args(Role):
-        raise UserError(f"weight role {role!r} is none of {', '.join(get_args(Role))}")
+        raise UserError(f"weight role {role!r} is not one of {', '.join(get_args(Role))}; choose one of them")
     value = init(key, tuple(shape), dtype)
     return nnx.Param(value, axes=tuple(axes), role=role, inputs=inputs, stack=0, compute=compute)
 
 
 def describe(variable: nnx.Variable) -> Weight:
-    """The `Weight` of a variable, declared by `param` or by a plain Flax layer.
+    """Return the `Weight` of a variable that `param` or a plain Flax layer declared.
 
-    Flax's own `nnx.with_partitioning(init, names)` is understood as logical axes. A variable without any is marked
-    `annotated=False`; its role is guessed only from being a vector (`bias`) or not (`matrix`).
+    The names of Flax's own `nnx.with_partitioning(init, names)` are taken as logical axes. A variable without any is
+    marked `annotated=False`, and its role is a guess: `bias` for a vector, else `matrix`.
     """
     meta = variable.get_metadata()
     shape = tuple(variable.shape)

@@ -1,6 +1,6 @@
-"""What the backward pass of a block keeps, and what it computes again.
+"""Which activations of a block are kept for the backward pass, and which it computes again.
 
-A layer marks an activation with `checkpoint_name`; a policy says which of them are kept, on the device or on the host.
+A layer marks an activation with `checkpoint_name`; a policy says which of these are kept, on the device or the host.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ _WORDS = ("none", "full", "dots", "offload")
 
 
 def remat_policy(remat: Remat) -> Callable[..., Any] | None:
-    """What the backward pass may keep, as a `jax.checkpoint` policy; `None` keeps everything.
+    """Make a `jax.checkpoint` policy that says what is kept for the backward pass; `None` keeps everything.
 
     Args:
-      remat: `none` keeps all; `full` only each block's input; `dots` the results of matmuls with weights; `names:a,b`,
-        or a list of names, what the block marked with `checkpoint_name` (our layers: `ACTIVATIONS`). `offload` is
-        `dots` and `offload:a,b` is `names:a,b`, kept in host memory. (On CPU that is the same memory: no gain.)
+      remat: `none` keeps all; `full` only the input of each block; `dots` the results of matmuls with weights;
+        `names:a,b`, or a list of names, the activations that the block marked with `checkpoint_name` (our layers:
+        `ACTIVATIONS`). `offload` is `dots` and `offload:a,b` is `names:a,b`, kept in host memory. (On CPU that is the
+        same memory: no gain.)
 
     Raises:
-      UserError: another word, or an empty list of names.
+      UserError: the word is another one, or the list of names is empty.
     """
     policies = jax.checkpoint_policies
     word, names = _parse(remat)
@@ -51,10 +52,10 @@ def remat_policy(remat: Remat) -> Callable[..., Any] | None:
 
 
 def rematerialized(body: Callable[..., Any], remat: Remat, *, in_scan: bool = True) -> Callable[..., Any]:
-    """A function whose backward pass keeps what `remat` says.
+    """Wrap a function so that its backward pass keeps what `remat` says.
 
     Raises:
-      UserError: when the function is traced, names that nothing in it has.
+      UserError: nothing in the function has one of the names; raised when it is traced.
     """
     policy, names = remat_policy(remat), _parse(remat)[1]
     if policy is None:
@@ -72,10 +73,10 @@ def rematerialized(body: Callable[..., Any], remat: Remat, *, in_scan: bool = Tr
 
 
 def check_names(names: Sequence[str], known: Sequence[str] | set[str]) -> None:
-    """Names to keep against those that there are.
+    """Compare the names to keep with those that exist.
 
     Raises:
-      UserError: one that there is not, with the nearest.
+      UserError: one does not exist; names the nearest that does.
     """
     for name in names:
         if name not in known:
@@ -86,10 +87,10 @@ def check_names(names: Sequence[str], known: Sequence[str] | set[str]) -> None:
 
 
 def remat_names(remat: Remat) -> list[str]:
-    """The names that `remat` lists; none for a word.
+    """Return the names that `remat` lists; none for a word.
 
     Raises:
-      UserError: as `remat_policy` does.
+      UserError: see `remat_policy`.
     """
     return _parse(remat)[1]
 
@@ -102,15 +103,15 @@ def _parse(remat: Remat) -> tuple[str, list[str]]:
         listed = bool(colon) and word in ("names", "offload")
         names = [name.strip() for name in rest.strip("[] ").split(",")] if listed else []
     if listed and not (names and all(names)):
-        raise UserError(f"remat {remat!r} names nothing to keep; give names, or full to keep only the inputs")
+        raise UserError(f"remat {remat!r} lists no names; give some, or use full to keep only the inputs")
     if not listed and remat not in _WORDS:
         near = did_you_mean(str(remat), [*_WORDS, "names:a,b", "offload:a,b"])
-        raise UserError(f"remat {remat!r} is no policy; {near}")
+        raise UserError(f"remat {remat!r} is not a policy; {near}")
     return word, names
 
 
 def _named(jaxpr: Any) -> Iterator[str]:
-    """Names in a traced program and the programs within it."""
+    """Yield the names in a traced program and in the programs within it."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "name":
             yield equation.params["name"]

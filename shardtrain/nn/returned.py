@@ -1,4 +1,7 @@
-"""What a user's functions are and return, checked while the step is traced: the compiled step holds none of it."""
+"""Checks of a user's functions and of the values that they return, made while the step is traced.
+
+The compiled step contains none of them.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from shardtrain.weights.precision import at_least_float32
 #: `{name: (sum, weight)}`, float32 scalars at least.
 Sums = dict[str, tuple[jax.Array, jax.Array]]
 
-#: What the library itself reports of a step by these names.
+#: Names of the values that the library itself reports of a step.
 RESERVED = (
     "loss",
     "weight",
@@ -34,23 +37,23 @@ _HELD_OUT = "eval_"
 
 
 def built(make: Any) -> nnx.Module:
-    """The module that `make` builds, as shapes.
+    """Build the module of `make`, as shapes.
 
     Raises:
-      UserError: it is not a function from `nnx.Rngs` to a module, or the module keeps bare arrays.
+      UserError: `make` is not a function from `nnx.Rngs` to a module, or the module keeps bare arrays.
     """
     fix = "write ModelDef(lambda rngs: MyModel(..., rngs=rngs))"
     if isinstance(make, nnx.Module) or not callable(make):
         raise UserError(f"ModelDef was given {described(make)}, but takes a function from nnx.Rngs to a module; {fix}")
     name = getattr(make, "__name__", type(make).__name__)
     try:
-        if isinstance(make, type):  # of an nnx class itself, the signature says nothing
+        if isinstance(make, type):  # the signature of an nnx class itself says nothing
             inspect.signature(make.__init__).bind(None, None)  # type: ignore[misc]
         else:
             inspect.signature(make).bind(None)
     except TypeError as error:
         raise UserError(
-            f"ModelDef calls {name} with nnx.Rngs alone, and it cannot be called so ({error}); {fix}"
+            f"ModelDef calls {name} with nnx.Rngs alone, which it does not accept ({error}); {fix}"
         ) from None
     except ValueError:  # it has no signature to read
         pass
@@ -67,10 +70,10 @@ def built(make: Any) -> nnx.Module:
 
 
 def checked_loss(function: str, returned: Any) -> tuple[jax.Array, jax.Array, Sums]:
-    """`(loss_sum, weight_sum, metrics)` as a head or a loss function returned it, in at least float32.
+    """Check the `(loss_sum, weight_sum, metrics)` of a head or a loss function; returns it in at least float32.
 
     Raises:
-      UserError: it is something else, or a metric has a name that is taken; names the function and what came.
+      UserError: it is something else, or the name of a metric is taken; names the function and the value.
     """
     if not isinstance(returned, tuple | list) or len(returned) != 3:
         raise UserError(
@@ -83,28 +86,31 @@ def checked_loss(function: str, returned: Any) -> tuple[jax.Array, jax.Array, Su
 
 
 def checked_block(function: str, x: Any, returned: Any) -> tuple[Any, Sums]:
-    """`(x, aux)` as a block returned it, given `x`.
+    """Check the `(x, aux)` that a block returned for `x`.
 
     Raises:
-      UserError: it is something else, another `x` than came in, or an auxiliary term has a name that is taken.
+      UserError: it is something else, the returned `x` differs in structure, shape or dtype, or the name of an
+        auxiliary term is taken.
     """
     if not isinstance(returned, tuple | list) or len(returned) != 2:
         raise UserError(
-            f"{function} returned {described(returned)}, but a block must return (x, aux): x as it came in, and a dict "
-            "of (sum, weight) pairs, {} for none"
+            f"{function} returned {described(returned)}, but a block must return (x, aux): x with the shape and dtype "
+            "of its input, and a dict of (sum, weight) pairs, {} for none"
         )
     y, aux = returned
     came, went = (jax.tree.map(described, tree) for tree in (x, y))
     if came != went:
-        raise UserError(f"{function} was given x of {came} and returned one of {went}; every block must keep its kind")
+        raise UserError(
+            f"{function} was given x of {came} and returned one of {went}; a block must keep structure, shape and dtype"
+        )
     return y, checked_sums(function, "auxiliary term", aux)
 
 
 def checked_rows(function: str, x: Any, rows: int) -> Any:
-    """`x` as an embedder returned it: arrays of `[rows, ...]`.
+    """Check that an embedder returned arrays `[rows, ...]`.
 
     Raises:
-      UserError: it is something else.
+      UserError: it returned something else.
     """
     leaves = jax.tree.leaves(x)
     wrong = [leaf for leaf in leaves if not isinstance(leaf, jax.Array) or leaf.shape[:1] != (rows,)]
@@ -117,7 +123,7 @@ def checked_rows(function: str, x: Any, rows: int) -> Any:
 
 
 def checked_sums(function: str, kind: str, sums: Any) -> Sums:
-    """`{name: (sum, weight)}` in at least float32.
+    """Check a dict of `{name: (sum, weight)}`; returns it in at least float32.
 
     Raises:
       UserError: it is something else, or a name is taken.
@@ -133,7 +139,7 @@ def checked_sums(function: str, kind: str, sums: Any) -> Sums:
         if name in RESERVED or name.startswith(_HELD_OUT):
             raise UserError(
                 f"{function} returned, among its {kind}s, {name!r}, which is how the step names a value of its own; "
-                f"rename it (taken are {', '.join(RESERVED)}, and what begins with {_HELD_OUT})"
+                f"rename it (taken are {', '.join(RESERVED)}, and names that begin with {_HELD_OUT})"
             )
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise UserError(
@@ -150,10 +156,10 @@ def checked_sums(function: str, kind: str, sums: Any) -> Sums:
 
 
 def joined(sums: Sums, aux: Sums) -> Sums:
-    """The sums of loss and metrics together with those of the auxiliary terms.
+    """Join the sums of loss and metrics with those of the auxiliary terms.
 
     Raises:
-      UserError: one name for both.
+      UserError: a metric and an auxiliary term have the same name.
     """
     if both := sums.keys() & aux.keys():
         raise UserError(
@@ -164,10 +170,10 @@ def joined(sums: Sums, aux: Sums) -> Sums:
 
 
 def refuse_sown(module: nnx.Module) -> None:
-    """Refuse what `self.sow` or `self.perturb` has left in a module by its forward pass.
+    """Refuse variables that `self.sow` or `self.perturb` left in a module in its forward pass.
 
     Raises:
-      UserError: names it.
+      UserError: there is one; names it.
     """
     for path, variable in nnx.to_flat_state(nnx.state(module)):
         if isinstance(variable, nnx.Intermediate | nnx.Perturbation):
@@ -179,17 +185,17 @@ def refuse_sown(module: nnx.Module) -> None:
 
 
 def refuse_bare_arrays(module: Any) -> None:
-    """Refuse JAX arrays that stand in a module as they are: they are no part of its state.
+    """Refuse JAX arrays that are attributes of a module themselves: they are not part of its state.
 
     Raises:
-      UserError: names the attribute.
+      UserError: there is one; names the attribute.
     """
     for path, value in nnx.iter_graph(module):
         if isinstance(value, jax.Array):
             raise UserError(
                 f"{type(module).__name__} keeps a bare array, {described(value)}, as its attribute "
-                f"{'.'.join(map(str, path))}; declare a weight by nn.param or nnx.Param, what does not train by "
-                "nnx.Variable, and make a constant where it is used"
+                f"{'.'.join(map(str, path))}; declare a weight by nn.param or nnx.Param, and a value that does "
+                "not train by nnx.Variable, and create a constant where it is used"
             )
 
 

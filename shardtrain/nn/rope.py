@@ -28,17 +28,20 @@ _KEYS = {
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] | None = None) -> tuple[np.ndarray, float]:
-    """Angular frequency of each rotated pair, float64 `[head_dim / 2]`, and the factor on cos and sin.
+    """Compute the angular frequency of each rotated pair, float64 `[head_dim / 2]`, and the factor on cos and sin.
 
     Args:
+      head_dim: width of a head.
+      theta: base of the frequencies.
       scaling: `None`, or a mapping with `type` (or `rope_type`) `linear` (Chen et al. 2023), `llama3` (Llama 3.1 model
         card) or `yarn` (Peng et al. 2023) and its numbers, named as in Hugging Face configs.
 
     Raises:
-      UserError: an odd head dim, an unknown type, a missing or unknown key, another `rope_theta`.
+      UserError: the head dim is odd, the type is unknown, a key is missing or unknown, or `scaling` has another
+        `rope_theta`.
     """
     if head_dim % 2:
-        raise UserError(f"head_dim {head_dim} is odd: rotary embedding turns pairs; use an even head_dim")
+        raise UserError(f"head_dim {head_dim} is odd, and rotary embedding rotates pairs; use an even head_dim")
     freq = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     options = dict(scaling or {})
     if (own := options.pop("rope_theta", theta)) != theta:
@@ -46,10 +49,12 @@ def rope_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] | N
     older = options.pop("type", None)
     kind = options.pop("rope_type", older) or (None if options else "default")
     if kind not in _KEYS:
-        raise UserError(f"rope_scaling.type {kind!r} is none of {', '.join(_KEYS)}; pick one or drop rope_scaling")
+        raise UserError(
+            f"rope_scaling.type {kind!r} is not one of {', '.join(_KEYS)}; choose one of them, or drop rope_scaling"
+        )
     needed, optional = _KEYS[kind]
     if (missing := needed - options.keys()) or (unknown := options.keys() - needed - optional):
-        problem = f"misses {', '.join(sorted(missing))}" if missing else f"has unknown {', '.join(sorted(unknown))}"
+        problem = f"lacks {', '.join(sorted(missing))}" if missing else f"has unknown {', '.join(sorted(unknown))}"
         raise UserError(f"rope_scaling of type {kind} {problem}; it takes {', '.join(sorted(needed | optional))}")
     if kind == "default":
         return freq, 1.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,26 +14,55 @@ from shardtrain.nn.context import Context
 from shardtrain.nn.param import describe, stacked
 from shardtrain.nn.remat import Remat, remat_policy, rematerialized
 from shardtrain.nn.returned import checked_block, refuse_bare_arrays, refuse_sown
+from shardtrain.sharding import constrain
 from shardtrain.weights.weight import Weight
 
 Aux = dict[str, tuple[jax.Array, jax.Array]]
 
 
+def constrain_residual(x: Any, inputs: Mapping[str, jax.Array]) -> Any:
+    """Pin the layout of the residual stream, a pytree of `[B, ...]` arrays, as it is between blocks and stages.
+
+    Rows are split like the rows of a batch, and the second dim like a sequence between blocks (`seq_residual`), if it
+    is as long as the tokens in `inputs`.
+    """
+    length = inputs["tokens"].shape[1] if "tokens" in inputs else None
+
+    def one(a: jax.Array) -> jax.Array:
+        seq = "seq_residual" if a.ndim > 2 and a.shape[1] == length else None
+        return constrain(a, *("batch", seq, *[None] * a.ndim)[: a.ndim])
+
+    return jax.tree.map(one, x)
+
+
 class Stack(nnx.Module):
     """`n_layers` blocks of one kind, `block(x, ctx) -> (x, aux)`, applied one after the other.
 
-    Each weight of a block gains a leading `layers` dim. `x` is any pytree, the same in and out; `aux` is a dict of
-    `(sum, weight)` pairs, added up over the layers. Blocks hold parameters only: state that changes in the forward
-    pass has no place in a stack.
+    Each weight of a block gains a leading `layers` dim. `x`, the residual stream, is any pytree with the same structure
+    in and out; the stack constrains its sharding between blocks. `aux` is a dict of `(sum, weight)` pairs, which are
+    added up over the layers. Blocks hold parameters only, and no state that changes in the forward pass.
 
     Args:
       make_block: builds one block from its `nnx.Rngs`.
       n_layers: number of blocks, 1 or more.
-      remat: see `remat_policy`.
-      scan: one `lax.scan` (compile time independent of depth) instead of an unrolled loop.
+      remat: what is kept for the backward pass: `full` keeps only the input of each block, `none` everything; see
+        `remat_policy` in `nn/remat.py`.
+      scan: use one `lax.scan`, which compiles in a time independent of depth, instead of an unrolled loop.
+      rngs: seeds of the weights.
 
     Raises:
-      UserError: no layers, an unknown remat word, or a block with mutable state or a bare array.
+      UserError: there are no layers, the remat word is unknown, or a block has mutable state or a bare array.
+
+    Example:
+      >>> class Block(nnx.Module):
+      ...     def __init__(self, rngs):
+      ...         self.mlp = nn.GatedMLP(4, 8, rngs=rngs)
+      ...     def __call__(self, x, ctx):
+      ...         return x + self.mlp(x, ctx), {}
+      >>> blocks = nn.Stack(Block, 3, rngs=nnx.Rngs(0))
+      >>> x, aux = blocks(jnp.ones((2, 5, 4)), nn.Context({}))
+      >>> x.shape, blocks.layer.mlp.up.weight.shape
+      ((2, 5, 4), (3, 4, 8))
     """
 
     def __init__(
@@ -46,7 +75,7 @@ class Stack(nnx.Module):
         rngs: nnx.Rngs,
     ):
         if n_layers < 1:
-            raise UserError(f"a stack of {n_layers} layers; use 1 or more")
+            raise UserError(f"a stack has {n_layers} layers; use 1 or more")
         remat_policy(remat)
         self.n_layers, self.remat, self.scan = n_layers, remat if isinstance(remat, str) else tuple(remat), scan
         graph: Any = None
@@ -61,10 +90,10 @@ class Stack(nnx.Module):
                 if not isinstance(variable, nnx.Param):
                     raise UserError(
                         f"a block of the stack holds {'.'.join(map(str, path))}, a {type(variable).__name__}: blocks "
-                        "hold parameters only; take random bits from ctx.row_keys (nn.Dropout does), or keep such a "
-                        "layer outside of the stack"
+                        "hold parameters only; take random bits from ctx.row_keys, as nn.Dropout does, or keep such a "
+                        "layer outside the stack"
                     )
-                one[path] = describe(variable)  # here it still has the shape of one layer
+                one[path] = describe(variable)  # at this point it still has the shape of one layer
             return state
 
         many = jax.vmap(build)(jax.random.split(rngs.params(), n_layers))
@@ -73,18 +102,19 @@ class Stack(nnx.Module):
         )
 
     def apply_block(self, params: Any, x: Any, ctx: Context) -> tuple[Any, Aux]:
-        """One block as a pure function of its parameters (`params()` without the `layers` dim).
+        """Apply one block as a pure function of its parameters (`params()` without the `layers` dim).
 
         Raises:
-          UserError: the block returns something else than `(x, aux)`.
+          UserError: the block does not return `(x, aux)`.
         """
         block = nnx.merge(nnx.graphdef(self.layer), params)
         returned = block(x, ctx)
         refuse_sown(block)
-        return checked_block(type(block).__name__, x, returned)
+        y, aux = checked_block(type(block).__name__, x, returned)
+        return constrain_residual(y, ctx.inputs), aux
 
     def params(self) -> Any:
-        """The parameters of all layers, `[layers, ...]` each."""
+        """Return the parameters of all layers, `[layers, ...]` each."""
         return nnx.state(self.layer)
 
     def __call__(self, x: Any, ctx: Context) -> tuple[Any, Aux]:
@@ -94,7 +124,7 @@ class Stack(nnx.Module):
             params, index = layer
             return self.apply_block(params, x, ctx.at_layer(index))
 
-        body = rematerialized(body, self.remat, in_scan=self.scan)
+        x, body = constrain_residual(x, ctx.inputs), rematerialized(body, self.remat, in_scan=self.scan)
         layers = (self.params(), jnp.arange(self.n_layers, dtype=jnp.int32))
         if self.scan:
             x, aux = jax.lax.scan(body, x, layers)

@@ -1,1 +1,1 @@
-"""Parallelisms that own collectives. (Data, FSDP and tensor parallelism own none: they are rows in the rules.)"""
+"""Pipeline parallelism: schedules, and the executor that runs them in one SPMD program."""

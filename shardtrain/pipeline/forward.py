@@ -1,4 +1,4 @@
-"""The phase of a tick where nothing goes backward: a stage's input is dropped as soon as it is used."""
+"""The only phase of a schedule without a backward pass: a stage's input is dropped as soon as it was used."""
 
 from __future__ import annotations
 
@@ -12,31 +12,49 @@ import jax.numpy as jnp
 from shardtrain.nn.context import Context
 from shardtrain.nn.model import Batch
 from shardtrain.nn.stack import Aux
-from shardtrain.pipeline.phases import Phase, Row, State
+from shardtrain.pipeline.phases import Carry, Phase, TableRow
 from shardtrain.pipeline.slots import masked, read, zeros_like
-from shardtrain.pipeline.stage import Visit, Work
+from shardtrain.pipeline.stage import MicrobatchAtStage, StageFunctions
 
 Tree = Any
-#: `(shared, y, batch, ctx)`, with the last block's output of a microbatch, to what is wanted of it.
-Result = Callable[[Tree, Tree, Batch, Context], Tree]
+#: `(shared, y, batch, ctx) -> pytree`, where `y` is the last block's output for one microbatch.
+OutputFunction = Callable[[Tree, Tree, Batch, Context], Tree]
 
 
-def forward_only(work: Work, result: Result) -> Phase:
-    """F of a schedule without a backward pass; adds up results and auxiliary terms in `sums`."""
+def forward_only(stage: StageFunctions, output: OutputFunction) -> Phase:
+    """Make the phase F of a schedule without a backward pass, which adds outputs and auxiliary terms to `sums`.
 
-    def forward(state: State, row: Row, at: Visit) -> State:
-        x = work.when(at.first, lambda: work.embed(at), read(state["x"], row["F_x"]) if "F_x" in row else state["y"])
-        y, sums = finished(work, result, x, at)
-        return state | {"y": y, "sums": jax.tree.map(jnp.add, state["sums"], sums)}
+    Args:
+      stage: the functions of the stage.
+      output: computes the outputs on the last stage.
+    """
+
+    def forward(carry: Carry, row: TableRow, mb: MicrobatchAtStage) -> Carry:
+        x = stage.when(mb.first, lambda: stage.embed(mb), read(carry["x"], row["F_x"]) if "F_x" in row else carry["y"])
+        y, sums = stage_output(stage, output, x, mb)
+        return carry | {"y": y, "sums": jax.tree.map(jnp.add, carry["sums"], sums)}
 
     return forward
 
 
-def finished(work: Work, result: Result, x: Tree, visit: Visit) -> tuple[Tree, tuple[Tree, Aux]]:
-    """A stage's output, and of a real visit the result (on the last stage) and auxiliary terms, else zeros."""
-    y, aux = work.stage(work.params(visit), x, visit)
+def stage_output(
+    stage: StageFunctions, output: OutputFunction, x: Tree, mb: MicrobatchAtStage
+) -> tuple[Tree, tuple[Tree, Aux]]:
+    """Run a stage for one microbatch.
 
-    def found() -> Tree:
-        return result(work.shared, y, visit.inputs, dataclasses.replace(work.ctx, inputs=visit.inputs))
+    Args:
+      stage: the functions of the stage.
+      output: computes the outputs on the last stage.
+      x: the stage's input.
+      mb: the microbatch.
 
-    return y, (work.when(visit.last, found, zeros_like(jax.eval_shape(found))), masked(visit.on, aux))
+    Returns:
+      The stage's `y`, and the pair of outputs (zeros before the last stage) and auxiliary terms. The pair is zeros if
+      the microbatch is not active.
+    """
+    y, aux = stage.forward(stage.params(mb), x, mb)
+
+    def of_last_stage() -> Tree:
+        return output(stage.shared, y, mb.batch, dataclasses.replace(stage.ctx, inputs=mb.batch))
+
+    return y, (stage.when(mb.last, of_last_stage, zeros_like(jax.eval_shape(of_last_stage))), masked(mb.active, aux))

@@ -1,12 +1,12 @@
-"""Steps whose idle ranks skip their work: when that is right, and how a step that is not is kept from running.
+"""Steps whose idle ranks skip their work: when this is safe, and the check that refuses an unsafe step.
 
-Ranks of a pipeline that skip take other branches than the rest. A collective waits for all members of its group, and a
-permute for everybody who is in it, so one inside of such a branch may only join devices of the same rank; and no
-permute, which on some backends waits for all devices, whoever sends. Otherwise the program hangs, or takes what another
-branch has sent for its own. Stages hold no such collective in themselves, but the partitioner may add one: to move a
-tensor to another layout, or for a sequence that is split over `context`. So the compiled program is what is asked.
+Pipeline ranks that skip take other branches than the rest. A collective waits for all members of its group, so inside
+such a branch it may only join devices of the same rank. A permute is never safe there, because on some backends it
+waits for all devices. Otherwise the program hangs, or mistakes a message of another branch for its own. Stages have no
+such collective of their own, but the compiler may insert one: to reshard a tensor, or for a sequence that is split over
+`context`. So the check reads the compiled program.
 
-Branches that all ranks take alike are made in the scope `AGREED`, and may hold any collective.
+Branches that all ranks take together are made in the scope `UNIFORM`, and may hold any collective.
 """
 
 from __future__ import annotations
@@ -21,47 +21,51 @@ from jax.sharding import Mesh
 from shardtrain.errors import UserError
 from shardtrain.hlo import UnknownHLOError, collectives
 
-#: The `jax.named_scope` of a branch on what all devices know, such as whether the loss is finite.
-AGREED = "agreed"
+#: The `jax.named_scope` of a branch that all devices take together, such as on whether the loss is finite.
+UNIFORM = "uniform"
 
 
 def check_branches(text: str, mesh: Mesh) -> None:
-    """Refuse a compiled program (its `as_text()`) in which ranks of `pipe` that take different branches could meet.
+    """Refuse a compiled program in which ranks of `pipe` that take different branches could wait for each other.
+
+    Args:
+      text: the compiled program's `as_text()`.
+      mesh: the mesh that it was compiled for.
 
     Raises:
       UserError: there is a collective-permute, or a collective whose groups join ranks of `pipe`, inside a conditional
-        that is not `AGREED`; names one. Or the program holds what our parser does not know, so nothing can be said.
+        that is not `UNIFORM`; names one. Or the parser does not know some syntax, so the program cannot be checked.
     """
-    fix = "set pipeline.idle to compute (ModelDef(idle='compute')), or take the mesh axis that needs it out of the mesh"
+    fix = "set pipeline.idle to compute (ModelDef(idle='compute')), or drop the mesh axis that needs it"
     try:
-        inside = [c for c in collectives(text, mesh) if c.conditional and f"/{AGREED}/cond/" not in c.op_name]
+        inside = [c for c in collectives(text, mesh) if c.conditional and f"/{UNIFORM}/cond/" not in c.op_name]
     except UnknownHLOError as error:
-        raise UserError(f"pipeline.idle skip cannot be shown to be safe in this program ({error}); {fix}") from error
+        raise UserError(f"pipeline.idle skip cannot be shown to be safe for this program ({error}); {fix}") from error
     wrong = [c for c in inside if c.kind == "collective-permute" or "pipe" in c.axes]
     if wrong:
         c = wrong[0]
         what = " and ".join(f"{a.dtype}[{','.join(map(str, a.shape))}]" for a in c.results[:2])
         raise UserError(
-            f"pipeline.idle skip: {len(wrong)} collectives lie in branches that only some ranks of pipe take, but "
-            f"wait for others; one is a {c.kind} of {what} over {', '.join(sorted(c.axes)) or 'no axis'} "
-            f"({c.name}, {c.op_name or 'of the partitioner'}); {fix}"
+            f"pipeline.idle skip: collectives in branches that only some ranks of pipe take wait for other ranks "
+            f"({len(wrong)} found); one is a {c.kind} of {what} over {', '.join(sorted(c.axes)) or 'no axis'} "
+            f"({c.name}, {c.op_name or 'inserted by the partitioner'}); {fix}"
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Lowered:
-    """A lowered step with its own idea of what compiling makes; it has all that the step within has.
+    """A lowered step whose `compile` does more; all other attributes are those of the wrapped step.
 
     Attributes:
-      lowered: the step within.
-      finish: what `compile` makes of the compiled step.
+      lowered: the wrapped step, from `jax.jit(...).lower(...)`.
+      finish: applied to the compiled step before it is returned.
     """
 
     lowered: Any
     finish: Callable[[Any], Any]
 
     def compile(self, *args: Any, **options: Any) -> Any:
-        """The compiled step, finished."""
+        """Compile the step; `args` and `options` are passed on."""
         return self.finish(self.lowered.compile(*args, **options))
 
     def __getattr__(self, name: str) -> Any:
@@ -73,7 +77,7 @@ class CheckedStep:
 
     Args:
       jitted: from `jax.jit`.
-      mesh: that it is for.
+      mesh: the mesh that it runs on.
     """
 
     def __init__(self, jitted: Any, mesh: Mesh):
@@ -81,7 +85,7 @@ class CheckedStep:
         self._compiled: dict[Any, jax.stages.Compiled] = {}
 
     def lower(self, *args: Any) -> Lowered:
-        """As `jax.jit` has it; what it lowers raises as `check_branches` does when it is compiled."""
+        """Lower it for `args`, as `jax.jit` does; compiling the result raises the errors of `check_branches`."""
 
         def checked(compiled: jax.stages.Compiled) -> jax.stages.Compiled:
             check_branches(compiled.as_text() or "", self._mesh)
@@ -93,7 +97,7 @@ class CheckedStep:
         """Run it.
 
         Raises:
-          UserError: on the first call, as `check_branches`.
+          UserError: as `check_branches`, on the first call.
         """
         leaves, tree = jax.tree.flatten(args)
         kind = tree, *((jax.typeof(leaf), getattr(leaf, "sharding", None)) for leaf in leaves)

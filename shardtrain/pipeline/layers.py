@@ -1,22 +1,20 @@
-"""Which layers lie where in a pipeline, and how what goes from stage to stage is laid out."""
+"""Which rank of a pipeline holds which layers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from shardtrain.errors import UserError
-from shardtrain.nn.model import Batch
 from shardtrain.pipeline.schedules import Schedule
-from shardtrain.sharding import Partitioner
 
 
 def layers_per_stage(n_layers: int, stages: int) -> list[int]:
-    """How many layers each stage holds: as equal as can be, with fewer at the ends, which do more.
+    """Return the number of layers of each stage, as equal as possible, with fewer at the ends, which do more work.
+
+    Args:
+      n_layers: layers of the model.
+      stages: stages of the pipeline.
 
     Raises:
       UserError: fewer layers than stages.
@@ -36,8 +34,12 @@ def layers_per_stage(n_layers: int, stages: int) -> list[int]:
 def check_ranks(schedule: Schedule, mesh: Mesh) -> None:
     """Refuse a schedule on a mesh with another number of pipeline ranks.
 
+    Args:
+      schedule: the schedule.
+      mesh: the mesh, with its axis `pipe`.
+
     Raises:
-      UserError: names both.
+      UserError: the numbers differ; names both.
     """
     if schedule.ranks != (pipe := mesh.shape["pipe"]):
         raise UserError(
@@ -47,7 +49,15 @@ def check_ranks(schedule: Schedule, mesh: Mesh) -> None:
 
 
 def layer_table(schedule: Schedule, n_layers: int) -> np.ndarray:
-    """The layer in each slot, int32 `[chunks, ranks, k]`; -1 in slots of no layer."""
+    """Return the layer in each slot, int32 `[chunks, ranks, k]`, with -1 in padded slots.
+
+    Args:
+      schedule: the schedule, whose placement assigns stages to ranks and chunks.
+      n_layers: layers of the model.
+
+    Raises:
+      UserError: fewer layers than stages.
+    """
     counts = layers_per_stage(n_layers, schedule.stages)
     table = np.full((schedule.chunks, schedule.ranks, max(counts)), -1, np.int32)
     first = 0
@@ -55,17 +65,3 @@ def layer_table(schedule: Schedule, n_layers: int) -> np.ndarray:
         table[chunk, rank, :count] = np.arange(first, first + count)
         first += count
     return table
-
-
-def pin(partitioner: Partitioner, batch: Batch) -> Callable[[Any], Any]:
-    """A function that pins the layout of what goes from stage to stage, a pytree of `[B, ...]`.
-
-    Rows are split as rows are, and the second dim as a sequence between blocks, if it is as long as the batch's.
-    """
-    length = batch["tokens"].shape[1] if "tokens" in batch else None
-
-    def one(a: jax.Array) -> jax.Array:
-        seq = "seq_residual" if a.ndim > 2 and a.shape[1] == length else None
-        return partitioner.constrain(a, "batch", *(seq if dim == 1 else None for dim in range(1, a.ndim)))
-
-    return lambda x: jax.tree.map(one, x)

@@ -1,12 +1,13 @@
-"""The phases of a tick, in three ways to go backward.
+"""The phases of a tick, for each of three backward modes.
 
-- `remat`: F keeps the input of the stage, B computes the stage again.
-- `save`: F keeps what its backward pass needs, B computes nothing again. What depends on parameters alone is not kept.
-- `split`: I computes the stage again and the gradient of its input; W, later, the gradients of its parameters, from the
-  operands that I kept. Needs a schedule with these phases.
+- `remat`: F stores the stage's input, B computes the stage again.
+- `save`: F stores the residuals of its backward pass, so B computes nothing again. Values that depend on parameters
+  alone are not stored.
+- `split`: I computes the stage again, and the gradient of its input; W, later, computes the gradients of its parameters
+  from operands that I stored. It needs a schedule with these phases.
 
-Each phase is a function `(state, row, visit) -> state` of the scan's state, this rank's row of the program's columns,
-and what that means. A mode is made with some visit, for its shapes.
+Each phase is a function `(carry, row, mb) -> carry`: the carry of the scan over ticks, this rank's row of the program's
+columns, and the microbatch that the row names. A mode is made with an example of a microbatch, for its shapes.
 """
 
 from __future__ import annotations
@@ -20,24 +21,28 @@ import jax
 from shardtrain.errors import UserError, did_you_mean
 from shardtrain.pipeline.schedules import Program, Schedule
 from shardtrain.pipeline.slots import masked, read, write
-from shardtrain.pipeline.split_backward import split_stage
-from shardtrain.pipeline.stage import Totals, Visit, Work, added
+from shardtrain.pipeline.split_backward import split_backward
+from shardtrain.pipeline.stage import MicrobatchAtStage, StageFunctions, Totals, add_to_totals
 
 Tree = Any
-State = dict[str, Any]
-Row = Mapping[str, jax.Array]
-Phase = Callable[[State, Row, Visit], State]
+Carry = dict[str, Any]
+TableRow = Mapping[str, jax.Array]
+Phase = Callable[[Carry, TableRow, MicrobatchAtStage], Carry]
 
 
-#: How a schedule without W goes backward; one with W always does it by `split`.
+#: The backward modes of a schedule without W; one with W always uses `split`.
 BackwardName = Literal["remat", "save"]
 
 
 def check_backward(schedule: Schedule, backward: str) -> None:
-    """Refuse a way to go backward that does not exist, or that the schedule cannot take.
+    """Refuse a backward mode that does not exist, or that the schedule does not support.
+
+    Args:
+      schedule: the schedule.
+      backward: name of the mode.
 
     Raises:
-      UserError: names both.
+      UserError: the mode is refused; names both.
     """
     if backward not in get_args(BackwardName):
         near = did_you_mean(backward, get_args(BackwardName))
@@ -50,87 +55,88 @@ def check_backward(schedule: Schedule, backward: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Backward:
+class BackwardMode:
     """The phases of a backward mode.
 
     Attributes:
       phases: by name.
-      kept: for each kind of buffer that only this mode has, shapes and dtypes of what a slot holds.
+      buffers: shapes and dtypes of one slot, for each kind of buffer that only this mode has.
     """
 
     phases: Mapping[str, Phase]
-    kept: Mapping[str, Tree] = dataclasses.field(default_factory=dict)
+    buffers: Mapping[str, Tree] = dataclasses.field(default_factory=dict)
 
 
-def remat(work: Work, _: Visit) -> Backward:
-    """Keep stage inputs."""
+def remat(stage: StageFunctions, _: MicrobatchAtStage) -> BackwardMode:
+    """Store stage inputs."""
 
-    def backward(state: State, row: Row, at: Visit) -> State:
-        x, g = read(state["x"], row["B_x"]), _gradient(state, row, "B_g")
-        (dx, totals), dparams = work.backward(work.params(at), x, g, at, _totals(state))
-        return state | totals | {"dx": dx, "dstacked": work.add(state["dstacked"], dparams, at)}
+    def backward(carry: Carry, row: TableRow, mb: MicrobatchAtStage) -> Carry:
+        x, g = read(carry["x"], row["B_x"]), _output_gradient(carry, row, "B_g")
+        (dx, totals), dparams = stage.backward(stage.params(mb), x, g, mb, _totals(carry))
+        return carry | totals | {"dx": dx, "dstacked": stage.accumulate(carry["dstacked"], dparams, mb)}
 
-    return Backward({"F": _forward(work), "B": backward})
-
-
-def split(work: Work, some: Visit) -> Backward:
-    """Keep stage inputs until I, and the operands of W from then on."""
-    stage = split_stage(work, some)
-
-    def inputs(state: State, row: Row, at: Visit) -> State:
-        x, g = read(state["x"], row["I_x"]), _gradient(state, row, "I_g")
-        (dx, totals), operands = stage.inputs(work.params(at), x, g, at, _totals(state))
-        return state | totals | {"dx": dx, "w": write(state["w"], row["I_w"], operands)}
-
-    def weights(state: State, row: Row, at: Visit) -> State:
-        dparams = stage.weights(work.params(at), read(state["w"], row["W_w"]))
-        return state | {"dstacked": work.add(state["dstacked"], dparams, at)}
-
-    return Backward({"F": _forward(work), "I": inputs, "W": weights}, {"w": stage.kept})
+    return BackwardMode({"F": _forward(stage), "B": backward})
 
 
-def save(work: Work, some: Visit) -> Backward:
-    """Keep the residuals of stages. The last stage's loss is computed right after its forward pass."""
-    halves = work.split_at_dy(some)
+def split(stage: StageFunctions, example: MicrobatchAtStage) -> BackwardMode:
+    """Store stage inputs until I, and the operands of W from then on."""
+    backward = split_backward(stage, example)
 
-    def forward(state: State, row: Row, at: Visit) -> State:
-        x = work.when(at.first, lambda: work.embed(at), read(state["x"], row["F_x"]) if "F_x" in row else state["y"])
-        (y, aux), residuals = halves.first(work.params(at), (x, at))
-        dy, totals = work.loss(y, y, at, _totals(state))
-        kept = {"r": write(state["r"], row["F_r"], residuals), "g": write(state["g"], row["F_g"], dy)}
-        return state | kept | added(totals, masked(at.on, aux)) | {"y": y}
+    def input_gradient(carry: Carry, row: TableRow, mb: MicrobatchAtStage) -> Carry:
+        x, g = read(carry["x"], row["I_x"]), _output_gradient(carry, row, "I_g")
+        (dx, totals), operands = backward.input_gradient(stage.params(mb), x, g, mb, _totals(carry))
+        return carry | totals | {"dx": dx, "w": write(carry["w"], row["I_w"], operands)}
 
-    def backward(state: State, row: Row, at: Visit) -> State:
-        dparams, dx = halves.second(work.params(at), read(state["g"], row["B_g"]), read(state["r"], row["B_r"]))
-        dx = work.cut.pin(dx)
-        totals = work.embed_gradient(dx, at, _totals(state))
-        return state | totals | {"dx": dx, "dstacked": work.add(state["dstacked"], dparams, at)}
+    def weight_gradient(carry: Carry, row: TableRow, mb: MicrobatchAtStage) -> Carry:
+        dparams = backward.weight_gradient(stage.params(mb), read(carry["w"], row["W_w"]))
+        return carry | {"dstacked": stage.accumulate(carry["dstacked"], dparams, mb)}
 
-    return Backward({"F": forward, "B": backward}, {"r": halves.kept})
+    phases = {"F": _forward(stage), "I": input_gradient, "W": weight_gradient}
+    return BackwardMode(phases, {"w": backward.operands})
 
 
-def backward_mode(program: Program) -> Callable[[Work, Visit], Backward]:
-    """The mode that a program was allocated for."""
+def save(stage: StageFunctions, example: MicrobatchAtStage) -> BackwardMode:
+    """Store the residuals of stages. The last stage computes the loss right after its forward pass."""
+    halves = stage.split_forward_backward(example)
+
+    def forward(carry: Carry, row: TableRow, mb: MicrobatchAtStage) -> Carry:
+        x = stage.when(mb.first, lambda: stage.embed(mb), read(carry["x"], row["F_x"]) if "F_x" in row else carry["y"])
+        (y, aux), residuals = halves.first(stage.params(mb), (x, mb))
+        dy, totals = stage.loss(y, y, mb, _totals(carry))
+        stored = {"r": write(carry["r"], row["F_r"], residuals), "g": write(carry["g"], row["F_g"], dy)}
+        return carry | stored | add_to_totals(totals, masked(mb.active, aux)) | {"y": y}
+
+    def backward(carry: Carry, row: TableRow, mb: MicrobatchAtStage) -> Carry:
+        dparams, dx = halves.second(stage.params(mb), read(carry["g"], row["B_g"]), read(carry["r"], row["B_r"]))
+        dx = stage.model.constrain(dx)
+        totals = stage.embed_gradient(dx, mb, _totals(carry))
+        return carry | totals | {"dx": dx, "dstacked": stage.accumulate(carry["dstacked"], dparams, mb)}
+
+    return BackwardMode({"F": forward, "B": backward}, {"r": halves.residuals})
+
+
+def backward_mode(program: Program) -> Callable[[StageFunctions, MicrobatchAtStage], BackwardMode]:
+    """Return the mode that a program was allocated for."""
     if "W" in program.schedule.phases:
         assert "W_w" in program.columns, "a split backward starts W from operands"
         return split
     return save if "F_r" in program.columns else remat
 
 
-def _forward(work: Work) -> Phase:
-    def forward(state: State, row: Row, at: Visit) -> State:
-        x = work.when(at.first, lambda: work.embed(at), read(state["x"], row["F_x"]))
-        # Nobody waits for what the last stage would return: B computes it again.
-        y = work.maybe(~at.last, lambda: work.stage(work.params(at), x, at)[0], x)
-        return state | {"x": write(state["x"], row["F_x"], x), "y": y}
+def _forward(stage: StageFunctions) -> Phase:
+    def forward(carry: Carry, row: TableRow, mb: MicrobatchAtStage) -> Carry:
+        x = stage.when(mb.first, lambda: stage.embed(mb), read(carry["x"], row["F_x"]))
+        # No stage waits for the output of the last one: B computes it again.
+        y = stage.skip_unless(~mb.last, lambda: stage.forward(stage.params(mb), x, mb)[0], x)
+        return carry | {"x": write(carry["x"], row["F_x"], x), "y": y}
 
     return forward
 
 
-def _gradient(state: State, row: Row, column: str) -> Tree:
-    """The gradient of a stage's output; anything where no stage ever gets one from another."""
-    return read(state["g"], row[column]) if column in row else state["dx"]
+def _output_gradient(carry: Carry, row: TableRow, column: str) -> Tree:
+    """The gradient of a stage's output; any value where no stage ever receives one from another."""
+    return read(carry["g"], row[column]) if column in row else carry["dx"]
 
 
-def _totals(state: State) -> Totals:
-    return {name: state[name] for name in ("sums", "dshared")}
+def _totals(carry: Carry) -> Totals:
+    return {name: carry[name] for name in ("sums", "dshared")}

@@ -1,7 +1,8 @@
-"""A stage's backward pass in two: I, which the stage before waits for, and W, weight gradients that nobody waits for.
+"""A stage's backward pass in two parts: I, which the previous stage waits for, and W, weight gradients.
 
-Each layer is cut twice: where its output's gradient comes in, into a forward pass and the rest; and that rest, where
-its input's gradient is known. So all are loops over layers, no larger for many of them, and no work is done twice.
+Each layer is split twice: where its output's gradient arrives, into a forward pass and the rest; and that rest, where
+its input's gradient is known. So all parts are loops over layers, the program does not grow with their number, and
+nothing is computed twice.
 
 Shapes: k layers of a stage.
 """
@@ -14,75 +15,80 @@ from typing import Any
 
 import jax
 
-from shardtrain.pipeline.halve import halve
 from shardtrain.pipeline.slots import masked
-from shardtrain.pipeline.stage import Totals, Visit, Work, added
+from shardtrain.pipeline.split_function import split_function
+from shardtrain.pipeline.stage import MicrobatchAtStage, StageFunctions, Totals, add_to_totals
 
 Tree = Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
-    """A stage's I and W. Nothing is rematerialised within a layer.
+class SplitBackward:
+    """The phases I and W of a stage. Nothing is rematerialised within a layer.
 
     Attributes:
-      inputs: `(params, x, g, visit, totals) -> ((dx, totals), operands)`, as `Work.backward`.
-      weights: `(params, operands) -> dparams`.
-      kept: shapes and dtypes of the operands, `[k, ...]` each.
+      input_gradient: `(params, x, g, mb, totals) -> ((dx, totals), operands)`, as `StageFunctions.backward`.
+      weight_gradient: `(params, operands) -> dparams`.
+      operands: shapes and dtypes of the operands, `[k, ...]` each.
     """
 
-    inputs: Callable[[Tree, Tree, Tree, Visit, Totals], tuple[tuple[Tree, Totals], list[jax.Array]]]
-    weights: Callable[[Tree, list[jax.Array]], Tree]
-    kept: list[jax.ShapeDtypeStruct]
+    input_gradient: Callable[[Tree, Tree, Tree, MicrobatchAtStage, Totals], tuple[tuple[Tree, Totals], list[jax.Array]]]
+    weight_gradient: Callable[[Tree, list[jax.Array]], Tree]
+    operands: list[jax.ShapeDtypeStruct]
 
 
-def split_stage(work: Work, some: Visit) -> Split:
-    """Cut the layers of a stage. `some` is any visit."""
-    x, layers = jax.eval_shape(work.embed, some), some.layers_k.shape[0]
-    params = jax.eval_shape(lambda: jax.tree.map(lambda a: a[0], work.params(some)))
+def split_backward(stage: StageFunctions, example: MicrobatchAtStage) -> SplitBackward:
+    """Split the backward pass of a stage's layers.
+
+    Args:
+      stage: the functions of the stage.
+      example: any microbatch, for its shapes.
+    """
+    x, layers = jax.eval_shape(stage.embed, example), example.layers_k.shape[0]
+    params = jax.eval_shape(lambda: jax.tree.map(lambda a: a[0], stage.params(example)))
 
     def layer(params: Tree, early: Any, dy: Tree) -> tuple[Any, Any]:
-        x, index, visit = early
-        (y, aux), back = jax.vjp(lambda p, x: work.layer(p, x, index, visit), params, x)
-        return (y, aux), back((dy, work.aux_gradient(aux)))
+        x, index, mb = early
+        (y, aux), back = jax.vjp(lambda p, x: stage.layer(p, x, index, mb), params, x)
+        return (y, aux), back((dy, stage.aux_gradient(aux)))
 
-    forward = halve(layer, params, (x, some.layers_k[0], some), x)
+    forward = split_function(layer, params, (x, example.layers_k[0], example), x)
 
     def rest(params: Tree, early: Any, _: Any) -> tuple[Tree, Tree]:
         dparams, dx = forward.second(params, *early)
         return dx, dparams
 
-    backward = halve(rest, params, (x, forward.kept), ())
-    # What W needs of the forward pass lies in its place already.
-    before = len(jax.tree.leaves(x))
-    as_it_was = [None if i is None or i < before else i - before for i in backward.early]
+    backward = split_function(rest, params, (x, forward.residuals), ())
+    # An operand of W that is a residual of the forward pass is stored already.
+    n_dy = len(jax.tree.leaves(x))
+    residual_of = [None if i is None or i < n_dy else i - n_dy for i in backward.arguments]
 
-    def inputs(params: Tree, x: Tree, g: Tree, visit: Visit, totals: Totals) -> Any:
+    def input_gradient(params: Tree, x: Tree, g: Tree, mb: MicrobatchAtStage, totals: Totals) -> Any:
         def onward(x: Tree, one: Any) -> Any:
             params, index = one
-            (y, aux), residuals = forward.first(params, (x, index, visit))
+            (y, aux), residuals = forward.first(params, (x, index, mb))
             return y, (aux, residuals)
 
         def back(dy: Tree, one: Any) -> Any:
             params, residuals = one
             dx, operands = backward.first(params, (dy, residuals))
-            return dx, [a for a, i in zip(operands, as_it_was, strict=True) if i is None]
+            return dx, [a for a, i in zip(operands, residual_of, strict=True) if i is None]
 
-        y, (aux, residuals) = jax.lax.scan(onward, x, (params, visit.layers_k))
-        dy, totals = work.loss(work.cut.pin(y), g, visit, totals)
+        y, (aux, residuals) = jax.lax.scan(onward, x, (params, mb.layers_k))
+        dy, totals = stage.loss(stage.model.constrain(y), g, mb, totals)
         dx, new = jax.lax.scan(back, dy, (params, residuals), reverse=True)
-        dx = work.cut.pin(dx)
-        totals = added(totals, masked(visit.on, jax.tree.map(lambda a: a.sum(0), aux)))
+        dx = stage.model.constrain(dx)
+        totals = add_to_totals(totals, masked(mb.active, jax.tree.map(lambda a: a.sum(0), aux)))
         rest = iter(new)
-        operands = [next(rest) if i is None else residuals[i] for i in as_it_was]
-        return (dx, work.embed_gradient(dx, visit, totals)), operands
+        operands = [next(rest) if i is None else residuals[i] for i in residual_of]
+        return (dx, stage.embed_gradient(dx, mb, totals)), operands
 
-    def weights(params: Tree, operands: list[jax.Array]) -> Tree:
+    def weight_gradient(params: Tree, operands: list[jax.Array]) -> Tree:
         def one(carry: None, layer: Any) -> tuple[None, Tree]:
             params, operands = layer
             return carry, backward.second(params, (), operands)
 
         return jax.lax.scan(one, None, (params, operands))[1]
 
-    kept = [jax.ShapeDtypeStruct((layers, *a.shape), a.dtype) for a in backward.kept]
-    return Split(inputs, weights, kept)
+    shapes = [jax.ShapeDtypeStruct((layers, *a.shape), a.dtype) for a in backward.residuals]
+    return SplitBackward(input_gradient, weight_gradient, shapes)

@@ -1,8 +1,8 @@
-"""What the stages of a pipeline compute, as pure functions: no tables, no messages, no buffers.
+"""The computation of a pipeline stage, as pure functions: no tables, no messages, no buffers.
 
-By default every rank computes everything in every phase: also the embedding and the loss, which only the end stages
-need, and also when it idles. What is not wanted is masked out of sums and gradients. A program that skips has branches
-instead.
+By default every rank computes everything in every phase, even when it is idle: also the embedding and the loss, which
+only the first and the last stage need. Unwanted results are masked out of sums and gradients. A program that skips has
+branches instead.
 
 Shapes: C chunks of a rank, k layers of a chunk.
 """
@@ -21,175 +21,195 @@ from shardtrain.nn.context import Context
 from shardtrain.nn.losses import Loss
 from shardtrain.nn.model import Batch
 from shardtrain.nn.stack import Aux
-from shardtrain.pipeline.halve import Halves, halve
 from shardtrain.pipeline.slots import add_at, masked, read_at, select
+from shardtrain.pipeline.split_function import SplitFunction, split_function
 
 Tree = Any
-#: What all stages add up: `sums`, and `dshared`, the gradient of the parameters that no stage owns.
+#: The totals over all stages and microbatches: `sums`, and `dshared`, the gradient of the shared parameters.
 Totals = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
-    """A model cut for a pipeline, as pure functions of its parameters.
+class ModelParts:
+    """The parts of a model that a pipeline runs, as pure functions of its parameters.
 
     Attributes:
       embed: `(shared, batch, ctx) -> x`, on the first stage.
       block: `(params of one layer, x, ctx) -> (x, aux)`.
       head: `(shared, x, batch, ctx) -> (loss_sum, weight_sum, metrics)`, on the last stage.
-      remat: wraps a function so that its backward pass keeps what the model's remat policy says.
-      pin: pins the layout of the pytree `x` between stages.
+      remat: wraps a function so that its backward pass keeps only what the model's remat policy names.
+      constrain: sets the sharding of the pytree `x` between stages.
     """
 
     embed: Callable[[Tree, Batch, Context], Tree]
     block: Callable[[Tree, Tree, Context], tuple[Tree, Aux]]
     head: Callable[[Tree, Tree, Batch, Context], Loss]
     remat: Callable[[Callable[..., Any]], Callable[..., Any]]
-    pin: Callable[[Tree], Tree] = lambda x: x
+    constrain: Callable[[Tree], Tree] = lambda x: x
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Visit:
-    """A microbatch at one of this rank's stages; that of an idle rank is made up.
+class MicrobatchAtStage:
+    """A microbatch at one of this rank's stages. On an idle rank it is a placeholder, which is not `active`.
 
     Attributes:
-      on: whether it is real.
-      first: whether it is real and the stage is the first; such a stage embeds. `np.False_` where that is known.
-      last: whether it is real and the stage is the last; such a stage computes the loss. The same.
+      active: whether the rank really has this microbatch.
+      first: whether it is active and the stage is the first one, which embeds; `np.False_` if known while tracing.
+      last: whether it is active and the stage is the last one, which computes the loss; `np.False_` likewise.
       chunk: the rank's chunk.
-      layers_k: index of each layer of the stage in the model, -1 in a slot of no layer.
-      inputs: the microbatch.
+      layers_k: the index in the model of each layer of the stage; -1 for a padded slot.
+      batch: the rows of the microbatch.
     """
 
-    on: jax.Array
+    active: jax.Array
     first: jax.Array | np.bool_
     last: jax.Array | np.bool_
     chunk: jax.Array
     layers_k: jax.Array
-    inputs: Batch
+    batch: Batch
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-    """The parts of a forward and backward pass through a stage.
+class StageFunctions:
+    """The forward and backward pass of a stage, with this rank's parameters.
 
     Attributes:
-      cut: the model.
+      model: the model's parts.
       stacked: this rank's layers, `[C, k, ...]` each.
       shared: all other parameters, the same on all ranks.
       ctx: with key and train; layer and inputs are set here.
-      aux_scales: what one unit of each auxiliary sum counts beside one of the loss sum; {} where nothing goes backward.
-      skip: whether what is not wanted, such as what an idle rank does, is not computed.
+      aux_scales: the weight of one unit of each auxiliary sum relative to the loss sum; {} without a backward pass.
+      skip: whether unneeded work, such as that of an idle rank, is skipped by a branch.
     """
 
-    cut: Cut
+    model: ModelParts
     stacked: Tree
     shared: Tree
     ctx: Context
     aux_scales: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
     skip: bool = False
 
-    def when(self, on: jax.Array | np.bool_, compute: Callable[[], Tree], otherwise: Tree) -> Tree:
-        """What `compute` returns if `on` holds, else `otherwise`."""
-        if isinstance(on, np.bool_) and not on:  # known while tracing
+    def when(self, condition: jax.Array | np.bool_, compute: Callable[[], Tree], otherwise: Tree) -> Tree:
+        """Return `compute()` if `condition` holds, else `otherwise`."""
+        if isinstance(condition, np.bool_) and not condition:  # known while tracing
             return otherwise
-        return jax.lax.cond(on, compute, lambda: otherwise) if self.skip else select(on, compute(), otherwise)
+        if self.skip:
+            return jax.lax.cond(condition, compute, lambda: otherwise)
+        return select(condition, compute(), otherwise)
 
-    def maybe(self, on: jax.Array | np.bool_, compute: Callable[[], Tree], otherwise: Tree) -> Tree:
-        """What `compute` returns if `on` holds, else whatever is cheapest."""
-        return jax.lax.cond(on, compute, lambda: otherwise) if self.skip else compute()
+    def skip_unless(self, needed: jax.Array | np.bool_, compute: Callable[[], Tree], otherwise: Tree) -> Tree:
+        """Return `compute()` if `needed` holds, else whichever value is cheapest."""
+        return jax.lax.cond(needed, compute, lambda: otherwise) if self.skip else compute()
 
-    def params(self, visit: Visit) -> Tree:
-        """The parameters of the stage."""
-        return jax.tree.map(lambda a: read_at(a, visit.chunk), self.stacked)
+    def params(self, mb: MicrobatchAtStage) -> Tree:
+        """Return the parameters of the stage's layers, `[k, ...]` each."""
+        return jax.tree.map(lambda a: read_at(a, mb.chunk), self.stacked)
 
-    def add(self, total: Tree, dparams: Tree, visit: Visit) -> Tree:
-        """A gradient like `stacked`, with that of the stage added."""
-        dparams = dparams if self.skip else masked(visit.on, dparams)
-        return jax.tree.map(lambda t, d: add_at(t, d, visit.chunk), total, dparams)
+    def accumulate(self, total: Tree, dparams: Tree, mb: MicrobatchAtStage) -> Tree:
+        """Add `dparams`, the gradient of the stage's parameters, to `total`, which is shaped like `stacked`."""
+        dparams = dparams if self.skip else masked(mb.active, dparams)
+        return jax.tree.map(lambda t, d: add_at(t, d, mb.chunk), total, dparams)
 
-    def embed(self, visit: Visit, shared: Tree | None = None) -> Tree:
-        """The input of the first stage."""
-        return self.cut.pin(self.cut.embed(shared or self.shared, visit.inputs, self._at(visit)))
+    def embed(self, mb: MicrobatchAtStage, shared: Tree | None = None) -> Tree:
+        """Compute the input of the first stage, with the parameters `shared` if they are given."""
+        return self.model.constrain(self.model.embed(shared or self.shared, mb.batch, self._context(mb)))
 
-    def layer(self, params: Tree, x: Tree, index: jax.Array, visit: Visit) -> tuple[Tree, Aux]:
-        """One layer, and its auxiliary terms; with index -1 nothing."""
-        y, aux = self.cut.block(params, x, self._at(visit).at_layer(index))
+    def layer(self, params: Tree, x: Tree, index: jax.Array, mb: MicrobatchAtStage) -> tuple[Tree, Aux]:
+        """Apply one layer; return `x` and its auxiliary terms. With index -1 nothing changes."""
+        y, aux = self.model.block(params, x, self._context(mb).at_layer(index))
         return select(index >= 0, (y, aux), (x, jax.tree.map(jnp.zeros_like, aux)))
 
-    def stage(self, params: Tree, x: Tree, visit: Visit) -> tuple[Tree, Aux]:
-        """The layers of a stage, one after the other, and their summed auxiliary terms."""
+    def forward(self, params: Tree, x: Tree, mb: MicrobatchAtStage) -> tuple[Tree, Aux]:
+        """Apply the layers of a stage one after the other; return `x` and their summed auxiliary terms."""
 
         def layer(x: Tree, one: tuple[Tree, jax.Array]) -> tuple[Tree, Aux]:
-            return self.layer(one[0], x, one[1], visit)
+            return self.layer(one[0], x, one[1], mb)
 
-        x, aux = jax.lax.scan(self.cut.remat(layer), x, (params, visit.layers_k))
-        return self.cut.pin(x), jax.tree.map(lambda a: a.sum(0), aux)
+        x, aux = jax.lax.scan(self.model.remat(layer), x, (params, mb.layers_k))
+        return self.model.constrain(x), jax.tree.map(lambda a: a.sum(0), aux)
 
-    def head(self, shared: Tree, y: Tree, visit: Visit) -> dict[str, tuple[jax.Array, jax.Array]]:
-        """The loss and the metrics of the last stage."""
-        loss, weight, metrics = self.cut.head(shared, y, visit.inputs, self._at(visit))
+    def head(self, shared: Tree, y: Tree, mb: MicrobatchAtStage) -> dict[str, tuple[jax.Array, jax.Array]]:
+        """Compute the loss and the metrics from the last stage's output `y`, as `{name: (sum, weight)}`."""
+        loss, weight, metrics = self.model.head(shared, y, mb.batch, self._context(mb))
         return {"loss": (loss, weight), **metrics}
 
-    def loss(self, y: Tree, g: Tree, visit: Visit, totals: Totals) -> tuple[Tree, Totals]:
-        """On the last stage the loss's gradient by `y`, elsewhere `g`; and the totals with the loss's added."""
+    def loss(self, y: Tree, g: Tree, mb: MicrobatchAtStage, totals: Totals) -> tuple[Tree, Totals]:
+        """Return the gradient of the stage's output `y`, and `totals`.
+
+        On the last stage it is the gradient of the loss, which is added to `totals`; elsewhere it is `g`.
+        """
 
         def loss(shared: Tree, y: Tree) -> tuple[jax.Array, dict[str, Any]]:
-            sums = self.head(shared, y, visit)
+            sums = self.head(shared, y, mb)
             return sums["loss"][0], sums
 
         def compute() -> tuple[Tree, Totals]:
             _, back, sums = jax.vjp(loss, self.shared, y, has_aux=True)
             dshared, dy = back(jnp.ones_like(sums["loss"][0]))
-            return self.cut.pin(dy), added(totals, sums, dshared)
+            return self.model.constrain(dy), add_to_totals(totals, sums, dshared)
 
-        return self.when(visit.last, compute, (g, totals))
+        return self.when(mb.last, compute, (g, totals))
 
     def aux_gradient(self, aux: Aux) -> Aux:
-        """The gradient of the loss sum by a stage's auxiliary terms."""
+        """Return the gradient of the loss sum with respect to a stage's auxiliary terms."""
         return {name: (self.aux_scales[name].astype(s.dtype), jnp.zeros_like(w)) for name, (s, w) in aux.items()}
 
-    def embed_gradient(self, dx: Tree, visit: Visit, totals: Totals) -> Totals:
-        """`totals` with, on the first stage, the gradient of `shared` added."""
+    def embed_gradient(self, dx: Tree, mb: MicrobatchAtStage, totals: Totals) -> Totals:
+        """On the first stage, add the embedding's gradient to `totals`, given the gradient `dx` of its output."""
 
         def compute() -> Totals:
-            _, back = jax.vjp(lambda shared: self.embed(visit, shared), self.shared)
-            return added(totals, {}, back(dx)[0])
+            _, back = jax.vjp(lambda shared: self.embed(mb, shared), self.shared)
+            return add_to_totals(totals, {}, back(dx)[0])
 
-        return self.when(visit.first, compute, totals)
+        return self.when(mb.first, compute, totals)
 
     def backward(
-        self, params: Tree, x: Tree, g: Tree, visit: Visit, totals: Totals
+        self, params: Tree, x: Tree, g: Tree, mb: MicrobatchAtStage, totals: Totals
     ) -> tuple[tuple[Tree, Totals], Tree]:
-        """A stage computed again from its input, and back: `((dx, totals), gradient of params)`.
+        """Recompute a stage from its input and go back through it.
 
-        `g` is the gradient of the stage's output, anything on the last stage.
+        Args:
+          params: parameters of the stage's layers.
+          x: the stage's input.
+          g: the gradient of the stage's output; any value on the last stage.
+          mb: the microbatch.
+          totals: sums and shared gradients so far.
+
+        Returns:
+          `((dx, totals), gradient of params)`.
         """
-        (y, aux), back = jax.vjp(lambda p, x: self.stage(p, x, visit), params, x)
-        dy, totals = self.loss(y, g, visit, totals)
+        (y, aux), back = jax.vjp(lambda p, x: self.forward(p, x, mb), params, x)
+        dy, totals = self.loss(y, g, mb, totals)
         dparams, dx = back((dy, self.aux_gradient(aux)))
-        dx = self.cut.pin(dx)
-        totals = self.embed_gradient(dx, visit, added(totals, masked(visit.on, aux)))
+        dx = self.model.constrain(dx)
+        totals = self.embed_gradient(dx, mb, add_to_totals(totals, masked(mb.active, aux)))
         return (dx, totals), dparams
 
-    def split_at_dy(self, some: Visit) -> Halves:
-        """A stage and back, cut in two: `(params, (x, visit))` to `(y, aux)`; then, given dy, `(dparams, dx)`."""
+    def split_forward_backward(self, example: MicrobatchAtStage) -> SplitFunction:
+        """Split a stage's forward and backward pass where the gradient of its output arrives.
 
-        def whole(params: Tree, early: tuple[Tree, Visit], dy: Tree) -> tuple[Any, Any]:
-            x, visit = early
-            (y, aux), back = jax.vjp(lambda p, x: self.stage(p, x, visit), params, x)
+        Args:
+          example: any microbatch, for its shapes.
+
+        Returns:
+          First `(params, (x, mb)) -> (y, aux)`; then, given dy, `-> (dparams, dx)`.
+        """
+
+        def both(params: Tree, early: tuple[Tree, MicrobatchAtStage], dy: Tree) -> tuple[Any, Any]:
+            x, mb = early
+            (y, aux), back = jax.vjp(lambda p, x: self.forward(p, x, mb), params, x)
             return (y, aux), back((dy, self.aux_gradient(aux)))
 
-        x = jax.eval_shape(self.embed, some)
-        return halve(whole, self.params(some), (x, some), x)
+        x = jax.eval_shape(self.embed, example)
+        return split_function(both, self.params(example), (x, example), x)
 
-    def _at(self, visit: Visit) -> Context:
-        return dataclasses.replace(self.ctx, inputs=visit.inputs)
+    def _context(self, mb: MicrobatchAtStage) -> Context:
+        return dataclasses.replace(self.ctx, inputs=mb.batch)
 
 
-def added(totals: Totals, sums: Tree, dshared: Tree | None = None) -> Totals:
-    """`totals` with more sums, and a gradient of the shared parameters, added."""
+def add_to_totals(totals: Totals, sums: Tree, dshared: Tree | None = None) -> Totals:
+    """Add `sums`, and `dshared`, a gradient of the shared parameters, to `totals`."""
     more = {name: jax.tree.map(jnp.add, totals["sums"][name], s) for name, s in sums.items()}
     wide = totals["dshared"]
     if dshared is not None:

@@ -1,61 +1,108 @@
-"""The data of a run: opened as its config says, and fed to evaluations."""
+"""The data of a run: opened as its config says, and fed to training and to evaluations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax.sharding import NamedSharding
 
 from shardtrain.config import RunConfig
 from shardtrain.data import Batch, Loader, Rows, Source, Tokenizer, open_source, split
+from shardtrain.data.arguments import check_source
 from shardtrain.data.rows import check_last_batch
 from shardtrain.errors import UserError
 from shardtrain.host.agree import on_all, on_process_zero
 from shardtrain.host.alike import asked, software
 
+_log = logging.getLogger(__name__)
+
+
+class OpenedData(NamedTuple):
+    """The data of a run.
+
+    Attributes:
+      train: rows to train on.
+      held_out: rows to evaluate on, if any.
+      tokenizer: of text.
+    """
+
+    train: Source
+    held_out: Source | None
+    tokenizer: Tokenizer | None
+
 
 def open_data(
-    config: RunConfig, directory: Path, *, should_stop: Callable[[], bool] | None = None
-) -> tuple[Source, Source | None, Tokenizer | None]:
-    """Training rows, held-out rows (or None) and tokenizer (or None); process 0 writes what has to be prepared.
+    config: RunConfig,
+    directory: Path,
+    *,
+    source: Source | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> OpenedData:
+    """Open the data that a config names; process 0 writes the files that have to be prepared.
 
     Several processes also compare what they were started with, whoever has started them: from here on they compute
     together, and a difference would train wrongly or never end.
 
     Args:
+      config: names the data.
+      directory: the run directory.
+      source: rows to use instead of those that `data.type` names.
       should_stop: polled while text is tokenised; True ends that.
 
     Raises:
-      UserError: the data is missing or unfit, or rows that fill up an evaluation's last batch would count; or on
-        another process something else was asked for, opened or installed.
+      UserError: the data is missing or unfit, or rows that fill up an evaluation's last batch would count; or another
+        process was asked for something else, or has opened or installed something else.
     """
-    return on_all(lambda: _open(config, directory, should_stop), lambda opened: _told(config, opened))
+    return on_all(lambda: _open(config, directory, source, should_stop), lambda data: _facts(config, data))
 
 
-Opened = tuple[Source, Source | None, Tokenizer | None]
-
-
-def _told(config: RunConfig, opened: Opened) -> dict[str, Any]:
-    source, held_out, tokenizer = opened
+def _facts(config: RunConfig, data: OpenedData) -> dict[str, Any]:
+    """Everything that has to be the same on all processes."""
+    train, held_out, tokenizer = data
     return {
         **software(),
         **asked(config.to_dict(), config.model.load()),
-        "rows": f"{len(source)}, {source.fingerprint}",
+        "rows": f"{len(train)}, {train.fingerprint}",
         "held-out rows": None if held_out is None else f"{len(held_out)}, {held_out.fingerprint}",
         "tokenizer": None if tokenizer is None else tokenizer.fingerprint,
     }
 
 
-def _open(config: RunConfig, directory: Path, should_stop: Callable[[], bool] | None) -> Opened:
+def _open(
+    config: RunConfig, directory: Path, source: Source | None, should_stop: Callable[[], bool] | None
+) -> OpenedData:
+    if source is not None:
+        check_source(source)
+        rows, tokenizer = source, getattr(source, "tokenizer", None)
+    else:
+        rows, tokenizer = _open_named(config, directory, should_stop)
+    if config.sample.prompt is not None and tokenizer is None:
+        name = f"data.type {config.data.type}" if source is None else "the source"
+        raise UserError(
+            f"sample.prompt {config.sample.prompt!r} needs a tokenizer, and {name} has none; set sample.prompt=null"
+        )
+    if config.data.held_out == 0:
+        return OpenedData(rows, None, tokenizer)
+    train, held_out = split(rows, config.data.held_out)
+    evaluated = _evaluated(held_out, config)
+    check_last_batch(evaluated, evaluated[0], len(evaluated), config.data.global_batch)
+    return OpenedData(train, held_out, tokenizer)
+
+
+def _open_named(
+    config: RunConfig, directory: Path, should_stop: Callable[[], bool] | None
+) -> tuple[Source, Tokenizer | None]:
+    """The rows that `data.type` names; process 0 opens them first, since it may have to write them."""
     data = config.data
 
-    def open_it(write: bool) -> tuple[Source, Tokenizer | None]:
+    def opened(write: bool) -> tuple[Source, Tokenizer | None]:
         return open_source(
             data.type,
             seq_len=data.seq_len,
-            vocab_size=config.model.options["vocab_size"],
+            vocab_size=config.model.size("vocab"),
             seed=config.run.seed,
             path=data.path,
             tokenizer=data.tokenizer,
@@ -65,27 +112,48 @@ def _open(config: RunConfig, directory: Path, should_stop: Callable[[], bool] | 
             should_stop=should_stop,
         )
 
-    source, tokenizer = on_process_zero(lambda: open_it(write=True)) or open_it(write=False)
-    if config.sample.prompt is not None and tokenizer is None:
-        raise UserError(
-            f"sample.prompt {config.sample.prompt!r} needs a tokenizer, and data.type {data.type} has none; set "
-            "sample.prompt=null"
-        )
-    if data.held_out == 0:
-        return source, None, tokenizer
-    source, held_out = split(source, data.held_out)
-    rows = _evaluated(held_out, config)
-    check_last_batch(rows, rows[0], len(rows), data.global_batch)
-    return source, held_out, tokenizer
+    return on_process_zero(lambda: opened(write=True)) or opened(write=False)
+
+
+def training_batches(
+    config: RunConfig,
+    source: Source,
+    sharding: NamedSharding,
+    position: Mapping[str, Any] | None,
+    allow_changes: bool,
+) -> Loader:
+    """Endless batches of the training rows, from a position on.
+
+    Args:
+      config: gives batch size, seed and shuffling.
+      source: the training rows.
+      sharding: of a batch `[B, S]`.
+      position: of a checkpoint; `None` for the first row.
+      allow_changes: begin at the first row if the position is in other data.
+
+    Raises:
+      UserError: a position in other data, or rows that do not fit the mesh.
+    """
+    if allow_changes and position is not None and position["fingerprint"] != source.fingerprint:
+        _log.warning("the data is not that of the run so far: training begins at its first row")
+        position = None
+    return Loader(
+        source,
+        global_batch=config.data.global_batch,
+        seed=config.run.seed,
+        sharding=sharding,
+        state=position,
+        shuffle=config.data.shuffle,
+    )
 
 
 def eval_batches(source: Source, config: RunConfig, sharding: NamedSharding) -> Iterator[Batch]:
-    """The same at most `eval.batches` global batches each time; where that is all held-out rows, each counts once."""
+    """At most `eval.batches` global batches, the same each time; if they hold all held-out rows, each counts once."""
     rows, size = _evaluated(source, config), config.data.global_batch
     with Loader(rows, global_batch=size, seed=0, sharding=sharding, shuffle=False, epochs=1) as loader:
         yield from loader
 
 
 def _evaluated(held_out: Source, config: RunConfig) -> Source:
-    """The rows that an evaluation reads."""
+    """The held-out rows that an evaluation reads."""
     return Rows(held_out, 0, min(len(held_out), config.eval.batches * config.data.global_batch))

@@ -1,4 +1,4 @@
-"""What follows from a config alone: mesh, model, optimizer and step. No data, no directory, no arrays."""
+"""The parts of a job that follow from a config alone: mesh, model, optimizer and step. No data, directory or arrays."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
-from shardtrain.collectives.fsdp import WholeBytes, whole_bytes
+from shardtrain.collectives.fsdp import GatheredBytes, gathered_bytes
 from shardtrain.config import RunConfig, check_devices, thaw
 from shardtrain.errors import UserError
 from shardtrain.launch.cpu_collectives import ordered
 from shardtrain.launch.devices import select_devices
 from shardtrain.launch.xla_flags import compiler_options, set_environment
-from shardtrain.metrics import peak_flops, transformer_flops_per_token
+from shardtrain.metrics import peak_flops
+from shardtrain.nn.sizes import flops_per_token
 from shardtrain.optim import lr_schedules, optimizer
 from shardtrain.pipeline import schedules
 from shardtrain.sharding import Partitioner, make_rules
 from shardtrain.sharding.mesh import MeshSpec
-from shardtrain.train.loop import Speed
+from shardtrain.train.loss_sums import LossFunction
 from shardtrain.train.model_def import ModelDef
 from shardtrain.train.state import TrainState, abstract_canonical, abstract_state, init_state
 from shardtrain.train.step import make_eval_step, make_train_step
-from shardtrain.weights.paths import flatten
+from shardtrain.train.step_timer import Speed
 from shardtrain.weights.precision import Precision
 from shardtrain.weights.report import ShardingReport, sharding_report
 
@@ -44,8 +46,15 @@ class Job:
     lr: optax.Schedule
     report: ShardingReport
     compiler_options: Mapping[str, Any]
-    #: What devices hold in a step because a pipeline gathers weights once per step.
-    whole: WholeBytes | None = None
+    #: Memory that devices need in a step because a pipeline gathers weights once per step.
+    whole: GatheredBytes | None = None
+    #: Of a module that does not follow `nn.Model`.
+    loss: LossFunction | None = None
+
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        """The sharding of a batch `[B, S]`."""
+        return self.partitioner.sharding(("batch", "seq"))
 
     def abstract_state(self) -> TrainState:
         """The state as shapes and shardings."""
@@ -57,21 +66,21 @@ class Job:
 
     @functools.cached_property
     def canonical(self) -> Callable[[TrainState], TrainState]:
-        """Turns a state into what checkpoints store; without a pipeline that is the very same."""
-        return self._mover(self.model.canonical, self.abstract_canonical)
+        """Turns a state into the one that checkpoints store; without a pipeline that is the same."""
+        return self._converter(self.model.canonical, self.abstract_canonical)
 
     @functools.cached_property
     def live(self) -> Callable[[TrainState], TrainState]:
         """The inverse of `canonical`."""
-        return self._mover(self.model.live, self.abstract_state)
+        return self._converter(self.model.live, self.abstract_state)
 
-    def _mover(
-        self, move: Callable[[Any], Any], wanted: Callable[[], TrainState]
+    def _converter(
+        self, convert: Callable[[Any], Any], wanted: Callable[[], TrainState]
     ) -> Callable[[TrainState], TrainState]:
-        if self.model.program is None:
+        if self.model.is_canonical:
             return lambda state: state
         shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted())
-        return jax.jit(move, out_shardings=shardings, compiler_options=ordered(self.partitioner.devices))
+        return jax.jit(convert, out_shardings=shardings, compiler_options=ordered(self.partitioner.devices))
 
     def init_state(self) -> TrainState:
         """A fresh sharded state from the config's seed."""
@@ -84,6 +93,7 @@ class Job:
             self.tx,
             self.partitioner,
             seed=self.config.run.seed,
+            loss=self.loss,
             accumulate=self.config.optimizer.accumulate,
             reduce_dtype=self.precision.reduce,
             lr=self.lr,
@@ -95,42 +105,42 @@ class Job:
     def eval_step(self) -> Any:
         """See `make_eval_step`."""
         return make_eval_step(
-            self.model, self.partitioner, compiler_options=self.compiler_options, debug=self.config.run.debug
+            self.model,
+            self.partitioner,
+            loss=self.loss,
+            compiler_options=self.compiler_options,
+            debug=self.config.run.debug,
         )
 
     def speed(self) -> Speed:
-        """What turns step times into tokens/s and, on a GPU with a known peak, MFU."""
-        data, options = self.config.data, thaw(self.config.model.options)
-        weights = flatten(self.model.canonical_weights).values()
-        matmul = sum(weight.size for weight in weights if weight.role in ("matrix", "head", "router"))
-        if not any(weight.role == "head" for weight in weights):  # tied
-            matmul += sum(weight.size for weight in weights if weight.role == "embedding")
-        heads, head_dim = options.get("n_heads"), options.get("head_dim")
-        if heads and not head_dim and "d_model" in options:
-            head_dim = options["d_model"] // heads
-        flops = transformer_flops_per_token(
-            matmul,
-            n_layers=options.get("n_layers") or 0,
-            n_heads=heads or 0,
-            head_dim=head_dim or 0,  # a model without attention, or one that names its sizes otherwise
-            seq_len=data.seq_len,
-        )
+        """The sizes that turn step times into tokens/s and, on a GPU with a known peak, MFU."""
+        data = self.config.data
+        flops = flops_per_token(self.model.outline({}), data.seq_len)
         devices = self.partitioner.mesh.devices
         peak = peak_flops(devices.flat[0].device_kind, jnp.dtype(self.precision.compute).name)
         return Speed(data.global_batch * data.seq_len, flops, None if peak is None else peak * devices.size)
 
 
-def build(config: RunConfig, *, processes: int = 1, devices: Sequence[jax.Device] | None = None) -> Job:
+def build(
+    config: RunConfig,
+    *,
+    processes: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+    loss: LossFunction | None = None,
+) -> Job:
     """Assemble the parts that a config names. Starts JAX's backend; makes no array and touches no file.
 
     Args:
+      config: names the parts.
       processes: how many processes share emulated devices.
-      devices: take these, and look neither at the config's `devices` nor at its `xla.environment`. They may be
+      devices: used instead of the config's `devices`; then its `xla.environment` is not read either. They may be
         compile-only ones (`jax.experimental.topologies`), whose steps can be compiled and read, but not run.
+      loss: of a module that does not follow `nn.Model`; see `make_train_step`.
 
     Raises:
-      UserError: the devices are missing or do not fit the mesh, the rules cannot lay the model out on it, a
-        pipeline cannot gather its weights once per step, or XLA does not know a flag.
+      UserError: the devices are missing or do not fit the mesh, the rules cannot shard the model on it, the class does
+        not follow `nn.Model` and has no `loss`, a pipeline cannot gather its weights once per step, or XLA does not
+        know a flag.
     """
     if devices is None:
         set_environment(config.xla.environment)
@@ -144,10 +154,13 @@ def build(config: RunConfig, *, processes: int = 1, devices: Sequence[jax.Device
     partitioner = Partitioner(mesh, make_rules(config.rules))
     precision = _precision(config, devices[0])
     make, arguments = config.model.load(), config.model.arguments()
-    _require_contract(config.model.type, make)
+    if loss is None:
+        _require_contract(config.model.type, make)
+    if loss is None or _takes(make, "precision"):
+        arguments["precision"] = precision
     pipeline, ranks = config.pipeline, mesh.shape["pipe"]
     model = ModelDef(
-        lambda rngs: make(**arguments, precision=precision, rngs=rngs),
+        lambda rngs: make(**arguments, rngs=rngs),
         schedule=None
         if ranks == 1
         else schedules.make(pipeline.schedule, ranks, pipeline.microbatches, pipeline.chunks),
@@ -157,14 +170,14 @@ def build(config: RunConfig, *, processes: int = 1, devices: Sequence[jax.Device
     report = sharding_report(model.weights, partitioner)
     report.check(max_replicated)
     tx, lr = _optimizer(config, model)
-    whole = whole_bytes(model.weights, partitioner) if ranks > 1 and pipeline.gather == "step" else None
-    return Job(config, partitioner, model, precision, tx, lr, report, options, whole)
+    whole = gathered_bytes(model.weights, partitioner) if ranks > 1 and pipeline.gather == "step" else None
+    return Job(config, partitioner, model, precision, tx, lr, report, options, whole, loss)
 
 
 def _optimizer(config: RunConfig, model: ModelDef) -> tuple[optax.GradientTransformation, optax.Schedule]:
     section = config.optimizer
     schedule = section.schedule.model_dump()
-    schedule["decay_steps"] = schedule["decay_steps"] or config.run.steps  # a constant schedule has none
+    schedule["decay_steps"] = schedule["decay_steps"] or config.run.steps  # `None` for a constant schedule
     lr = lr_schedules.schedule(lr=section.lr, **schedule)
     tx = optimizer(
         section.type,
@@ -181,16 +194,21 @@ def _optimizer(config: RunConfig, model: ModelDef) -> tuple[optax.GradientTransf
 
 
 def _require_contract(name: str, model: Any) -> None:
-    """What the signature and methods of a class can tell of `nn.Model`, before anything runs."""
-    parameters = inspect.signature(model.__init__).parameters
-    passed = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    lacking = [f"parameter {p}" for p in ("precision", "rngs") if not (passed or p in parameters)]
+    """Check that a class follows `nn.Model`, as far as its signature and methods show, before anything runs."""
+    lacking = [f"parameter {p}" for p in ("precision", "rngs") if not _takes(model, p)]
     lacking += [f"method {m}" for m in ("embedder", "head") if not hasattr(model, m)]
     if lacking:
         raise UserError(
             f"model.type {name} has no {', no '.join(lacking)}: a class named by a config takes precision and rngs and "
-            "follows shardtrain.nn.Model (embedder, blocks, head); another module trains by make_train_step(loss=...)"
+            "follows shardtrain.nn.Model (embedder, blocks, head); to train another module, pass a loss function to "
+            "Trainer.from_config or make_train_step"
         )
+
+
+def _takes(model: Any, name: str) -> bool:
+    """Whether a class can be called with a keyword argument of that name."""
+    parameters = inspect.signature(model.__init__).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _precision(config: RunConfig, device: jax.Device) -> Precision:
@@ -199,6 +217,6 @@ def _precision(config: RunConfig, device: jax.Device) -> Precision:
         compute = "float32" if device.platform == "cpu" else "bfloat16"
     dtypes = (config.precision.params, compute, config.precision.reduce)
     if "float64" in dtypes:
-        jax.config.update("jax_enable_x64", True)  # asked for by name; JAX would otherwise narrow it silently
+        jax.config.update("jax_enable_x64", True)  # otherwise JAX would silently use float32
     params, used, reduce = map(jnp.dtype, dtypes)
     return Precision(params, used, reduce, config.precision.matmul)

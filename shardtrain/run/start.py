@@ -1,4 +1,4 @@
-"""What a run starts from: nothing, the weights of another run, or a checkpoint of its own."""
+"""The start of a run: from nothing, from the weights of another run, or from a checkpoint of its own."""
 
 from __future__ import annotations
 
@@ -7,22 +7,62 @@ from pathlib import Path
 from typing import Any
 
 from shardtrain.checkpoint import Checkpointer, load_weights
-from shardtrain.config import RunConfig
-from shardtrain.host.agree import by_process_zero
+from shardtrain.config import RunConfig, check_same_run
+from shardtrain.errors import UserError
+from shardtrain.host.agree import decide_on_process_zero
+from shardtrain.host.files import write_text
 from shardtrain.metrics import MetricsLog
 from shardtrain.run.job import Job
 from shardtrain.train.callbacks import Values
 from shardtrain.train.state import TrainState
 
 
+def open_checkpoints(config: RunConfig, directory: Path) -> Checkpointer:
+    """The checkpoints of a run directory, with the options of a config."""
+    return Checkpointer(
+        directory / "checkpoints",
+        keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
+        asynchronous=config.checkpoint.asynchronous,
+        compress=config.checkpoint.compress,
+    )
+
+
+def newest_step(checkpointer: Checkpointer, config: RunConfig, directory: Path, allow_changes: bool) -> int | None:
+    """The step to resume from; `None` for a fresh start.
+
+    Raises:
+      UserError: the config does not continue that run, which is found out before data and state are prepared.
+    """
+    step = checkpointer.latest()
+    if step is None:
+        return None
+    if config.run.steps < step:
+        raise UserError(
+            f"run.steps = {config.run.steps} is below step {step}, which the run in {directory} has reached; set "
+            f"run.steps to {step} or more, or another run.name to start anew"
+        )
+    if not allow_changes:
+        check_same_run(checkpointer.extra(step)["config"], config, str(directory), step)
+    return step
+
+
+def open_log(config: RunConfig, directory: Path, step: int) -> MetricsLog:
+    """The metrics up to `step`; also writes the config into the run directory."""
+    log = MetricsLog(directory, tensorboard=config.log.tensorboard)
+    log.truncate(step)
+    write_text(directory / "config.yaml", config.to_yaml())
+    return log
+
+
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """The state that a run starts with.
+    """The state and the data position that a run starts with.
 
     Attributes:
       state: live, on the mesh of the run.
-      position: of the data; `None` for its beginning.
-      unevaluated: metrics of the step of `state`, if its evaluation was still to be made when it was saved.
+      position: in the data; `None` for its beginning.
+      unevaluated: metrics of the step of `state`, if its evaluation was not finished when it was saved.
     """
 
     state: TrainState
@@ -31,7 +71,7 @@ class Start:
 
     @classmethod
     def of(cls, config: RunConfig, job: Job, checkpointer: Checkpointer, step: int | None) -> Start:
-        """The start from a checkpoint, or where `step` is None a fresh one, the only one that reads `init_from`.
+        """The start from a checkpoint; or where `step` is `None` a fresh one, which alone reads `init_from`.
 
         Raises:
           UserError: a checkpoint that does not verify or does not fit the model.
@@ -44,7 +84,7 @@ class Start:
         return cls(job.live(restored.state), restored.extra["data"], restored.extra.get("unevaluated"))
 
     def unevaluated_by(self, log: MetricsLog | None) -> Values | None:
-        """`unevaluated`, unless the log tells that the evaluation was made later; else its line is to be written anew.
+        """`unevaluated`, unless the log shows that the evaluation was made later; if not, drops the step's line.
 
         Args:
           log: of process 0, which decides for all.
@@ -60,7 +100,7 @@ class Start:
             log.truncate(step - 1)
             return 0
 
-        return None if by_process_zero(was_made) else self.unevaluated
+        return None if decide_on_process_zero(was_made) else self.unevaluated
 
 
 def _with_weights_of(path: str, state: TrainState, job: Job) -> TrainState:

@@ -4,52 +4,64 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import logging
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from shardtrain.checkpoint import Checkpointer, RunLock
-from shardtrain.config import RunConfig, check_same_run
+from shardtrain.config import RunConfig
 from shardtrain.data import Loader, Source, Tokenizer
 from shardtrain.errors import UserError
 from shardtrain.host.agree import on_process_zero
 from shardtrain.host.closing import close_all
 from shardtrain.host.files import write_text
 from shardtrain.launch.compile_cache import use_cache
-from shardtrain.metrics import MetricsLog, plot_loss
-from shardtrain.run.data import eval_batches, open_data
+from shardtrain.metrics import plot_loss
+from shardtrain.run.data import OpenedData, eval_batches, open_data, training_batches
 from shardtrain.run.job import Job, build
-from shardtrain.run.start import Start
+from shardtrain.run.start import Start, newest_step, open_checkpoints, open_log
+from shardtrain.train.callbacks import Callback, Display, Values
 from shardtrain.train.generate import generate
-from shardtrain.train.loop import Callback, Loop
+from shardtrain.train.loop import Loop
+from shardtrain.train.loss_sums import LossFunction
+from shardtrain.train.state import TrainState
 
-_log = logging.getLogger(__name__)
 
+class Trainer:
+    """A training loop with a run directory around it; made by `from_config`.
 
-class Trainer(Loop):
-    """The training loop with a run directory around it; made by `from_config`.
+    Args:
+      job: mesh, model, optimizer and step.
+      directory: the run directory.
+      loop: trains.
+      data: rows and tokenizer.
+      lock: on the run directory, held by process 0.
+      resumed_from: the step of the checkpoint from which the run was resumed, else `None`.
 
     Attributes:
       job: mesh, model, optimizer and step.
       directory: the run directory.
+      loop: trains.
       tokenizer: of text data, else `None`.
-      resumed_from: the step of the checkpoint that the run went on from, else `None`.
+      resumed_from: the step of the checkpoint from which the run was resumed, else `None`.
     """
 
-    job: Job
-    directory: Path
-    tokenizer: Tokenizer | None = None
-    resumed_from: int | None = None
+    def __init__(
+        self, job: Job, directory: Path, loop: Loop, data: OpenedData, lock: RunLock | None, resumed_from: int | None
+    ):
+        self.job, self.directory, self.loop, self.resumed_from = job, directory, loop, resumed_from
+        self.tokenizer: Tokenizer | None = data.tokenizer
+        self._held_out, self._lock = data.held_out, lock
 
     @classmethod
     def from_config(
         cls,
         config: RunConfig,
         *,
+        source: Source | None = None,
+        loss: LossFunction | None = None,
         callbacks: Sequence[Callback] = (),
         should_stop: Callable[[int], bool] = lambda step: False,
         interrupted: Callable[[], bool] = lambda: False,
@@ -61,87 +73,74 @@ class Trainer(Loop):
         Installs no signal handler and initialises no distributed runtime; those belong to the program around it.
 
         Args:
-          callbacks, should_stop: see `Loop`.
+          config: describes the run.
+          source: rows to train on and to hold out from, instead of those that `data.type` names. If rows are text, its
+            attribute `tokenizer` follows `shardtrain.data.Tokenizer`.
+          loss: `(module, batch, ctx) -> (loss_sum, weight_sum, metrics)`, for a plain Flax module that does not follow
+            `nn.Model`; see `make_train_step`.
+          callbacks: see `Loop`.
+          should_stop: see `Loop`.
           interrupted: polled while text is tokenised, on this process alone; True ends that with an error.
           allow_changes: go on in the directory of a run with another model, data, optimizer or seed.
-          processes: of the run, where `jax.distributed` joins several.
+          processes: number of processes of the run, where `jax.distributed` joins several.
 
         Raises:
           UserError: anything wrong with config, devices, data, directory or checkpoints.
         """
         directory = Path(config.run.dir or f"runs/{config.run.name}").absolute()
-        threading.Thread(target=importlib.import_module, args=("grain",)).start()  # the loader's, beside all of this
+        threading.Thread(target=importlib.import_module, args=("grain",)).start()  # used by the loader later
         use_cache(_cache_folder(config.run.compile_cache, directory))
-        job = build(config, processes=processes)
-        lock = on_process_zero(lambda: RunLock(directory))
-        try:
-            checkpointer = Checkpointer(
-                directory / "checkpoints",
-                keep=config.checkpoint.keep,
-                keep_every=config.checkpoint.keep_every,
-                asynchronous=config.checkpoint.asynchronous,
-                compress=config.checkpoint.compress,
-            )
-            latest = checkpointer.latest()
-            if latest is not None:
-                _require_continues(config, directory, checkpointer, latest, allow_changes)
-            source, held_out, tokenizer = open_data(config, directory, should_stop=interrupted)
-            job.model.packed = getattr(source, "packed", True)
+        job = build(config, processes=processes, loss=loss)
+        with contextlib.ExitStack() as on_error:
+            if (lock := on_process_zero(lambda: RunLock(directory))) is not None:
+                on_error.callback(lock.release)
+            checkpointer = open_checkpoints(config, directory)
+            latest = newest_step(checkpointer, config, directory, allow_changes)
+            data = open_data(config, directory, source=source, should_stop=interrupted)
             start = Start.of(config, job, checkpointer, latest)
-            position = start.position
-            if allow_changes and position is not None and position["fingerprint"] != source.fingerprint:
-                _log.warning("the data is not what the run was trained on so far: it begins at its first row")
-                position = None
-            sharding = job.partitioner.sharding(("batch", "seq"))
-            batches = Loader(
-                source,
-                global_batch=config.data.global_batch,
-                seed=config.run.seed,
-                sharding=sharding,
-                state=position,
-                shuffle=config.data.shuffle,
-            )
-            log = on_process_zero(lambda: _open_log(directory, config, int(start.state.step)))
-            run = cls(
-                start.state,
-                job.train_step(),
-                batches,
-                steps=config.run.steps,
-                speed=job.speed(),
-                canonical=job.canonical,
-                checkpointer=checkpointer,
-                checkpoint_every=config.checkpoint.every,
-                extra={"config": config.to_dict(), "mesh": dict(job.partitioner.mesh.shape)},
-                eval_step=job.eval_step(),
-                eval_batches=None if held_out is None else lambda: eval_batches(held_out, config, sharding),
-                eval_every=config.eval.every,
-                log=log,
-                log_every=config.log.every,
-                callbacks=callbacks,
-                max_skipped=config.run.max_skipped_steps,
-                should_stop=should_stop,
-                unevaluated=start.unevaluated_by(log),
-            )
-        except BaseException:
-            if lock is not None:
-                lock.release()
-            raise
-        run.job, run.directory, run.tokenizer, run.resumed_from = job, directory, tokenizer, latest
-        run._lock, run._held_out = lock, held_out
-        return run
+            batches = training_batches(config, data.train, job.batch_sharding, start.position, allow_changes)
+            loop = _loop(job, directory, start, batches, data.held_out, checkpointer, callbacks, should_stop)
+            on_error.pop_all()
+        return cls(job, directory, loop, data, lock, latest)
 
-    _lock: RunLock | None
-    _held_out: Source | None
+    @property
+    def state(self) -> TrainState:
+        """The present state; the next step donates it."""
+        return self.loop.state
 
-    def fit(self) -> Any:
-        """Train to the end or until stopped, write `loss.png` and `sample.txt`, and give the directory free.
+    @property
+    def step(self) -> int:
+        """The number of steps that were sent to the devices, over the whole run."""
+        return self.loop.step
 
-        Of a finished run, only write what a crash at its very end left out.
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the run was asked to stop."""
+        return self.loop.stopped_early
+
+    def evaluate(self) -> Values:
+        """Held-out means of the present state, as `eval_loss` and so on."""
+        return self.loop.evaluate()
+
+    def save(self) -> None:
+        """Store the present state, unless it is stored already."""
+        self.loop.save()
+
+    def fit(self, display: Display | None = None) -> TrainState:
+        """Train to the end or until stopped, write `loss.png` and `sample.txt`, and release the run directory.
+
+        For a finished run, only write the files that are missing because of a crash at its very end.
+
+        Args:
+          display: shows progress.
+
+        Raises:
+          UserError: see `Loop.fit`.
         """
         try:
             before = self.step
-            state = super().fit()
-            if self.log is not None:
+            state = self.loop.fit(display)
+            if self.loop.log is not None:
                 with contextlib.suppress(UserError):  # no finite loss was logged: there is nothing to draw
                     plot_loss(self.directory)
             if not self.stopped_early and (self.step > before or not (self.directory / "sample.txt").exists()):
@@ -153,19 +152,14 @@ class Trainer(Loop):
         return state
 
     def close(self) -> None:
-        """End threads, wait for the save under way, give the run directory free; `fit` does so by itself."""
-        assert self.checkpointer is not None
-        closers: list[Callable[[], None]] = [self.batches.close, self.checkpointer.close]
-        if self.log is not None:
-            closers.append(self.log.close)
-        if self._lock is not None:
-            closers.append(self._lock.release)
-        close_all(*closers)
+        """End threads, wait for the save in progress, release the run directory; `fit` calls it."""
+        close_all(self.loop.close, *([] if self._lock is None else [self._lock.release]))
 
     def sample(self, prompt: str | None = None) -> tuple[str, str] | None:
-        """`(prompt, continuation)` by the present weights; `None` where the data or the model knows no text.
+        """`(prompt, continuation)` by the present weights; `None` if the data is no text or the model has no `logits`.
 
-        Without a prompt the start of the held-out text is continued.
+        Args:
+          prompt: text to continue; default: `sample.prompt` of the config, else the start of the held-out text.
         """
         config = self.job.config
         if self.tokenizer is None or config.sample.tokens == 0 or not hasattr(config.model.load(), "logits"):
@@ -196,28 +190,42 @@ class Trainer(Loop):
             write_text(self.directory / "sample.txt", f"--- prompt\n{prompt}\n--- continuation\n{text}\n")
 
 
+def _loop(
+    job: Job,
+    directory: Path,
+    start: Start,
+    batches: Loader,
+    held_out: Source | None,
+    checkpointer: Checkpointer,
+    callbacks: Sequence[Callback],
+    should_stop: Callable[[int], bool],
+) -> Loop:
+    """The loop of a run, with everything that its config says."""
+    config, sharding = job.config, job.batch_sharding
+    log = on_process_zero(lambda: open_log(config, directory, int(start.state.step)))
+    return Loop(
+        start.state,
+        job.train_step(),
+        batches,
+        steps=config.run.steps,
+        speed=job.speed(),
+        canonical=job.canonical,
+        checkpointer=checkpointer,
+        checkpoint_every=config.checkpoint.every,
+        extra={"config": config.to_dict(), "mesh": dict(job.partitioner.mesh.shape)},
+        eval_step=job.eval_step(),
+        eval_batches=None if held_out is None else lambda: eval_batches(held_out, config, sharding),
+        eval_every=config.eval.every,
+        log=log,
+        log_every=config.log.every,
+        callbacks=callbacks,
+        max_skipped=config.run.max_skipped_steps,
+        should_stop=should_stop,
+        unevaluated=start.unevaluated_by(log),
+    )
+
+
 def _cache_folder(chosen: str | None, directory: Path) -> Path | None:
     if chosen is None:
         return None
     return directory.parent / ".jax_cache" if chosen == "auto" else Path(chosen).expanduser().absolute()
-
-
-def _require_continues(
-    config: RunConfig, directory: Path, checkpointer: Checkpointer, step: int, allow_changes: bool
-) -> None:
-    """Refuse a config that cannot go on from a step of its run, before data and state are prepared."""
-    if config.run.steps < step:
-        raise UserError(
-            f"run.steps = {config.run.steps} is below step {step}, which the run in {directory} has reached; set "
-            f"run.steps to {step} or more, or another run.name to start anew"
-        )
-    if not allow_changes:
-        check_same_run(checkpointer.extra(step)["config"], config, str(directory), step)
-
-
-def _open_log(directory: Path, config: RunConfig, step: int) -> MetricsLog:
-    """The metrics up to `step`, and the config beside them."""
-    log = MetricsLog(directory, tensorboard=config.log.tensorboard)
-    log.truncate(step)
-    write_text(directory / "config.yaml", config.to_yaml())
-    return log

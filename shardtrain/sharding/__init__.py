@@ -1,22 +1,13 @@
 """Mesh axes, and the rules that map logical axes to them.
 
-Layers and models name logical axes only; the partitioner of the run, which is ambient while a step is traced, knows the
-rest.
+Layers and models name only logical axes. The partitioner of the run, which is current while a step is traced, maps them
+to the mesh.
 """
 
+from shardtrain.sharding.ambient import constrain, current, gather_residual, shards, use
 from shardtrain.sharding.mesh import AXES, MeshSpec
-from shardtrain.sharding.partitioner import (
-    DEFAULT_RULES,
-    LogicalAxes,
-    Partitioner,
-    Rules,
-    constrain,
-    current,
-    gather_residual,
-    make_rules,
-    pieces,
-    use,
-)
+from shardtrain.sharding.partitioner import Partitioner, count_shards, mesh_axes
+from shardtrain.sharding.rules import DEFAULT_RULES, LogicalAxes, Rules, make_rules
 
 __all__ = [
     "AXES",
@@ -26,9 +17,11 @@ __all__ = [
     "Partitioner",
     "Rules",
     "constrain",
+    "count_shards",
     "current",
     "gather_residual",
     "make_rules",
-    "pieces",
+    "mesh_axes",
+    "shards",
     "use",
 ]

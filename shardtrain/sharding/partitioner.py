@@ -1,13 +1,10 @@
-"""The rules table: from logical axes, which tensors carry, to mesh axes, which hardware has."""
+"""The partitioner: a mesh, and the rules that shard tensors over it."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
-from types import MappingProxyType
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NoReturn
 
 import jax
@@ -15,56 +12,35 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from shardtrain.errors import UserError, did_you_mean, require_kind
 from shardtrain.sharding.mesh import AXES, divisors
-
-LogicalAxes = Sequence[str | None]
-Rules = Mapping[str, tuple[str, ...]]
-
-#: Logical axis -> the mesh axes that split it. Data, FSDP and tensor parallelism are rows of this table.
-DEFAULT_RULES: Rules = MappingProxyType(
-    {
-        "batch": ("island", "data", "fsdp", "expert"),
-        "seq": ("context",),
-        "embed": ("fsdp",),
-        "mlp": ("tensor",),
-        "heads": ("tensor",),
-        "kv_heads": ("tensor",),
-        "head_dim": (),
-        "vocab": ("tensor",),
-        "experts": ("expert",),
-        "layers": (),
-        "stages": ("pipe",),
-        "norm": (),
-        "positions": (),
-        # The sequence between blocks: norms and residuals are held in parts, and a sum over `tensor` becomes a
-        # reduce-scatter and a gather (Korthikanti et al. 2022). Follows overrides of `seq` and `batch`.
-        "seq_residual": ("context", "tensor"),
-    }
-)
+from shardtrain.sharding.rules import LogicalAxes, Rules, make_rules
 
 
-def make_rules(overrides: Mapping[str, str | Sequence[str] | None] = MappingProxyType({})) -> Rules:
-    """The default table with some rows replaced: a mesh axis, several, or `None` for none. New names are new rows.
+def mesh_axes(part: str | Iterable[str] | None) -> tuple[str, ...]:
+    """Return the mesh axes of one entry of a `PartitionSpec`.
 
-    Raises:
-      UserError: a mesh axis that does not exist, with the nearest that does.
+    Args:
+      part: one axis, several, or `None` for none.
     """
-    table = dict(DEFAULT_RULES)
-    for name, value in overrides.items():
-        table[name] = () if value is None else (value,) if isinstance(value, str) else tuple(value)
-        for axis in table[name]:
-            if axis not in AXES:
-                raise UserError(
-                    f"rules.{name} names mesh axis {axis!r}, which does not exist; {did_you_mean(axis, AXES)}"
-                )
-    if "seq_residual" not in overrides:
-        axes = dict.fromkeys([*table["seq"], *DEFAULT_RULES["seq_residual"][1:]])
-        table["seq_residual"] = tuple(axis for axis in axes if axis not in table["batch"])
-    return MappingProxyType(table)
+    return (part,) if isinstance(part, str) else tuple(part or ())
+
+
+def count_shards(mesh: Mesh | AbstractMesh, part: str | Iterable[str] | None) -> int:
+    """Return the number of shards into which one entry of a `PartitionSpec` splits a dim.
+
+    Args:
+      mesh: the mesh.
+      part: one axis, several, or `None` for none.
+    """
+    return math.prod(mesh.shape[axis] for axis in mesh_axes(part))
 
 
 @dataclasses.dataclass(frozen=True)
 class Partitioner:
-    """A mesh and the rules that lay tensors out on it.
+    """A mesh and the rules that shard tensors over it.
+
+    Attributes:
+      mesh: a mesh from `MeshSpec.build`.
+      rules: a table from `make_rules`.
 
     Raises:
       UserError: a mesh that `MeshSpec.build` could not have made, or rules that `make_rules` could not.
@@ -86,25 +62,32 @@ class Partitioner:
 
     @property
     def devices(self) -> list[jax.Device]:
-        """Those of the mesh, all processes' together; none of an abstract one."""
+        """The devices of the mesh, of all processes; none for an abstract mesh."""
         return list(self.mesh.devices.flat) if isinstance(self.mesh, Mesh) else []
 
-    def size(self, logical: str) -> int:
-        """Into how many pieces the mesh splits a dim with this logical axis."""
-        return math.prod(self.mesh.shape[axis] for axis in self._row(logical))
+    def shards(self, logical: str) -> int:
+        """Return the number of shards into which the mesh splits a dim.
 
-    def pieces(self, logical: str) -> int:
-        """The same, for a tensor as it is seen here: the axes that are manual at this point have split it already."""
-        manual = jax.sharding.get_abstract_mesh().manual_axes
-        return math.prod(self.mesh.shape[axis] for axis in self._row(logical) if axis not in manual)
+        Mesh axes that are manual at this point of the program do not count: they have split the tensor already.
 
-    def spec(self, *axes: str | None, drop: Sequence[str] = ()) -> PartitionSpec:
-        """The partition of a tensor whose dims carry these logical axes; `None` keeps a dim whole.
-
-        Mesh axes of size 1, those in `drop`, and those that are manual at this point of the program are left out.
+        Args:
+          logical: the logical axis of the dim.
 
         Raises:
-          UserError: a name without a rule, or two dims of the tensor on one mesh axis.
+          UserError: the name has no rule.
+        """
+        manual = jax.sharding.get_abstract_mesh().manual_axes
+        return count_shards(self.mesh, (axis for axis in self._row(logical) if axis not in manual))
+
+    def spec(self, *axes: str | None, drop: Sequence[str] = ()) -> PartitionSpec:
+        """Return the partition of a tensor. Mesh axes of size 1, and those that are manual here, are left out.
+
+        Args:
+          *axes: the logical axis of each dim; `None` does not split it.
+          drop: mesh axes to leave out.
+
+        Raises:
+          UserError: a name has no rule, or two dims of the tensor are on one mesh axis.
         """
         taken: dict[str, str] = {}
         manual = jax.sharding.get_abstract_mesh().manual_axes
@@ -132,10 +115,16 @@ class Partitioner:
         name: str = "tensor",
         drop: Sequence[str] = (),
     ) -> NamedSharding:
-        """The `NamedSharding` of a tensor, checked against its shape when that is given.
+        """Return the `NamedSharding` of a tensor.
+
+        Args:
+          axes: the logical axis of each dim; `None` does not split it.
+          shape: the shape to check, if it is known.
+          name: of the tensor, for errors.
+          drop: mesh axes to leave out.
 
         Raises:
-          UserError: as `spec` does, or for a dim that does not divide over its mesh axes; names tensor, dim and sizes.
+          UserError: as `spec`, or a dim is not a multiple of its number of shards; names tensor, dim and sizes.
         """
         for logical in axes:
             if logical is not None and logical not in self.rules:
@@ -149,27 +138,41 @@ class Partitioner:
     def constrain(
         self, x: jax.Array, *axes: str | None, drop: Sequence[str] = (), name: str = "activation"
     ) -> jax.Array:
-        """Pin the layout of an intermediate `x`, one logical axis per dim."""
+        """Constrain the sharding of an intermediate value.
+
+        Args:
+          x: the value.
+          *axes: the logical axis of each dim; `None` does not split it.
+          drop: mesh axes to leave out.
+          name: of the tensor, for errors.
+
+        Raises:
+          UserError: as `sharding`.
+        """
         return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape, name, drop))
 
     def per_device(
         self, function: Callable[..., jax.Array], *arguments: tuple[jax.Array, LogicalAxes], out: LogicalAxes
     ) -> jax.Array:
-        """What `function` makes of each device's own parts of some arrays, given with a logical axis per dim.
+        """Call `function` with each device's own shards, for kernels that the compiler cannot split by itself.
 
-        For kernels that the compiler cannot split by itself. A dim without a mesh axis is whole on every device;
-        backward, gradients are added up over the axes that split none of an array's dims.
+        In the backward pass, gradients are summed over the mesh axes that split none of an array's dims.
+
+        Args:
+          function: maps the shards of the arguments to the shard of the result.
+          *arguments: arrays, each with a logical axis per dim; `None` does not split the dim.
+          out: the logical axis of each dim of the result.
 
         Raises:
-          UserError: as `sharding` does.
+          UserError: as `sharding`.
         """
         shardings = [self.sharding(axes, x.shape, f"an array of {function.__name__}") for x, axes in arguments]
         ones = tuple(axis for axis, size in self.mesh.shape.items() if size == 1)
 
         def named(spec: PartitionSpec) -> PartitionSpec:
-            """With the axes of size 1, over which there is nothing to add up."""
+            """Add the axes of size 1, over which there is nothing to sum."""
             first, *rest = spec or (None,)
-            return PartitionSpec(((first,) if isinstance(first, str) else first or ()) + ones, *rest)
+            return PartitionSpec(mesh_axes(first) + ones, *rest)
 
         run = jax.shard_map(
             function,
@@ -201,7 +204,7 @@ class Partitioner:
         if len(axes) != len(shape):
             raise UserError(f"{name} has shape {shape}, but {len(axes)} logical axes {tuple(axes)}: give one per dim")
         for dim, part in enumerate(spec):
-            split = (part,) if isinstance(part, str) else tuple(part or ())
+            split = mesh_axes(part)
             pieces = math.prod(self.mesh.shape[axis] for axis in split)
             if shape[dim] % pieces:
                 sizes = " x ".join(f"{axis} {self.mesh.shape[axis]}" for axis in split)
@@ -210,41 +213,3 @@ class Partitioner:
                     f"divide; use a multiple of {pieces}, a mesh size among {divisors(shape[dim])[:8]}, or "
                     f"rules.{axes[dim]}=null to keep such dims whole"
                 )
-
-
-_current: ContextVar[Partitioner | None] = ContextVar("partitioner", default=None)
-
-
-@contextlib.contextmanager
-def use(partitioner: Partitioner | None) -> Iterator[Partitioner | None]:
-    """Make a partitioner the one that layers constrain by, within a `with` block."""
-    token = _current.set(partitioner)
-    try:
-        yield partitioner
-    finally:
-        _current.reset(token)
-
-
-def current() -> Partitioner | None:
-    """The partitioner in use here, or `None` where everything runs on one device."""
-    return _current.get()
-
-
-def constrain(x: jax.Array, *axes: str | None, name: str = "activation") -> jax.Array:
-    """Pin the layout of `x` under the partitioner in use; without one (a single device) `x` is returned as it is."""
-    partitioner = current()
-    return x if partitioner is None else partitioner.constrain(x, *axes, name=name)
-
-
-def gather_residual(x_BSD: jax.Array) -> jax.Array:
-    """The residual stream, held in parts of the sequence, as a block's matmuls take it: whole over `tensor`.
-
-    The parts are named first. Otherwise the layout asked for spreads to before a norm's cast, and XLA gathers float32.
-    """
-    return constrain(constrain(x_BSD, "batch", "seq_residual", None), "batch", "seq", None)
-
-
-def pieces(logical: str) -> int:
-    """`Partitioner.pieces` of the partitioner in use; 1 without one."""
-    partitioner = current()
-    return 1 if partitioner is None else partitioner.pieces(logical)

@@ -1,4 +1,4 @@
-"""Who hears of a run while it trains: callbacks and a display."""
+"""The observers of a run while it trains: callbacks and a display."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ Values = dict[str, float]
 
 
 class Callback:
-    """A user's own metrics. Override what you need; what is returned joins the step's line in `metrics.jsonl`.
+    """A user's own metrics. Override the methods that you need; the returned metrics join the step's line in the log.
 
-    No name may get two values, be it from the step or from two callbacks.
+    No name may have two values, whether from the step or from two callbacks.
     """
 
     def on_state(self, step: int, state: TrainState) -> Mapping[str, float | jax.Array]:
-        """After `step` is sent to the devices, with the state that it makes; the next step donates that.
+        """Called after `step` is sent to the devices, with the resulting state, which the next step donates.
 
-        To read an array here waits for the step, and the devices then wait for the next one. It costs nothing to
-        compute with JAX and return the scalars unread: they are fetched with the step's own metrics, one step late, and
-        `on_step` sees them.
+        Reading an array here waits for the step, and leaves the devices idle until the next one is sent. It costs
+        nothing to compute with JAX and return the scalars unread: they are fetched with the step's own metrics, one
+        step late, and passed to `on_step`.
         """
         return {}
 
     def on_step(self, step: int, metrics: Mapping[str, float]) -> Mapping[str, float]:
-        """After the metrics of `step` have arrived, one step late: its state is gone by then (see `on_state`).
+        """Called when the metrics of `step` have arrived, one step late: its state is gone by then (see `on_state`).
 
-        A step whose evaluation was interrupted comes once more, with it, when the run is resumed.
+        If an evaluation was interrupted, its step is passed once more, with the evaluation, when the run is resumed.
         """
         return {}
 
     def on_eval(self, step: int, state: TrainState) -> Mapping[str, float]:
-        """After an evaluation, with the state after `step`; copy what you keep of it, the next step donates it."""
+        """Called after an evaluation, with the state after `step`, which the next step donates: copy what you keep."""
         return {}
 
 
 class Display(Protocol):
-    """Where progress is shown: messages by the thread that trains, steps by another."""
+    """A display of progress. The thread that trains shows messages, another one shows steps."""
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
         """Show the metrics of a step."""
@@ -51,10 +51,10 @@ class Display(Protocol):
 
 
 def join(values: dict, more: Mapping, callback: Callback, hook: str) -> None:
-    """Add what a callback returned.
+    """Add the metrics that a callback returned.
 
     Raises:
-      UserError: it is no mapping, or has a name that is taken.
+      UserError: they are not a mapping, or a name is taken.
     """
     name = f"{type(callback).__name__}.{hook}"
     if not isinstance(more, Mapping):

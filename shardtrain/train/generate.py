@@ -12,11 +12,9 @@ import numpy as np
 
 from shardtrain.errors import UserError
 from shardtrain.launch.cpu_collectives import ordered
-from shardtrain.nn.model import embedded
 from shardtrain.sharding import Partitioner, use
-from shardtrain.train.called import refuse_donated
+from shardtrain.train.jitted_step import refuse_donated
 from shardtrain.train.model_def import ModelDef
-from shardtrain.train.pipelined import pipelined_rows
 from shardtrain.train.state import TrainState, check_parts
 
 
@@ -31,16 +29,20 @@ def generate(
     temperature: float = 0.8,
     seed: int = 0,
 ) -> np.ndarray:
-    """Continue a prompt; several samples at once, one per piece of the mesh's batch axes.
+    """Continue a prompt; several samples at once, one per shard of the batch.
 
     Every token runs the whole window through the model (no key/value cache), under a pipeline as one microbatch, rank
-    after rank: right for samples, not for serving.
+    after rank: good enough for samples, not for serving.
 
     Args:
       model: a definition whose module follows `nn.Model` and has `logits(x)`.
-      prompt: token ids, at least one; only the last `window` count.
-      window: context length in tokens, at most what the model was trained on.
-      temperature: 0 takes the likeliest token.
+      state: the state of a training run.
+      partitioner: the mesh and its rules.
+      prompt: token ids, at least one; only the last `window` of them are used.
+      tokens: how many to generate.
+      window: context length in tokens, at most that of the training rows.
+      temperature: of the sampling; 0 takes the likeliest token.
+      seed: of the sampling.
 
     Returns:
       int32 `[samples, tokens]`, without the prompt.
@@ -54,7 +56,7 @@ def generate(
     if not hasattr(outline := model.outline({}), "logits"):
         raise UserError(f"{type(outline).__name__} has no method logits(x), which generation needs; add one")
     refuse_donated(state)
-    rows = partitioner.size("batch")
+    rows = partitioner.shards("batch")
     step = next_token(model, partitioner, float(temperature))
     known = min(len(prompt), window)
     text = np.zeros((rows, window), np.int32)
@@ -63,7 +65,7 @@ def generate(
     key = jax.random.key(seed)
     for i in range(tokens):
         chosen = step(state.params, state.model_state, text, known - 1, jax.random.fold_in(key, i))
-        out[:, i] = jax.block_until_ready(chosen)  # on all devices; reading waits for one
+        out[:, i] = jax.block_until_ready(chosen)  # waits for all devices; reading waits for one only
         if known == window:
             text[:, :-1] = text[:, 1:].copy()
         else:
@@ -73,7 +75,7 @@ def generate(
 
 
 def next_token(model: ModelDef, partitioner: Partitioner, temperature: float) -> Any:
-    """The jitted function behind `generate`: one token more for every row.
+    """The jitted function behind `generate`: one more token for every row.
 
     Returns:
       `(params, model_state, text [B, S] int32, index of the last token, key) -> token ids [B]`.
@@ -93,12 +95,7 @@ def next_token(model: ModelDef, partitioner: Partitioner, temperature: float) ->
                 logits_BSV = module.logits(x_BSD)
                 return jax.lax.dynamic_index_in_dim(logits_BSV, last, axis=1, keepdims=False).astype(jnp.float32)
 
-            if model.program is not None:
-                logits_BV = pipelined_rows(model, params, batch, partitioner, next_BV)
-            else:
-                module: Any = model.merge(params, model_state)
-                ctx = model.context(batch)
-                logits_BV = next_BV(module, module.blocks(embedded(module, batch, ctx), ctx)[0])
+            logits_BV = model.execution.outputs(params, model_state, batch, partitioner, next_BV)
             if temperature == 0:
                 return logits_BV.argmax(-1)
             return jax.random.categorical(key, logits_BV / temperature)

@@ -1,7 +1,7 @@
-"""Ids of a batch that no table of the model has a row for, found on the host before the step.
+"""A check of the ids in a batch against the tables of the model, on the host before the step.
 
-A gather clamps such an id, or takes zeros, and trains on without a word. The step itself holds nothing of the check, so
-it works alike under any mesh and pipeline.
+A gather clamps an id that is out of range, or returns zeros, and training goes on silently. The check is not part of
+the jitted step, so it works with any mesh and pipeline.
 """
 
 from __future__ import annotations
@@ -21,41 +21,40 @@ from shardtrain.weights.paths import flatten
 
 @dataclasses.dataclass(frozen=True)
 class _Table:
-    """What the ids of a leaf choose from."""
+    """The table that the ids of a leaf index."""
 
     name: str
     size: int
-    negative: str | None = None  # what a negative id means, where it means something
+    negative: str | None = None  # the meaning of a negative id, if it has one
 
 
 class IdCheck:
     """Refuses a batch whose ids are out of range, by the shapes of the model's weights.
 
-    `tokens` are held against the dim `vocab` of embeddings, `targets` against that of the head (or of the embedding
-    that serves as one), `positions` against the dim `positions` of position tables. Of other leaves, and of tables
-    whose weights do not carry these axes, nothing is known here: what a model gathers by itself (`jnp.take`) is not
-    seen.
+    `tokens` are compared with the dim `vocab` of embeddings, `targets` with that of the head (or of the embedding that
+    serves as one), `positions` with the dim `positions` of position tables. Other leaves are not checked, nor are
+    tables whose weights do not carry these axes: a gather of the model's own (`jnp.take`) is not seen.
 
     Args:
-      model: whose weights say how many ids there are.
+      model: its weights give the numbers of ids.
 
     Raises:
-      UserError: no weight has a dim `vocab` or `positions`, so that there is nothing to hold ids against.
+      UserError: no weight has a dim `vocab` or `positions`, so that there is nothing to compare ids with.
     """
 
     def __init__(self, model: ModelDef):
         self._tables = _tables(model)
         if not self._tables:
             raise UserError(
-                "debug holds ids against weights with a logical axis 'vocab' or 'positions', and this model has none; "
+                "debug compares ids with weights of a logical axis 'vocab' or 'positions', and this model has none; "
                 "declare the table's axes, as nn.Embedding does, or drop debug"
             )
 
     def __call__(self, batch: Batch) -> None:
-        """Look at the rows of a global batch that this process holds; waits for them.
+        """Check the rows of a global batch that this process holds; waits for them.
 
         Raises:
-          UserError: an id out of range; names the leaf, the id, its place and the rule. Or the values are not known.
+          UserError: an id out of range; names the leaf, the id, its position and the rule. Or the values are unknown.
         """
         for name, table in self._tables.items():
             for offset, ids in _parts(name, batch.get(name)):
@@ -72,12 +71,12 @@ class IdCheck:
 
 
 def _parts(name: str, leaf: Any) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-    """Each part of an array that this process holds, once, and where it begins."""
+    """Each part of an array that this process holds, once, and the index at which it begins."""
     if leaf is None:
         return
     if isinstance(leaf, jax.core.Tracer):
         raise UserError(
-            f"debug looks at the values of batch[{name!r}], which are not known within another jax.jit; call the step "
+            f"debug reads the values of batch[{name!r}], which are not known within another jax.jit; call the step "
             "outside of it, or drop debug"
         )
     if not isinstance(leaf, jax.Array):
@@ -95,7 +94,7 @@ def _tables(model: ModelDef) -> Mapping[str, _Table]:
         return [w.shape[w.axes.index(axis)] for w in weights if axis in w.axes and role in (None, w.role)]
 
     tables: dict[str, _Table] = {}
-    if every := sizes("vocab"):  # of several of a role, which one is not known here
+    if every := sizes("vocab"):  # if a role has several, which one is used is not known here
         inputs = sizes("vocab", "embedding") or every
         tables["tokens"] = _Table("the model's vocabulary", max(inputs))
         outputs = max(sizes("vocab", "head") or inputs)

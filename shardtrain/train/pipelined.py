@@ -1,138 +1,249 @@
-"""A batch through a pipeline, for gradients, sums or rows: each rank applies its own layers, whatever it is for."""
+"""A model under a pipeline: each rank of the mesh axis `pipe` applies the layers of its own stages."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-from jax.sharding import PartitionSpec
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
-from shardtrain.collectives.fsdp import NONE, entry_spec
+from shardtrain.collectives.fsdp import NONE, Gather, entry_spec, split_dims
+from shardtrain.errors import UserError
 from shardtrain.nn.context import Context
 from shardtrain.nn.model import Batch, head_sums
 from shardtrain.nn.returned import Sums, joined
+from shardtrain.nn.stack import Stack, constrain_residual
 from shardtrain.pipeline.executor import pipeline_forward, pipeline_gradients
-from shardtrain.pipeline.forward import Result
-from shardtrain.pipeline.layers import pin
-from shardtrain.pipeline.schedules import allocate, forward
-from shardtrain.pipeline.stage import Work
+from shardtrain.pipeline.forward import OutputFunction
+from shardtrain.pipeline.idle import CheckedStep
+from shardtrain.pipeline.layers import check_ranks, layer_table
+from shardtrain.pipeline.phases import BackwardName, check_backward
+from shardtrain.pipeline.schedules import Schedule, allocate, bubble_warning, check_trains, forward, simulate
+from shardtrain.pipeline.stage import StageFunctions
 from shardtrain.sharding import Partitioner
-from shardtrain.train.loss_sums import Total, aux_scales, kept, microbatches, row_axes
-from shardtrain.train.model_def import ModelDef, Tree, join_layers, split_layers
+from shardtrain.train.loss_sums import LossFunction, aux_scales, microbatches, row_axes, widened
+from shardtrain.train.split_module import SplitModule, Tree, join_layers, split_layers
+from shardtrain.weights.layout import Layout
+
+if TYPE_CHECKING:
+    from shardtrain.train.gradients import Gradients
 
 
-def pipelined_gradients(
-    model: ModelDef, params: Tree, batch: Batch, key: jax.Array, partitioner: Partitioner, total: Total
-) -> tuple[Tree, Sums]:
-    """Gradients of the summed loss over this region's rows, and the sums behind it.
-
-    To be called within a region manual over `pipe`, where `params` holds this rank's layers and, like them, the
-    gradients of all others are this rank's share.
-    """
-    assert model.program is not None
-    assert model.layers_CRk is not None
-    work = _work(model, params, batch, partitioner, model.context(batch, key, train=True))
-
-    def weights() -> tuple[jax.Array, dict[str, jax.Array]]:
-        # All layers are alike, so one stands for all of them.
-        cut, shared, ctx = work.cut, work.shared, work.ctx
-        x, aux = cut.block(jax.tree.map(lambda a: a[0, 0], work.stacked), cut.embed(shared, batch, ctx), ctx)
-        return cut.head(shared, x, batch, ctx)[1], {name: w * model.layout.n_layers for name, (_, w) in aux.items()}
-
-    weights_stacked, weights_shared = split_layers(model.weights)
-    of_rank = jax.tree.map(lambda w: dataclasses.replace(w, axes=(w.axes[0], *w.axes[2:])), weights_stacked)
-
-    def keep(stacked: Tree, shared: Tree) -> tuple[Tree, Tree]:
-        return kept(stacked, of_rank, partitioner), kept(shared, weights_shared, partitioner)
-
-    dstacked, dshared, sums = pipeline_gradients(
-        model.program,
-        model.layers_CRk,
-        dataclasses.replace(work, aux_scales=aux_scales(weights, total)),
-        microbatches(batch, model.program.schedule.microbatches),
-        keep,
-    )
-    return join_layers(jax.tree.map(lambda g: g[:, None], dstacked), dshared), sums
-
-
-def pipelined_sums(model: ModelDef, params: Tree, batch: Batch, partitioner: Partitioner) -> Sums:
-    """The evaluation sums of one batch: loss, metrics and auxiliary terms.
-
-    Its rows go in as many microbatches as the schedule has or, where these do not divide a device's rows, in the most
-    that do: the sums are the same.
-
-    Raises:
-      UserError: rows that do not divide over the mesh.
-    """
-
-    def sums(shared: Tree, y: Any, batch: Batch, ctx: Context) -> Sums:
-        loss, weight, metrics = head_sums(model.outline(shared), y, batch, ctx)
-        return {"loss": (loss, weight), **metrics}
-
-    assert model.program is not None
-    found, aux = _through(model, params, batch, partitioner, model.program.schedule.microbatches, sums, whole=True)
-    return joined(found, aux)
-
-
-def pipelined_rows(
-    model: ModelDef, params: Tree, batch: Batch, partitioner: Partitioner, result: Callable[[Any, Any], jax.Array]
-) -> jax.Array:
-    """What `result(module, x)` makes of the last block's output `x`, `[B, ...]`, on all ranks.
-
-    The batch goes as one microbatch. `result` may use all parameters of the module but those of its blocks.
-
-    Raises:
-      UserError: rows that do not divide over the mesh.
-    """
-
-    def rows(shared: Tree, y: Any, batch: Batch, ctx: Context) -> jax.Array:
-        return result(model.outline(shared), y)
-
-    return _through(model, params, batch, partitioner, 1, rows, whole=False)[0]
-
-
-def _through(
-    model: ModelDef, params: Tree, batch: Batch, partitioner: Partitioner, most: int, result: Result, *, whole: bool
-) -> tuple[Any, Any]:
-    """Results and auxiliary terms, summed over at most `most` microbatches.
+class PipelinedModel:
+    """A model whose layers are cut into stages. It has the methods of `UnpipelinedModel`.
 
     Args:
-      whole: whether they are also summed over the rows of all devices; else the results of each device's rows are
-        joined, and auxiliary terms, of which every device has its own, mean nothing.
+      module: the model.
+      schedule: says which rank computes which stage of which microbatch, and when.
+      backward: see `ModelDef`.
+      skip: whether idle ranks skip their work; see `ModelDef`.
+
+    Attributes:
+      program: schedule and buffers.
+      layers_CRk: the layer in each slot, int32 `[chunks, ranks, k]`; -1 in empty slots.
+      manual_axes: mesh axes over which gradients are always computed manually.
+      weights: a `Weight` per parameter, as they live on the devices.
+
+    Raises:
+      UserError: a module that does not follow `nn.Model`, whose forward pass changes state, or with fewer layers than
+        stages; or a `backward` that the schedule does not have.
     """
-    assert model.program is not None
-    schedule, layers_CRk = model.program.schedule, model.layers_CRk
-    assert layers_CRk is not None
-    for name, a in batch.items():
-        partitioner.sharding(("batch", *[None] * (a.ndim - 1)), a.shape, f"batch[{name!r}]")  # checks the rows
-    skip = whole and model.idle == "skip"  # generation does not check its program, so its idle ranks compute
-    by_hand = row_axes(partitioner)
 
-    def local(params: Tree, batch: Batch) -> tuple[Any, Any]:
-        rows = jax.tree.leaves(batch)[0].shape[0] // partitioner.pieces("batch")
-        count = next(m for m in range(min(most, rows), 0, -1) if rows % m == 0)
-        work = dataclasses.replace(_work(model, params, batch, partitioner, model.context(batch)), skip=skip)
-        found = pipeline_forward(
-            allocate(forward(schedule, count)), layers_CRk, work, microbatches(batch, count), result
+    manual_axes: tuple[str, ...] = ("pipe",)
+
+    def __init__(self, module: SplitModule, schedule: Schedule, backward: BackwardName, *, skip: bool):
+        self.module, self.skip = module, skip
+        check_backward(schedule, backward)
+        check_trains(schedule)
+        layers = _layers(module)
+        self.layers_CRk: np.ndarray = layer_table(schedule, layers)
+        slots = [int(np.flatnonzero(self.layers_CRk.ravel() == layer)[0]) for layer in range(layers)]
+        self._layout = Layout(layers, self.layers_CRk.shape, tuple(slots))
+        self.weights: Tree = self._layout.live_weights(module.canonical_weights)
+        self.program = allocate(schedule, save_residuals=backward == "save")
+
+    def check_mesh(self, mesh: Mesh) -> None:
+        """Refuse a mesh with another number of ranks than the schedule; raises what `check_ranks` raises."""
+        check_ranks(self.program.schedule, mesh)
+
+    def check_step(
+        self, partitioner: Partitioner, loss: LossFunction | None = None, accumulate: int = 1, gather: Gather = "tick"
+    ) -> None:
+        """Refuse options of a step that a pipeline cannot have.
+
+        Raises:
+          UserError: a loss function, or microbatches outside of the pipeline; or weights that cannot be gathered once
+            per step.
+        """
+        if loss is not None:
+            raise UserError(
+                "a loss function of its own cannot be pipelined: only nn.Model's head can; drop loss, or the schedule"
+            )
+        if accumulate > 1:
+            raise UserError(
+                f"optimizer.accumulate is {accumulate}, but a pipeline has microbatches of its own; use accumulate 1 "
+                "and choose pipeline.microbatches"
+            )
+        if gather == "step":
+            split_dims(self.weights, partitioner)
+
+    def canonical(self, tree: Any) -> Any:
+        """A state tree with `[layers, ...]` leaves, as checkpoints store it."""
+        return self._layout.unpack(tree, self.module.canonical_weights)
+
+    def live(self, tree: Any) -> Any:
+        """The inverse of `canonical`."""
+        return self._layout.pack(tree, self.module.canonical_weights)
+
+    def stored_on(self, partitioner: Partitioner) -> Partitioner:
+        """The partitioner of checkpoints, which also splits layers over `pipe` if their number is a multiple of it."""
+        if self._layout.n_layers % partitioner.mesh.shape["pipe"]:
+            return partitioner
+        rules = {**partitioner.rules, "layers": (*partitioner.rules["layers"], "pipe")}
+        return dataclasses.replace(partitioner, rules=rules)
+
+    def checked(self, jitted: Any, mesh: Mesh) -> Any:
+        """A jitted step that is checked before it runs, if idle ranks skip their work."""
+        return CheckedStep(jitted, mesh) if self.skip else jitted
+
+    def warning(self) -> str | None:
+        """A warning where ranks idle for more than a quarter of the time."""
+        return bubble_warning(self.program.schedule)
+
+    def summary(self) -> str | None:
+        """Schedule, number of layers of each stage and bubble, on one line."""
+        schedule = self.program.schedule
+        counts = [(self.layers_CRk[chunk, rank] >= 0).sum() for rank, chunk in schedule.placement]
+        idle = ", skipped" if self.skip else ""
+        return (
+            f"pipeline: {schedule.name}, {schedule.ranks} ranks x {schedule.chunks} chunks, {schedule.microbatches} "
+            f"microbatches, bubble {simulate(schedule).bubble_fraction:.0%}{idle}; layers of the stages: "
+            f"{' '.join(map(str, counts))}"
         )
-        return jax.lax.psum(found, by_hand) if by_hand and whole else found
 
-    rows = PartitionSpec(by_hand or None)
-    return jax.shard_map(
-        local,
-        mesh=partitioner.mesh,
-        in_specs=(jax.tree.map(partial(entry_spec, dim=NONE), model.weights), rows),
-        out_specs=(PartitionSpec() if whole else rows, PartitionSpec()),
-        axis_names={"pipe", *by_hand},
-        check_vma=False,  # other axes stay Auto
-    )(params, batch)
+    def gradients(
+        self, options: Gradients, params: Tree, model_state: Tree, batch: Batch, key: jax.Array
+    ) -> tuple[Tree, Sums, Tree]:
+        """Gradients of the summed loss over this region's rows, the sums behind it, and the module's state, unchanged.
+
+        To be called within a region manual over `pipe`, where `params` holds this rank's layers, as do the gradients
+        of the layers; the gradients of all other parameters are this rank's share of a sum.
+        """
+        partitioner = options.partitioner
+        stage = self._stage(params, batch, self.module.context(batch, key, train=True))
+
+        def weights() -> tuple[jax.Array, dict[str, jax.Array]]:
+            # All layers are alike, so one stands for all of them.
+            parts, shared, ctx = stage.model, stage.shared, stage.ctx
+            x, aux = parts.block(jax.tree.map(lambda a: a[0, 0], stage.stacked), parts.embed(shared, batch, ctx), ctx)
+            return parts.head(shared, x, batch, ctx)[1], {n: w * self._layout.n_layers for n, (_, w) in aux.items()}
+
+        weights_stacked, weights_shared = split_layers(self.weights)
+        of_rank = jax.tree.map(lambda w: dataclasses.replace(w, axes=(w.axes[0], *w.axes[2:])), weights_stacked)
+
+        def constrain_gradients(stacked: Tree, shared: Tree) -> tuple[Tree, Tree]:
+            return widened(stacked, of_rank, partitioner), widened(shared, weights_shared, partitioner)
+
+        dstacked, dshared, sums = pipeline_gradients(
+            self.program,
+            self.layers_CRk,
+            dataclasses.replace(stage, aux_scales=aux_scales(weights, options.total)),
+            microbatches(batch, self.program.schedule.microbatches),
+            constrain_gradients,
+        )
+        return join_layers(jax.tree.map(lambda g: g[:, None], dstacked), dshared), sums, model_state
+
+    def sums(
+        self, params: Tree, model_state: Tree, batch: Batch, partitioner: Partitioner, loss: LossFunction | None = None
+    ) -> Sums:
+        """The evaluation sums of one batch: loss, metrics and auxiliary terms.
+
+        The batch is cut into as many microbatches as the schedule has, or where the rows of a device are not a multiple
+        of these, into the largest smaller number that divides them: the sums are the same.
+
+        Raises:
+          UserError: the number of rows is not a multiple of the devices that share them.
+        """
+
+        def sums(shared: Tree, y: Any, batch: Batch, ctx: Context) -> Sums:
+            loss, weight, metrics = head_sums(self.module.outline(shared), y, batch, ctx)
+            return {"loss": (loss, weight), **metrics}
+
+        most = self.program.schedule.microbatches
+        return joined(*self._forward(params, batch, partitioner, most, sums, added=True))
+
+    def outputs(
+        self,
+        params: Tree,
+        model_state: Tree,
+        batch: Batch,
+        partitioner: Partitioner,
+        result: Callable[[Any, Any], jax.Array],
+    ) -> jax.Array:
+        """`result(module, x)`, `[B, ...]`, for the output `x` of the last block, on all ranks.
+
+        The batch is one microbatch. `result` may use all parameters of the module but those of its blocks.
+
+        Raises:
+          UserError: the number of rows is not a multiple of the devices that share them.
+        """
+
+        def rows(shared: Tree, y: Any, batch: Batch, ctx: Context) -> jax.Array:
+            return result(self.module.outline(shared), y)
+
+        return self._forward(params, batch, partitioner, 1, rows, added=False)[0]
+
+    def _forward(
+        self, params: Tree, batch: Batch, partitioner: Partitioner, most: int, result: OutputFunction, *, added: bool
+    ) -> tuple[Any, Any]:
+        """Results and auxiliary terms, added up over at most `most` microbatches.
+
+        Args:
+          added: whether they are also added up over the rows of all devices; otherwise the results of each device's
+            rows are concatenated, and the auxiliary terms, which every device has for its own rows, mean nothing.
+        """
+        for name, a in batch.items():
+            partitioner.sharding(("batch", *[None] * (a.ndim - 1)), a.shape, f"batch[{name!r}]")  # checks the rows
+        skip = added and self.skip  # nothing checks the program of a generation, so its idle ranks compute
+        manual = row_axes(partitioner)
+
+        def local(params: Tree, batch: Batch) -> tuple[Any, Any]:
+            rows = jax.tree.leaves(batch)[0].shape[0] // partitioner.shards("batch")
+            count = next(m for m in range(min(most, rows), 0, -1) if rows % m == 0)
+            stage = dataclasses.replace(self._stage(params, batch, self.module.context(batch)), skip=skip)
+            program = allocate(forward(self.program.schedule, count))
+            found = pipeline_forward(program, self.layers_CRk, stage, microbatches(batch, count), result)
+            return jax.lax.psum(found, manual) if manual and added else found
+
+        rows = PartitionSpec(manual or None)
+        return jax.shard_map(
+            local,
+            mesh=partitioner.mesh,
+            in_specs=(jax.tree.map(partial(entry_spec, dim=NONE), self.weights), rows),
+            out_specs=(PartitionSpec() if added else rows, PartitionSpec()),
+            axis_names={*self.manual_axes, *manual},
+            check_vma=False,  # other axes stay Auto, for which the check does not hold
+        )(params, batch)
+
+    def _stage(self, params: Tree, batch: Batch, ctx: Context) -> StageFunctions:
+        """The functions and parameters of this rank's stages."""
+        stacked, shared = split_layers(params)
+        mine = jax.tree.map(lambda a: a[:, 0], stacked)  # [chunks, 1, k, ...]: the only rank here is this one
+        parts = self.module.parts(partial(constrain_residual, inputs=batch))
+        return StageFunctions(parts, mine, shared, ctx, skip=self.skip)
 
 
-def _work(model: ModelDef, params: Tree, batch: Batch, partitioner: Partitioner, ctx: Context) -> Work:
-    """What this rank does."""
-    stacked, shared = split_layers(params)
-    mine = jax.tree.map(lambda a: a[:, 0], stacked)  # [chunks, 1, k, ...]: the only rank here is this one
-    return Work(model.cut(pin(partitioner, batch)), mine, shared, ctx, skip=model.idle == "skip")
+def _layers(module: SplitModule) -> int:
+    """The number of layers of a module that can be pipelined."""
+    outline, changing = module.outline({}), [*module.random, *module.mutable]
+    if changing or not isinstance(getattr(outline, "blocks", None), Stack):
+        reason = f"the forward pass changes {', '.join(changing[:3])}" if changing else "it has no Stack named blocks"
+        raise UserError(
+            f"{type(outline).__name__} cannot be pipelined: {reason}; set mesh.pipe to 1, or write the model as "
+            "shardtrain.nn.Model describes"
+        )
+    return outline.blocks.n_layers

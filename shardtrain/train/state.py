@@ -12,9 +12,9 @@ import optax
 from shardtrain.errors import require_kind
 from shardtrain.launch.cpu_collectives import ordered
 from shardtrain.optim import state_shardings
-from shardtrain.pipeline.layers import check_ranks
 from shardtrain.sharding import Partitioner, use
-from shardtrain.train.model_def import ModelDef, Tree
+from shardtrain.train.model_def import ModelDef
+from shardtrain.train.split_module import Tree
 from shardtrain.weights.layout import shardings_like
 from shardtrain.weights.paths import dotted
 from shardtrain.weights.weight import Weight
@@ -23,14 +23,14 @@ from shardtrain.weights.weight import Weight
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a step reads and writes; a pytree.
+    """Everything that a step reads and writes; a pytree.
 
     Attributes:
-      step: int32 scalar, updates tried so far.
+      step: int32 scalar, number of updates tried so far.
       params: the model's weights, nested dicts.
-      model_state: what else the forward pass changes (BatchNorm statistics, ...); usually empty.
+      model_state: other variables that the forward pass changes (BatchNorm statistics, ...); usually empty.
       opt_state: the optimizer's own state.
-      skipped: int32 scalar, updates skipped because loss or gradient was not finite.
+      skipped: int32 scalar, number of updates skipped because loss or gradient was not finite.
       skipped_in_row: the same, since the last applied update.
     """
 
@@ -43,11 +43,11 @@ class TrainState:
 
 
 def abstract_state(model: ModelDef, tx: optax.GradientTransformation, partitioner: Partitioner) -> TrainState:
-    """The state as `ShapeDtypeStruct`s that carry their shardings: what `init_state` makes.
+    """The state that `init_state` makes, as `ShapeDtypeStruct`s with shardings.
 
     Raises:
       UserError: an argument of another kind; a schedule that does not fit the mesh; or a weight that the rules cannot
-        lay out on it; names weight, dim and sizes.
+        shard on it; names weight, dim and sizes.
     """
     check_parts(model, partitioner)
     require_kind("tx", tx, optax.GradientTransformation, "make one with optimizer(...), or by optax")
@@ -66,26 +66,23 @@ def abstract_state(model: ModelDef, tx: optax.GradientTransformation, partitione
 
 
 def check_parts(model: ModelDef, partitioner: Partitioner) -> None:
-    """Refuse a model and a mesh that are none, or that do not go together.
+    """Refuse arguments of another kind, and a model that does not fit the mesh.
 
     Raises:
-      UserError: another kind of argument; or a model whose pipeline has other ranks than the mesh.
+      UserError: another kind of argument; or a pipeline with another number of ranks than the mesh.
     """
     require_kind("model", model, ModelDef, "wrap the module: ModelDef(lambda rngs: MyModel(..., rngs=rngs))")
     require_kind("partitioner", partitioner, Partitioner, "make one: Partitioner(MeshSpec(...).build())")
-    if model.program is not None:
-        check_ranks(model.program.schedule, partitioner.mesh)
+    model.execution.check_mesh(partitioner.mesh)
 
 
 def abstract_canonical(model: ModelDef, tx: optax.GradientTransformation, partitioner: Partitioner) -> TrainState:
-    """`abstract_state` as checkpoints store it: `[layers, ...]`, the layers split over `pipe` where that divides."""
+    """`abstract_state` as checkpoints store it: `[layers, ...]`, split over `pipe` if it divides the layers."""
     live = abstract_state(model, tx, partitioner)
-    if model.program is None:
+    if model.is_canonical:
         return live
     shapes = jax.eval_shape(model.canonical, live)
-    if model.layout.n_layers % partitioner.mesh.shape["pipe"] == 0:
-        rules = {**partitioner.rules, "layers": (*partitioner.rules["layers"], "pipe")}
-        partitioner = dataclasses.replace(partitioner, rules=rules)
+    partitioner = model.execution.stored_on(partitioner)
     params = jax.tree.map(
         lambda a, w: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=partitioner.sharding(w.axes, w.shape)),
         shapes.params,
@@ -98,7 +95,7 @@ def abstract_canonical(model: ModelDef, tx: optax.GradientTransformation, partit
 def init_state(
     model: ModelDef, tx: optax.GradientTransformation, partitioner: Partitioner, *, seed: int = 0
 ) -> TrainState:
-    """A fresh state, each array made in place on the devices that keep it; no full copy of a sharded weight exists.
+    """A fresh state, each array made in place on the devices that hold it; no full copy of a sharded weight exists.
 
     The values depend on the seed only, not on the mesh.
     """

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import DictKey, GetAttrKey, tree_flatten_with_path, tree_map_with_path
 
 from shardtrain.errors import UserError
+from shardtrain.sharding import count_shards
 from shardtrain.weights.paths import Path, dotted
 from shardtrain.weights.weight import Weight
 
@@ -79,17 +80,13 @@ def shardings_like(tree: Any, params: Any, weights: Any) -> Any:
         spec = (*sharding.spec, *(None,) * (len(weight.shape) - len(sharding.spec)))
         if len(leaf.shape) == len(spec) and all(n % k == 0 for n, k in zip(weight.shape, leaf.shape, strict=True)):
             # One element represents several of a dim. They are split alike, unless there are fewer than devices.
-            dims = [s if k % _pieces(mesh, s) == 0 else None for k, s in zip(leaf.shape, spec, strict=True)]
+            dims = [s if k % count_shards(mesh, s) == 0 else None for k, s in zip(leaf.shape, spec, strict=True)]
             kept = PartitionSpec(*dims[: len(sharding.spec)])
         else:
             kept = PartitionSpec(*_kept_dims(path, leaf.shape, weight, spec))
         return NamedSharding(mesh, kept, memory_kind=sharding.memory_kind)
 
     return tree_map_with_path(derive, tree, match_weights(tree, weights), match_weights(tree, shardings))
-
-
-def _pieces(mesh: Any, axes: str | tuple[str, ...] | None) -> int:
-    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
 def _kept_dims(path: Path, shape: tuple[int, ...], weight: Weight, spec: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -180,8 +177,7 @@ class Layout:
         return self._map(pack, (self.n_layers,), tree, weights)
 
     def unpack(self, tree: Any, weights: Any) -> Any:
-        """Convert from live to canonical, without padding: the inverse of `pack`, with the same arguments and
-        errors."""
+        """Convert from live to canonical, without padding: the inverse of `pack`, with its arguments and errors."""
 
         def unpack(x: Any) -> Any:
             rest = x.shape[len(self.lead) :]

@@ -9,7 +9,7 @@ from typing import Any
 from jax.sharding import PartitionSpec
 
 from shardtrain.errors import UserError
-from shardtrain.sharding import Partitioner
+from shardtrain.sharding import Partitioner, count_shards
 from shardtrain.weights.paths import flatten
 from shardtrain.weights.weight import Weight
 
@@ -86,8 +86,7 @@ def sharding_report(weights: Any, partitioner: Partitioner) -> ShardingReport:
     rows = []
     for path, weight in flatten(weights).items():
         spec = partitioner.sharding(weight.axes, weight.shape, f"weight {path}").spec
-        split = [axis for part in spec for axis in ((part,) if isinstance(part, str) else part or ())]
-        rows.append(Row(path, weight, spec, math.prod(partitioner.mesh.shape[axis] for axis in split)))
+        rows.append(Row(path, weight, spec, math.prod(count_shards(partitioner.mesh, part) for part in spec)))
     rows.sort(key=lambda row: -row.weight.nbytes)
     return ShardingReport(
         rows=tuple(rows),

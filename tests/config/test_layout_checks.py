@@ -131,6 +131,35 @@ def test_a_model_of_ones_own_may_bring_logical_axes(base, problems, own_model):
     assert "did you mean heads?" in problems(model, "rules.head=tensor")["rules.head"].fix
 
 
+OWN_SIZES = """
+class Own:
+    size_options = {"embed": "hidden_size", "layers": "depth", "vocab": "ids", "state": "d_state"}
+
+    def __init__(self, *, hidden_size: int, depth: int = 4, ids: int = 512, d_state: int = 8, rngs): ...
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "path", "rule"),
+    [
+        ("hidden_size: 30", "model.hidden_size", "'embed' over fsdp 4"),
+        ("hidden_size: 32, d_state: 7", "model.d_state", "'state' over tensor 2"),
+        ("hidden_size: 32, ids: 256", "model.ids", "at least 257 ids"),
+        ("hidden_size: 0", "model.hidden_size", "greater than 0"),
+    ],
+)
+def test_a_model_that_states_its_sizes_is_checked_by_its_own_names(base, problems, own_model, options, path, rule):
+    model = "model={{type: '{}:Own', {}}}"
+    name = own_model(OWN_SIZES)
+    assert load_config(base, [model.format(name, "hidden_size: 32"), "rules.state=tensor"]).data.vocab_size == 512
+    assert rule in problems(model.format(name, options), "rules.state=tensor")[path].rule
+
+
+def test_layers_are_checked_by_the_name_that_the_model_states(problems, own_model):
+    model = f"model={{type: '{own_model(OWN_SIZES)}:Own', hidden_size: 32, depth: 1}}"
+    assert "need a layer each" in problems(model, "mesh={pipe: 2, fsdp: 4, tensor: 1}")["model.depth"].rule
+
+
 def test_what_only_the_number_of_devices_can_tell(base):
     config = load_config(base, ["devices.emulate=null", "mesh={fsdp: -1, tensor: 2}"])
     check_devices(config, 8)

@@ -8,7 +8,7 @@ import pytest
 from commands import CONFIG, compiled_once, fit, losses  # noqa: F401
 from shardtrain import load_config
 from shardtrain.config import ConfigError
-from shardtrain.data import catalog, open_source, write_tokens
+from shardtrain.data import formats, open_source, write_tokens
 from shardtrain.errors import UserError
 from shardtrain.run.data import open_data
 
@@ -34,13 +34,29 @@ def configured(type, *overrides):
     return load_config(CONFIG, [data, *overrides])
 
 
-def test_a_new_type_is_one_line(monkeypatch, tmp_path):
-    """Also in a config, which names it."""
-    source = opened(None, "synthetic", vocab_size=64)[0]
-    monkeypatch.setitem(catalog.FACTORIES, "mine", lambda request: (source, None))
-    assert opened(None, "mine")[0] is source
-    rows, held_out, tokenizer = open_data(configured("mine"), tmp_path)
+FORMAT = """
+from shardtrain.data import SyntheticTokens
+
+source = SyntheticTokens(seq_len=16, vocab_size=64, seed=7)
+
+def open_rows(request):
+    request.refuse("path")
+    return source, None
+"""
+
+
+def test_a_new_type_is_one_file(monkeypatch, tmp_path):
+    """In the folder of formats, and a config names it."""
+    (tmp_path / "dropped_in.py").write_text(FORMAT)
+    monkeypatch.setattr(formats, "__path__", [*formats.__path__, str(tmp_path)])
+    source = opened(None, "dropped_in")[0]
+    assert source.seed == 7
+    rows, held_out, tokenizer = open_data(configured("dropped_in"), tmp_path)
     assert (rows.source, held_out.source, tokenizer) == (source, source, None)
+    with pytest.raises(UserError, match=r"data\.type dropped_in does not use it"):
+        opened(None, "dropped_in", path="x")
+    with pytest.raises(UserError, match="did you mean dropped_in"):
+        opened(None, "droped_in")
 
 
 OWN = """
@@ -48,7 +64,7 @@ import numpy as np
 from shardtrain.data import ByteTokenizer, window
 
 class Counting:
-    fingerprint, packed = "counting", False
+    fingerprint = "counting"
     tokenizer = ByteTokenizer()
 
     def __init__(self, seq_len: int, *, vocab_size: int, path=None, directory=None):
@@ -100,7 +116,7 @@ def test_a_run_trains_on_it(own, tmp_path):
         ("own_data:Needy", [], "needs 'shards', which a config does not give; it may take seq_len, vocab_size"),
         ("own_data:Plain", ["data.path=x"], "data.path 'x': data.type own_data:Plain has no parameter 'path'; remove"),
         ("own_data:Plain", ["data.tokenizer=byte", "model.vocab_size=258"], "has no parameter 'tokenizer'"),
-        ("mine", [], "data.type 'mine' does not exist; use one of corpus, text, tokens, synthetic (package.module:Cl"),
+        ("mine", [], "data.type 'mine' does not exist; use one of corpus, synthetic, text, tokens (package.module:Cl"),
     ],
 )
 def test_what_cannot_be_a_source_is_refused_in_the_config(own, type, overrides, message):
@@ -113,7 +129,7 @@ def test_what_cannot_be_a_source_is_refused_in_the_config(own, type, overrides, 
 
 def test_what_is_no_source_is_refused_when_it_opens(own, tmp_path):
     with pytest.raises(
-        UserError, match=r"gave range\(0, 16\), which has no fingerprint, no vocab_size; it must follow"
+        UserError, match=r"returned range\(0, 16\), which has no fingerprint, no vocab_size; it must follow"
     ):
         open_data(configured("own_data:no_source"), tmp_path)
     with pytest.raises(
@@ -131,9 +147,9 @@ def test_what_is_no_source_is_refused_when_it_opens(own, tmp_path):
         ),
         (
             {"type": "zzz"},
-            "data.type 'zzz' does not exist; use one of corpus, text, tokens, synthetic",
+            "data.type 'zzz' does not exist; use one of corpus, synthetic, text, tokens",
         ),
-        ({"type": "text"}, "data.path is missing: data.type text reads files; name where they are"),
+        ({"type": "text"}, "data.path is missing: data.type text reads files; set it to where they are"),
         ({"type": "tokens"}, "data.path is missing: data.type tokens reads files"),
         ({"type": "tokens", "path": ["a", "b"]}, "data.path ['a', 'b']: data.type tokens reads one file"),
         (

@@ -114,7 +114,7 @@ def test_the_global_batch_does_not_depend_on_the_mesh(sizes):
     ):
         for _ in range(4):
             expected, batch = next(single), next(loader)
-            assert batch.keys() == {"tokens", "targets", "loss_mask", "segment_ids", "positions", "row"}
+            assert batch.keys() == {"tokens", "targets", "loss_mask", "positions", "row"}
             for name, leaf in batch.items():
                 np.testing.assert_array_equal(leaf, expected[name])
                 assert leaf.dtype == (np.float32 if name == "loss_mask" else np.int32)

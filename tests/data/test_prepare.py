@@ -10,11 +10,11 @@ import pytest
 from shardtrain.data import (
     Document,
     TokenWindows,
-    catalog,
     load_tokenizer,
     open_source,
     prepare,
 )
+from shardtrain.data.formats import corpus
 from shardtrain.errors import UserError
 
 TEXT = "the cat sat on the mat.\n" * 30
@@ -65,7 +65,7 @@ def test_text_becomes_tokens_once_and_is_kept(texts, kept, tokenizer):
 
 def test_another_python_cannot_change_a_run_on_the_corpus(kept, monkeypatch):
     text = {"now": "import this\n" * 50}
-    monkeypatch.setattr(catalog, "corpus_documents", lambda: [Document("a.py", text["now"])])
+    monkeypatch.setattr(corpus, "corpus_documents", lambda: [Document("a.py", text["now"])])
     first, _ = opened(kept, "corpus")
     text["now"] = "import that\n" * 50
     resumed, _ = opened(kept, "corpus")

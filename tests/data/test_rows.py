@@ -62,7 +62,7 @@ OTHER = {  # than the other rows
     ),
     "more": (
         lambda row: row | {"x": np.float32(0)},
-        "has the names tokens, targets, loss_mask, segment_ids, positions",
+        "has the names tokens, targets, loss_mask, positions",
     ),
     "longer": (
         lambda row: {name: np.tile(leaf, 2) for name, leaf in row.items()},

@@ -15,13 +15,11 @@ def test_window_predicts_each_next_id():
     np.testing.assert_array_equal(row["tokens"], [5, 7, 9])
     np.testing.assert_array_equal(row["targets"], [7, 9, 11])
     np.testing.assert_array_equal(row["positions"], [0, 1, 2])
-    np.testing.assert_array_equal(row["segment_ids"], [1, 1, 1])
     np.testing.assert_array_equal(row["loss_mask"], [1, 1, 1])
     assert {name: leaf.dtype for name, leaf in row.items()} == {
         "tokens": np.int32,
         "targets": np.int32,
         "loss_mask": np.float32,
-        "segment_ids": np.int32,
         "positions": np.int32,
     }
 
@@ -68,13 +66,8 @@ def test_rows_outside_of_a_source_do_not_exist(row):
             part[row]
 
 
-def test_the_sources_of_a_config_are_not_packed(tmp_path):
+def test_rows_of_one_document_have_no_segment_ids(tmp_path):
     write_tokens(tmp_path / "t.bin", [np.arange(101)], vocab_size=101)
     for source in (TokenWindows(open_tokens(tmp_path / "t.bin"), 5), SyntheticTokens(seq_len=5, vocab_size=8, seed=0)):
         train, held_out = split(source, 0.25)
-        assert [source.packed, train.packed, held_out.packed] == [False, False, False]
-        assert np.ptp(train[1]["segment_ids"]) == 0
-
-
-def test_a_source_that_does_not_say_counts_as_packed():
-    assert split([None] * 10, 0.5)[0].packed
+        assert not any("segment_ids" in part[0] for part in (source, train, held_out))

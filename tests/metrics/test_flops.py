@@ -80,7 +80,7 @@ def test_flops_equal_what_xla_counts():
 
 def test_mfu():
     """Four devices that do nothing but the model's maths at half of their peak."""
-    assert mfu(tokens_per_s=4e3, flops_per_token=5e9, peak=1e13, n_devices=4) == pytest.approx(0.5)
+    assert mfu(tokens_per_s=4e3, flops_per_token=5e9, peak=4e13) == pytest.approx(0.5)
 
 
 def test_memory_on_cpu_follows_the_process():

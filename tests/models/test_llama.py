@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from helpers import equations, filled, packed_batch, quick
+import tiny
+from helpers import equations, filled, quick
 from shardtrain import nn
 from shardtrain.errors import UserError
 from shardtrain.models.llama import Llama
@@ -146,7 +147,7 @@ def test_an_option_changes_the_model(options):
     assert np.abs(plain - other).max() > 1e-2
 
 
-BATCH = packed_batch(4, 6, 20)
+BATCH = tiny.batch(rows=4, length=6, vocab=20, packed=True)
 
 
 def loss_of(module, batch=BATCH, train=False):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from helpers import partition, quick
+import tiny
+from helpers import quick
 from shardtrain import nn
 from shardtrain.errors import UserError
 from shardtrain.sharding import use
@@ -44,7 +45,7 @@ def test_strided_microbatches_have_the_masks_of_the_whole(mask, count):
     "sizes", [{"data": 8}, {"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "context": 2}], ids=str
 )
 def test_the_mesh_does_not_change_the_mask(mask, sizes):
-    partitioner = partition(**sizes)
+    partitioner = tiny.partitioner(**sizes)
 
     def run(x, row):
         with use(partitioner):
@@ -58,7 +59,7 @@ def test_the_mesh_does_not_change_the_mask(mask, sizes):
 @pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 4, "tensor": 2}], ids=str)
 def test_a_manual_data_axis_does_not_change_the_mask(mask, sizes):
     split = {"in_specs": P("data"), "out_specs": P("data"), "axis_names": {"data"}, "check_vma": False}
-    run = jax.shard_map(drop, mesh=partition(**sizes).mesh, **split)
+    run = jax.shard_map(drop, mesh=tiny.partitioner(**sizes).mesh, **split)
     assert np.array_equal(quick(run)(X, ROW), mask)
 
 
@@ -97,5 +98,5 @@ def test_dtype_is_kept():
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5])
 def test_a_rate_is_a_probability_below_one(rate):
-    with pytest.raises(UserError, match=f"dropout {rate} is no probability below 1; use 0 <= dropout < 1"):
+    with pytest.raises(UserError, match=f"dropout {rate} is not a probability below 1; use 0 <= dropout < 1"):
         nn.Dropout(rate, "mlp")

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from helpers import filled, partition
+import tiny
+from helpers import filled
 from shardtrain import nn
 from shardtrain.errors import UserError
 from shardtrain.sharding import use
@@ -50,7 +51,7 @@ def test_a_frequent_token_counts_further_than_bfloat16_does():
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 4, "tensor": 2}, {"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_a_sharded_table_looks_up_and_learns_the_same(sizes):
-    partitioner = partition(**sizes)
+    partitioner = tiny.partitioner(**sizes)
     layer = table(vocab=16)
     graph, state = nnx.split(layer)
     tokens = jax.random.randint(jax.random.key(2), (8, 6), 0, 16)
@@ -95,5 +96,5 @@ def test_a_sharded_position_table_learns_the_same(x64):
         return jax.grad(lambda s: (nnx.merge(graph, s)(positions) * dy).sum())(state).weight[...]
 
     want = gradient(state)
-    with use(partition(fsdp=4, tensor=2)):
+    with use(tiny.partitioner(fsdp=4, tensor=2)):
         np.testing.assert_allclose(jax.jit(gradient)(state), want, rtol=1e-13)

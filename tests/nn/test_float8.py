@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from helpers import equations, packed_batch
-from shardtrain import MeshSpec, ModelDef, Partitioner, UserError, init_state, make_train_step, nn, optimizer
+import tiny
+from helpers import equations
+from shardtrain import ModelDef, UserError, init_state, make_train_step, nn, optimizer
 from shardtrain.models.llama import Llama
 from shardtrain.nn import float8
-from shardtrain.nn.linear import einsum
+from shardtrain.nn.matmul import einsum
 
 F8 = nn.Precision(jnp.float32, jnp.bfloat16, jnp.float32, "float8")
 BF16 = nn.Precision(jnp.float32, jnp.bfloat16, jnp.float32)
@@ -57,7 +58,7 @@ def test_the_blocks_multiply_in_float8_and_the_vocabulary_does_not():
     state = nnx.state(nnx.eval_shape(lambda: Llama(**sizes, precision=F8, rngs=nnx.Rngs(0))))
 
     def loss(state):
-        model, batch = nnx.merge(make, state), packed_batch(2, 8, 64)
+        model, batch = nnx.merge(make, state), tiny.batch(rows=2, length=8, vocab=64, packed=True)
         return nn.forward(model, batch, nn.Context(inputs=batch))[0][0]
 
     dots = [e for e in equations(jax.grad(loss), state) if e.primitive.name == "dot_general"]
@@ -74,13 +75,13 @@ def test_the_loss_curve_stays_with_that_of_bfloat16():
     host = {"tokens": rows[:, :-1], "targets": rows[:, 1:], "loss_mask": np.ones((8, 64), np.float32)}
     host |= {"positions": np.tile(np.arange(64, dtype=np.int32), (8, 1)), "row": np.arange(8, dtype=np.int32)}
     sizes = {"n_layers": 1, "d_model": 32, "n_heads": 2, "d_ff": 64, "vocab_size": 128, "attention": "einsum"}
-    place = Partitioner(MeshSpec(data=1).build(jax.devices()[:1]))
+    place = tiny.partitioner()
     curves = {}
     for precision in (BF16, F8):
         model = ModelDef(lambda rngs, precision=precision: Llama(**sizes, precision=precision, rngs=rngs))
         tx = optimizer("adamw", model.weights, lr=1e-2)
         state, step = init_state(model, tx, place), make_train_step(model, tx, place)
-        batch = {name: jax.device_put(a, place.sharding(("batch", "seq")[: a.ndim])) for name, a in host.items()}
+        batch = tiny.placed(host, place)
         curve = curves[precision.matmul] = []
         for _ in range(40):
             state, metrics = step(state, batch)

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from helpers import equations, filled, partition
+import tiny
+from helpers import equations, filled
 from shardtrain import nn
 from shardtrain.hlo import collectives
 from shardtrain.models.llama import Llama
 from shardtrain.models.mlp import MLP
-from shardtrain.nn.linear import einsum, fan_in_normal
+from shardtrain.nn.linear import fan_in_normal
+from shardtrain.nn.matmul import einsum
 from shardtrain.sharding import use
 
 SIZES = dict(zip("BSDFVHGK", (2, 3, 4, 6, 10, 4, 2, 5), strict=True))
@@ -96,7 +98,7 @@ def dense(bias: bool = False, precision: nn.Precision = F32) -> nn.Linear:
 
 def test_the_bias_has_the_output_dims():
     axes = ("heads", "head_dim", "embed")
-    layer = filled(lambda: nn.Linear("BSHK,HKD->BSD", (2, 3, 4), axes, inputs=2, bias=True, rngs=nnx.Rngs(0)))
+    layer = filled(lambda: nn.Linear("BSHK,HKD->BSD", (2, 3, 4), axes, bias=True, rngs=nnx.Rngs(0)))
     # The bias is added where the activation is whole along embed.
     assert (layer.bias.shape, layer.bias.axes, layer.bias.role) == ((4,), (None,), "bias")
     assert (dense(True).bias.shape, dense(True).bias.axes) == ((4, 5), ("heads", "head_dim"))
@@ -139,7 +141,7 @@ def step(partitioner, equation, axes, x, w, dx_axes, dy_axes):
 
 def test_fsdp_moves_weights_and_never_activations():
     _, found = step(
-        partition(fsdp=8),
+        tiny.partitioner(fsdp=8),
         "BSD,DF->BSF",
         ("embed", "mlp"),
         (16, 32, 64),
@@ -153,7 +155,7 @@ def test_fsdp_moves_weights_and_never_activations():
 
 
 def test_gradients_come_back_as_the_weight_is_kept():
-    partitioner = partition(data=2, fsdp=2, tensor=2)
+    partitioner = tiny.partitioner(data=2, fsdp=2, tensor=2)
     compiled, _ = step(
         partitioner,
         "BSD,DF->BSF",

@@ -1,11 +1,15 @@
 """Cross entropy: its value and gradient, in chunks, over a sharded vocabulary, and what it costs."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from helpers import equations, partition, quick
+import tiny
+from helpers import equations, quick
 from shardtrain import nn
 from shardtrain.errors import UserError
 from shardtrain.hlo import collectives
@@ -73,9 +77,14 @@ F64 = nn.Precision(jnp.float64, jnp.float64, jnp.float64)
 HEAD, TIED = ("embed", "vocab"), ("vocab", "embed")
 
 
+def head(w, axes=HEAD, precision=nn.Precision()):
+    """An output head with a given weight."""
+    return SimpleNamespace(weight=w, axes=axes, precision=precision)
+
+
 def losses(x, w, chunk, axes=HEAD):
-    mask = jnp.asarray(MASK)
-    return nn.linear_cross_entropy(x, w, axes, TARGETS, mask, chunk=chunk, z_loss=0.1, precision=F64)
+    layer, mask = head(w, axes, F64), jnp.asarray(MASK)
+    return nn.linear_cross_entropy(x, layer, TARGETS, mask, chunk=chunk, z_loss=0.1)
 
 
 @pytest.mark.parametrize(("chunk", "axes"), [(None, HEAD), (1, HEAD), (2, TIED), (6, TIED), ("auto", HEAD)], ids=str)
@@ -91,6 +100,25 @@ def test_chunks_change_nothing(x64, chunk, axes):
         np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
 
 
+def test_the_logits_are_those_of_the_layer():
+    x, rngs = jnp.asarray(X, jnp.float32), nnx.Rngs(0)
+    table, linear = nn.Embedding(V, D, rngs=rngs), nn.Linear("BSD,DV->BSV", (D, V), HEAD, rngs=rngs)
+    np.testing.assert_array_equal(nn.logits(x, table), table.attend(x))
+    np.testing.assert_array_equal(nn.logits(x, linear), linear(x))
+
+
+@pytest.mark.parametrize(
+    ("axes", "bias", "what"),
+    [(HEAD, True, r"\('embed', 'vocab'\), with a bias"), (("embed", "mlp"), False, r"\('embed', 'mlp'\); it must")],
+    ids=str,
+)
+def test_an_output_head_has_a_vocabulary_and_no_bias(axes, bias, what):
+    layer = nn.Linear("BSD,DV->BSV", (D, V), axes, bias=bias, rngs=nnx.Rngs(0))
+    for call in (nn.logits, lambda *a: nn.linear_cross_entropy(*a, TARGETS, MASK)):
+        with pytest.raises(UserError, match=f"the output head has a weight with axes {what}"):
+            call(jnp.asarray(X), layer)
+
+
 @pytest.mark.parametrize("chunk", [0, 4, 7])
 def test_a_chunk_divides_the_sequence(chunk):
     with pytest.raises(UserError, match=f"loss_chunk {chunk} does not divide the sequence of 6; use a divisor of 6"):
@@ -99,11 +127,11 @@ def test_a_chunk_divides_the_sequence(chunk):
 
 def compiled_gradient(vocab, length, chunk, compute=jnp.float32, **sizes):
     """The loss's gradient by input and head, for 8 model dims; compiled, not run."""
-    place, precision = partition(**sizes), nn.Precision(compute=compute)
+    place, precision = tiny.partitioner(**sizes), nn.Precision(compute=compute)
     batch = place.sharding(("batch", "seq"))
 
     def loss(x, w, targets, mask):
-        return nn.linear_cross_entropy(x, w, HEAD, targets, mask, chunk=chunk, precision=precision)[0]
+        return nn.linear_cross_entropy(x, head(w, HEAD, precision), targets, mask, chunk=chunk)[0]
 
     def gradient(*args):
         with use(place):
@@ -140,7 +168,7 @@ def test_chunks_gather_and_reduce_the_head_once():
 @pytest.mark.parametrize(("chunk", "matmuls"), [(None, 3), (2, 4)])
 def test_chunks_cost_one_matmul_more(chunk, matmuls):
     x, w, mask = X.astype("f4"), W.astype("f4"), MASK.astype("f4")
-    loss = lambda x, w: nn.linear_cross_entropy(x, w, HEAD, TARGETS, mask, chunk=chunk)[0]  # noqa: E731
+    loss = lambda x, w: nn.linear_cross_entropy(x, head(w), TARGETS, mask, chunk=chunk)[0]  # noqa: E731
     found = equations(jax.grad(loss, argnums=(0, 1)), x, w)
     assert len([e for e in found if e.primitive.name == "dot_general"]) == matmuls
 
@@ -149,19 +177,19 @@ def test_the_heads_gradient_adds_up_in_float32_over_bfloat16_chunks():
     x, w = jnp.ones((1, 512, 1), jnp.bfloat16), jnp.zeros((1, 4), jnp.bfloat16)
     narrow = nn.Precision(*[jnp.bfloat16] * 3)
     targets, mask = jnp.zeros((1, 512), jnp.int32), jnp.ones((1, 512))
-    loss = lambda w: nn.linear_cross_entropy(x, w, HEAD, targets, mask, chunk=1, precision=narrow)[0]  # noqa: E731
+    loss = lambda w: nn.linear_cross_entropy(x, head(w, HEAD, narrow), targets, mask, chunk=1)[0]  # noqa: E731
     # In bfloat16 the sum of 512 quarters would stop at 64, where a quarter is half of the last place.
     np.testing.assert_array_equal(quick(jax.grad(loss))(w)[0].astype("f4"), [-384, 128, 128, 128])
 
 
 @pytest.mark.parametrize(("sizes", "chunk"), [({"tensor": 8}, None), ({"fsdp": 2, "tensor": 4}, 2)], ids=str)
 def test_a_sharded_vocabulary_is_never_gathered(sizes, chunk):
-    partitioner = partition(**sizes)
+    partitioner = tiny.partitioner(**sizes)
     vocab = 80  # no other dim, whole or split, has a size of 80 / 8 or 80 / 4
     x, w, mask = X[..., :4].astype("f4"), RNG.normal(size=(4, vocab)).astype("f4"), MASK.astype("f4")
 
     def loss(x, w):
-        return nn.linear_cross_entropy(x, w, HEAD, TARGETS, mask, chunk=chunk, z_loss=0.1)[0]
+        return nn.linear_cross_entropy(x, head(w), TARGETS, mask, chunk=chunk, z_loss=0.1)[0]
 
     def step(x, w):
         with use(partitioner):
@@ -176,7 +204,7 @@ def test_a_sharded_vocabulary_is_never_gathered(sizes, chunk):
     over_tensor = [c for c in found if "tensor" in c.axes]
     assert {c.kind for c in over_tensor} == {"all-reduce"}  # of sums over the vocabulary: no gather, no exchange
     sent = {size for c in over_tensor for shape in c.shapes for size in shape}
-    assert not sent & {vocab, vocab // partitioner.size("vocab")}
+    assert not sent & {vocab, vocab // partitioner.shards("vocab")}
 
 
 @pytest.mark.parametrize("chunk", [None, 2])
@@ -186,7 +214,7 @@ def test_a_negative_target_counts_for_nothing(chunk):
     ignored = np.arange(S) % 3 == 0
 
     def loss(x, targets, mask):
-        return nn.linear_cross_entropy(x, w, HEAD, targets, mask, chunk=chunk, z_loss=0.1)
+        return nn.linear_cross_entropy(x, head(w), targets, mask, chunk=chunk, z_loss=0.1)
 
     run = quick(jax.value_and_grad(lambda *a: loss(*a)[0]))
     negative = np.where(ignored, -100, TARGETS).astype("i4"), np.ones((B, S), "f4")

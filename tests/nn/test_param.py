@@ -43,7 +43,7 @@ def test_a_scalar_is_annotated_too():
 def test_mistakes_are_named():
     with pytest.raises(UserError, match=r"shape \(4, 2\) needs 2 logical axes, not \('embed',\)"):
         declared((4, 2), ("embed",))
-    with pytest.raises(UserError, match="role 'kernel' is none of matrix, embedding, head, norm, bias, router"):
+    with pytest.raises(UserError, match="role 'kernel' is not one of matrix, embedding, head, norm, bias, router"):
         declared(role="kernel")
 
 

@@ -126,9 +126,9 @@ def test_yarn(dim, base, changes):
     ("dim", "scaling", "match"),
     [
         (7, None, "head_dim 7 is odd"),
-        (8, {"type": "ntk", "factor": 2.0}, r"'ntk' is none of default, linear, llama3, yarn"),
-        (8, {"factor": 2.0}, "type None is none of"),
-        (8, {"type": "linear"}, "linear misses factor; it takes factor"),
+        (8, {"type": "ntk", "factor": 2.0}, r"'ntk' is not one of default, linear, llama3, yarn"),
+        (8, {"factor": 2.0}, "type None is not one of"),
+        (8, {"type": "linear"}, "linear lacks factor; it takes factor"),
         (8, LLAMA3 | {"fctor": 1.0}, "llama3 has unknown fctor"),
         (8, {"rope_type": "default", "factor": 8.0}, "default has unknown factor"),
         (

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from helpers import equations, filled, packed_batch, quick
+import tiny
+from helpers import equations, filled, quick
 from shardtrain import nn
 from shardtrain.errors import UserError
 from shardtrain.nn.param import describe
@@ -16,7 +17,7 @@ from shardtrain.weights.paths import flatten
 
 F32 = nn.Precision()
 F64 = nn.Precision(jnp.float64, jnp.float64, jnp.float64)
-BATCH = packed_batch(3, 5, 10)
+BATCH = tiny.batch(rows=3, length=5, vocab=10, packed=True)
 WIDTH = 4
 
 
@@ -180,7 +181,7 @@ class Dropping(nnx.Module):
     ("block", "named"), [(Normed, r"inner\.mean, a BatchStat"), (Dropping, r"drop\.rngs.*, a Rng")]
 )
 def test_a_block_with_mutable_state_is_refused_by_name(block, named):
-    with nnx.use_eager_sharding(False), pytest.raises(UserError, match=f"{named}.*outside of the stack"):
+    with nnx.use_eager_sharding(False), pytest.raises(UserError, match=f"{named}.*outside the stack"):
         nn.Stack(block, 2, rngs=nnx.Rngs(0))
 
 
@@ -215,10 +216,10 @@ def test_plain_flax_layers_stack_too():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"n_layers": 0}, "a stack of 0 layers; use 1 or more"),
-        ({"n_layers": 2, "remat": "some"}, "remat 'some' is no policy; use one of none, full, dots, offload"),
-        ({"n_layers": 2, "remat": "names:"}, "names nothing to keep"),
-        ({"n_layers": 2, "remat": []}, "names nothing to keep"),
+        ({"n_layers": 0}, "a stack has 0 layers; use 1 or more"),
+        ({"n_layers": 2, "remat": "some"}, "remat 'some' is not a policy; use one of none, full, dots, offload"),
+        ({"n_layers": 2, "remat": "names:"}, "lists no names"),
+        ({"n_layers": 2, "remat": []}, "lists no names"),
     ],
 )
 def test_mistakes_are_named(options, match):

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from helpers import equations, filled, packed_batch
+import tiny
+from helpers import equations, filled
 from shardtrain import nn
 
 POLICIES = {
@@ -15,7 +16,7 @@ POLICIES = {
     "float64": nn.Precision(jnp.float64, jnp.float64, jnp.float64),
 }
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
-BATCH = packed_batch(2, 6, 10)
+BATCH = tiny.batch(rows=2, length=6, vocab=10, packed=True)
 
 
 class Layers(nnx.Module):
@@ -35,8 +36,8 @@ class Layers(nnx.Module):
         x = x + self.attention(self.norms[0](x), ctx)
         x = x + self.mlp(self.norms[1](x), ctx)
         if chunk:
-            target, options = (batch["targets"], batch["loss_mask"]), {"chunk": chunk, "precision": self.head.precision}
-            return nn.linear_cross_entropy(x, self.head.weight[...], self.head.axes, *target, z_loss=0.1, **options)
+            target = batch["targets"], batch["loss_mask"]
+            return nn.linear_cross_entropy(x, self.embedding, *target, chunk=chunk, z_loss=0.1)
         logits = self.embedding.attend(x) + self.head(x)
         return nn.cross_entropy(logits, batch["targets"], batch["loss_mask"], z_loss=0.1)
 

@@ -15,12 +15,13 @@ import tiny
 from shardtrain import nn
 from shardtrain.models.llama import Llama
 from shardtrain.pipeline import schedules
-from shardtrain.pipeline.halve import halve
-from shardtrain.pipeline.split_backward import split_stage
-from shardtrain.pipeline.stage import Visit, Work
+from shardtrain.pipeline.split_backward import split_backward
+from shardtrain.pipeline.split_function import split_function
+from shardtrain.pipeline.stage import MicrobatchAtStage, StageFunctions
 from shardtrain.sharding import use
-from shardtrain.train.gradients import batch_gradients
-from shardtrain.train.model_def import ModelDef, split_layers
+from shardtrain.train.gradients import Gradients
+from shardtrain.train.model_def import ModelDef
+from shardtrain.train.split_module import split_layers
 from shardtrain.train.state import init_state
 
 F64 = nn.Precision(jnp.float64, jnp.float64, jnp.float64)
@@ -88,7 +89,7 @@ def gradients(mesh, model):
     @jax.jit
     def run(state, batch):
         with use(place):
-            grads, sums, _ = batch_gradients(model, None, state, batch, jax.random.key(7), place, 1, jnp.float64)
+            grads, sums, _ = Gradients(model, place, reduce_dtype=jnp.float64)(state, batch, jax.random.key(7))
             return sums, model.canonical(grads)
 
     return jax.tree.map(np.asarray, run(state, tiny.batch(place, rows=32)))
@@ -176,12 +177,12 @@ def work(remat: str, skip: bool = False):
     model = ModelDef(lambda rngs: Llama(**options, precision=precision, rngs=rngs))
     stacked, shared = split_layers(jax.eval_shape(lambda: model.init(jax.random.key(0))[0]))
     batch, on = tiny.batch(), np.True_
-    at = Visit(on, on, on, np.int32(0), np.arange(LAYERS, dtype=np.int32), batch)
+    at = MicrobatchAtStage(on, on, on, np.int32(0), np.arange(LAYERS, dtype=np.int32), batch)
     found = {}
 
     def parts(stacked, shared, key):
-        one = Work(
-            model.cut(lambda x: x),
+        one = StageFunctions(
+            model.parts(lambda x: x),
             jax.tree.map(lambda a: a[None], stacked),
             shared,
             nn.Context(batch, key=key, train=True),
@@ -192,12 +193,13 @@ def work(remat: str, skip: bool = False):
         totals = {"sums": jax.eval_shape(lambda: one.head(shared, jnp.zeros(x.shape, x.dtype), at)), "dshared": shared}
         whole = lambda p, x, g, totals: one.backward(p, x, g, at, totals)  # noqa: E731
         found["whole"] = jax.make_jaxpr(whole)(one.params(at), x, x, totals).jaxpr
-        found["forward"] = jax.make_jaxpr(lambda p, x: one.stage(p, x, at))(one.params(at), x).jaxpr
-        cut = one.split_at_dy(at)
-        found["dy"] = cut.jaxprs, cut.kept
-        stage = split_stage(one, at)
-        first = jax.make_jaxpr(lambda p, x, g, totals: stage.inputs(p, x, g, at, totals))(one.params(at), x, x, totals)
-        found["dx"] = (first.jaxpr, jax.make_jaxpr(stage.weights)(one.params(at), stage.kept).jaxpr), stage.kept
+        found["forward"] = jax.make_jaxpr(lambda p, x: one.forward(p, x, at))(one.params(at), x).jaxpr
+        both = one.split_forward_backward(at)
+        found["dy"] = both.jaxprs, both.residuals
+        split, own = split_backward(one, at), one.params(at)
+        first = jax.make_jaxpr(lambda p, x, g, totals: split.input_gradient(p, x, g, at, totals))(own, x, x, totals)
+        second = jax.make_jaxpr(split.weight_gradient)(own, split.operands)
+        found["dx"] = (first.jaxpr, second.jaxpr), split.operands
 
     jax.eval_shape(parts, stacked, shared, jax.random.key(0))
     matrices = [a for a in jax.tree.leaves(stacked) if a.ndim > 2]
@@ -247,9 +249,9 @@ def test_halves_put_off_matmuls_and_keep_the_least():
 
     w, x, late = jnp.ones(5), jnp.arange(12.0).reshape(4, 3), jnp.float32(3)
     narrow = jnp.arange(6, dtype=jnp.bfloat16)
-    halves = halve(function, w, (x, narrow), late)
+    halves = split_function(function, w, (x, narrow), late)
     now, kept = halves.first(w, (x, narrow))
-    assert sorted((a.shape, str(a.dtype)) for a in kept) == sorted((a.shape, str(a.dtype)) for a in halves.kept)
+    assert sorted((a.shape, str(a.dtype)) for a in kept) == sorted((a.shape, str(a.dtype)) for a in halves.residuals)
     assert sorted((a.shape, str(a.dtype)) for a in kept) == [
         ((3,), "float32"),
         ((4, 3), "float32"),
@@ -262,7 +264,7 @@ def test_halves_put_off_matmuls_and_keep_the_least():
 
 def test_what_the_first_half_returns_cannot_wait_for_the_late_arguments():
     with pytest.raises(AssertionError, match="needed now"):
-        halve(lambda known, early, late: (early * late, late), (), jnp.ones(3), jnp.ones(3))
+        split_function(lambda known, early, late: (early * late, late), (), jnp.ones(3), jnp.ones(3))
 
 
 def test_what_has_an_effect_is_done_once_and_as_soon_as_it_can_be(capfd):
@@ -271,7 +273,7 @@ def test_what_has_an_effect_is_done_once_and_as_soon_as_it_can_be(capfd):
         jax.debug.print("late {}", late.sum())
         return early.sum(), early @ late
 
-    halves = halve(function, (), jnp.ones((2, 2)), jnp.ones((2, 3)))
+    halves = split_function(function, (), jnp.ones((2, 2)), jnp.ones((2, 3)))
     _, kept = jax.jit(halves.first)((), jnp.ones((2, 2)))
     jax.effects_barrier()
     assert capfd.readouterr().out == "early 4.0\n"

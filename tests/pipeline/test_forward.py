@@ -19,10 +19,10 @@ from shardtrain.nn import Precision
 from shardtrain.pipeline import schedules
 from shardtrain.sharding import use
 from shardtrain.train.generate import generate, next_token
-from shardtrain.train.loss_sums import batch_sums
 from shardtrain.train.model_def import ModelDef
 from shardtrain.train.state import abstract_state, init_state
 from shardtrain.train.step import make_eval_step
+from shardtrain.train.unpipelined import UnpipelinedModel
 
 
 def sizes_of(words):
@@ -154,7 +154,7 @@ def compiled(step, microbatches, schedule="1f1b", chunks=1, **options):
         lambda rngs: Llama(**options, precision=Precision(*[jnp.float32] * 3), rngs=rngs),
         schedule=table(f"{schedule} {microbatches} {chunks}", 4),
     )
-    batch = tiny.batch(place, rows=microbatches * place.size("batch"), length=8)
+    batch = tiny.batch(place, rows=microbatches * place.shards("batch"), length=8)
     return step(model, place).lower(abstract_state(model, optax.sgd(0.1), place), batch).compile(), model, place
 
 
@@ -179,7 +179,7 @@ def test_no_device_ever_holds_all_layers():
 
         def step(state, batch):
             with use(place):
-                return batch_sums(model, None, state, batch)
+                return UnpipelinedModel(model).sums(model.canonical(state.params), {}, batch, place)
 
         return jax.jit(step)
 

@@ -12,14 +12,14 @@ from jax.extend import core
 from test_backward_modes import case, make, wanted
 
 import tiny
-from shardtrain.collectives.fsdp import whole_bytes
+from shardtrain.collectives.fsdp import gathered_bytes
 from shardtrain.errors import UserError
 from shardtrain.hlo import collectives
 from shardtrain.models.llama import Llama
 from shardtrain.nn import Precision
 from shardtrain.pipeline import schedules
-from shardtrain.sharding import Partitioner, make_rules, use
-from shardtrain.train.gradients import batch_gradients
+from shardtrain.sharding import use
+from shardtrain.train.gradients import Gradients
 from shardtrain.train.model_def import ModelDef
 from shardtrain.train.state import abstract_state, init_state
 from shardtrain.train.step import make_train_step
@@ -75,7 +75,7 @@ def test_gradients_are_the_single_device_ones_and_cross_fsdp_once(schedule, back
 def gradients(model, place, dtype, state, batch):
     with use(place):
         key = jax.random.key(7)
-        grads, sums, _ = batch_gradients(model, None, state, batch, key, place, 1, dtype, "step")
+        grads, sums, _ = Gradients(model, place, reduce_dtype=dtype, gather="step")(state, batch, key)
         return sums, grads
 
 
@@ -100,7 +100,7 @@ def check_bytes(found, model, place):
     """What is reported is what was gathered, and what was reduced."""
     results = [a.bytes for c in found if c.kind == "all-gather" for a in c.results]
     reduced = [a.bytes for c in found if c.kind != "all-gather" for a in c.operands if a.shape]
-    held = whole_bytes(model.weights, place)
+    held = gathered_bytes(model.weights, place)
     assert (held.weights, held.gradients) == (sum(results), sum(reduced))
 
 
@@ -146,9 +146,8 @@ def test_weights_travel_as_they_are_computed_with_and_gradients_in_float32():
     ],
 )
 def test_what_cannot_be_gathered_once_is_refused_before_anything_compiles(mesh, rules, words):
-    devices = tiny.partitioner(**mesh).mesh
     with pytest.raises(UserError, match=words):
-        make_train_step(llama(mesh), optax.sgd(0.1), Partitioner(devices, make_rules(rules)), gather="step")
+        make_train_step(llama(mesh), optax.sgd(0.1), tiny.partitioner(rules, **mesh), gather="step")
 
 
 def test_gathering_once_per_step_is_for_pipelines():

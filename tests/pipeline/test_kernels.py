@@ -12,8 +12,8 @@ from shardtrain.hlo import collectives
 from shardtrain.models.llama import Llama
 from shardtrain.nn import Precision
 from shardtrain.pipeline import schedules
-from shardtrain.sharding import Partitioner, make_rules, use
-from shardtrain.train.gradients import batch_gradients
+from shardtrain.sharding import use
+from shardtrain.train.gradients import Gradients
 from shardtrain.train.model_def import ModelDef
 from shardtrain.train.state import init_state
 
@@ -24,12 +24,12 @@ def gradients(place, attention, schedule=None, compute=jnp.float32):
     state = init_state(model, optax.sgd(0.1), place)
     cuts = np.arange(tiny.ROWS)[:, None] % tiny.LENGTH  # each row has two segments, cut at a place of its own
     segments = (np.arange(tiny.LENGTH) >= cuts).astype(np.int32)
-    batch = tiny.batch(place) | {"segment_ids": jax.device_put(segments, place.sharding(("batch", "seq")))}
+    batch = tiny.placed(tiny.batch() | {"segment_ids": segments}, place)
 
     @jax.jit
     def run(state, batch):
         with use(place):
-            grads, sums, _ = batch_gradients(model, None, state, batch, jax.random.key(7), place, 1, jnp.float32)
+            grads, sums, _ = Gradients(model, place)(state, batch, jax.random.key(7))
             return sums, model.canonical(grads)
 
     return jax.tree.map(np.asarray, run(state, batch))
@@ -50,7 +50,7 @@ def gradients(place, attention, schedule=None, compute=jnp.float32):
     ids=str,
 )
 def test_gradients_equal_those_of_one_device_without_a_kernel(mesh, schedule, rules):
-    place = Partitioner(tiny.partitioner(**mesh).mesh, make_rules(rules))
+    place = tiny.partitioner(rules, **mesh)
     table = schedules.make(schedule, 2, 2, 1) if schedule else None
     wanted = gradients(tiny.partitioner(), "einsum")
     assert tiny.relative_error(gradients(place, "xla", table), wanted) < 2e-5

@@ -17,10 +17,10 @@ from shardtrain.models.llama import Llama
 from shardtrain.nn import Precision
 from shardtrain.optim import optimizer
 from shardtrain.pipeline import schedules
-from shardtrain.pipeline.idle import AGREED
+from shardtrain.pipeline.idle import UNIFORM
 from shardtrain.pipeline.layers import layers_per_stage
 from shardtrain.sharding import use
-from shardtrain.train.gradients import batch_gradients
+from shardtrain.train.gradients import Gradients
 from shardtrain.train.model_def import ModelDef
 from shardtrain.train.state import abstract_canonical, abstract_state, init_state
 from shardtrain.train.step import make_eval_step, make_train_step
@@ -45,7 +45,7 @@ def gradients(mesh, schedule=None, **options):
     def run(state, batch):
         with use(place):
             key = jax.random.key(7)
-            grads, sums, _ = batch_gradients(model, None, state, batch, key, place, 1, jnp.float64)
+            grads, sums, _ = Gradients(model, place, reduce_dtype=jnp.float64)(state, batch, key)
             return sums, model.canonical(grads)
 
     return jax.tree.map(np.asarray, run(state, tiny.batch(place)))
@@ -93,7 +93,7 @@ def test_a_table_whose_phases_change_all_the_time_is_one_loop_and_no_other_maths
     text = step.lower(abstract_state(model, optax.sgd(0.1), place), tiny.batch(place)).compile().as_text()
     branches = re.findall(r" conditional\(.*", text)
     assert len(branches) == len(table.phases) + 1  # and the guard against a gradient that is not finite
-    assert all(f"/{AGREED}/cond" in branch for branch in branches)
+    assert all(f"/{UNIFORM}/cond" in branch for branch in branches)
 
 
 @cache
@@ -139,7 +139,7 @@ def test_padded_slots_stay_zero():
     state, step = init_state(model, tx, place), make_train_step(model, tx, place)
     for _ in range(3):
         state, _ = step(state, tiny.batch(place))
-    empty = model.layers_CRk < 0
+    empty = model.execution.layers_CRk < 0
     assert empty.sum() == 3
     for leaf in jax.tree.leaves(state.params["blocks"]["layer"]):
         assert not np.asarray(leaf)[empty].any()
@@ -176,7 +176,7 @@ def test_messages_move_at_the_top_of_the_tick_loop_as_open_chains_and_nothing_is
     text, found = program(4)
     conditionals = re.findall(r"( conditional\(.*)", text)
     assert len(conditionals) == 1
-    assert f"jit(step)/{AGREED}/cond" in conditionals[0]  # the guard against a gradient that is not finite
+    assert f"jit(step)/{UNIFORM}/cond" in conditionals[0]  # the guard against a gradient that is not finite
     moves = [c for c in found if c.kind == "collective-permute"]
     assert moves
     for move in moves:

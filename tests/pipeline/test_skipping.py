@@ -18,7 +18,7 @@ from shardtrain.errors import UserError
 from shardtrain.hlo import collectives
 from shardtrain.models.llama import Llama
 from shardtrain.pipeline import schedules
-from shardtrain.pipeline.idle import AGREED, check_branches
+from shardtrain.pipeline.idle import UNIFORM, check_branches
 from shardtrain.sharding import constrain
 from shardtrain.train.model_def import ModelDef
 from shardtrain.train.state import abstract_state, init_state
@@ -90,8 +90,10 @@ def test_collectives_that_join_ranks_are_refused():
         return jax.jit(mapped).lower(jnp.ones((2, 2))).compile().as_text()
 
     check_branches(program("tensor"), mesh)
-    check_branches(program("pipe", scope=AGREED), mesh)
-    with pytest.raises(UserError, match=r"1 collectives lie in branches .* an? all-reduce of f32\[1,1\] over pipe"):
+    check_branches(program("pipe", scope=UNIFORM), mesh)
+    with pytest.raises(
+        UserError, match=r"collectives in branches .* \(1 found\); one is an? all-reduce of f32\[1,1\] over pipe"
+    ):
         check_branches(program("pipe"), mesh)
     with pytest.raises(UserError, match="cannot be shown to be safe"):
         check_branches(program("tensor").replace("all-reduce(", "all-new(", 1), mesh)

@@ -1,28 +1,31 @@
 """Pipeline schedules: tables that say which rank does what in which tick, and what follows from them.
 
-A schedule is a function `(ranks, microbatches, chunks) -> Schedule` in a file of its own; `register` makes it known.
+A schedule is a function `(ranks, microbatches, chunks) -> Schedule`, decorated by `register`, in a file of its own: in
+this folder, where it is found by itself, or anywhere, named by its import path.
 """
 
-from shardtrain.pipeline.schedules import gpipe, interleaved, one_f_one_b, zb_h1, zb_v  # noqa: F401  (they register)
+import sys
+
+from shardtrain.host.import_path import modules_of
 from shardtrain.pipeline.schedules.buffers import Program, Segment, allocate
 from shardtrain.pipeline.schedules.build import ring, tabulate, vee, weights_last
 from shardtrain.pipeline.schedules.check import check, check_trains
 from shardtrain.pipeline.schedules.check_program import check_program
 from shardtrain.pipeline.schedules.csv_file import from_csv, to_csv
 from shardtrain.pipeline.schedules.forward import forward
-from shardtrain.pipeline.schedules.registry import Entry, get, make, register, registered, textbook
-from shardtrain.pipeline.schedules.schedule import Action, Schedule, Textbook
-from shardtrain.pipeline.schedules.simulate import Costs, Result, bubble_warning, simulate
+from shardtrain.pipeline.schedules.registry import Entry, get, make, published_order, register, registered
+from shardtrain.pipeline.schedules.schedule import Action, PublishedOrder, Schedule
+from shardtrain.pipeline.schedules.simulate import Costs, Simulation, bubble_warning, simulate
 
 __all__ = [
     "Action",
     "Costs",
     "Entry",
     "Program",
-    "Result",
+    "PublishedOrder",
     "Schedule",
     "Segment",
-    "Textbook",
+    "Simulation",
     "allocate",
     "bubble_warning",
     "check",
@@ -32,13 +35,15 @@ __all__ = [
     "from_csv",
     "get",
     "make",
+    "published_order",
     "register",
     "registered",
     "ring",
     "simulate",
     "tabulate",
-    "textbook",
     "to_csv",
     "vee",
     "weights_last",
 ]
+
+modules_of(sys.modules[__name__])  # imports every file of this folder, so that its schedules are registered

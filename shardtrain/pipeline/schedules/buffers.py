@@ -1,8 +1,8 @@
-"""From a schedule to a program: which buffer slot every action and message uses, by register allocation.
+"""From a schedule to a program: the buffer slot of every action and message, by register allocation.
 
 A value (a stage input, an output gradient, ...) is alive from the moment it is written to its last use. Values that are
-alive at the same time get different slots: colouring an interval graph, which needs no more slots than values are ever
-alive at once. What the executor then needs per tick and rank is a row of small integers.
+alive at the same time get different slots. This is the colouring of an interval graph, which needs as many slots as the
+most values that are ever alive at once. The executor then needs only a row of small integers per tick and rank.
 
 Shapes: T ticks, R ranks, C chunks.
 """
@@ -20,7 +20,7 @@ from shardtrain.pipeline.schedules.build import ring
 from shardtrain.pipeline.schedules.check import check
 from shardtrain.pipeline.schedules.schedule import FORWARD, Schedule
 
-#: Kinds of buffers: stage inputs, gradients of stage outputs, residuals of F, and what W needs from I.
+#: Kinds of buffers: stage inputs, gradients of stage outputs, residuals of F, and operands of W.
 KINDS = ("x", "g", "r", "w")
 
 # Moments within a tick.
@@ -29,46 +29,49 @@ _ARRIVE, _F, _B, _W, _MOMENTS = 0, 1, 2, 3, 4
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """Ticks `start` to `stop` (exclusive), in all of which some rank runs each of `phases` and none runs another.
+    """Consecutive ticks that the executor runs as one loop.
 
-    `moves` are the message columns (`x_down`, `g_up`, ...) in which anything arrives there; `first` and `last` the
-    phases that some rank runs on the first, or last, stage.
+    Attributes:
+      start: the first tick.
+      stop: the tick after the last.
+      phases: the phases that some rank runs in these ticks.
+      messages: the columns (`x_down`, `g_up`, ...) in which any message arrives in these ticks.
+      first: the phases that some rank runs on the first stage.
+      last: the phases that some rank runs on the last stage.
     """
 
     start: int
     stop: int
     phases: tuple[str, ...]
-    moves: tuple[str, ...]
+    messages: tuple[str, ...]
     first: tuple[str, ...]
     last: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """A schedule with its buffers: all that the executor needs.
+    """A schedule with its buffers: everything that the executor needs.
 
     Attributes:
-      schedule: what it runs.
-      columns: int32 `[ticks, ranks]` each, -1 for none. Which of them exist follows from the schedule and the options.
+      schedule: the schedule.
+      columns: int32 `[ticks, ranks]` each, -1 for none. Only those exist that the schedule and the options need.
 
         ==================== =========================================================================================
-        F, B or I, W         what to do: `chunk * microbatches + microbatch`
+        F, B or I, W         the action: `chunk * microbatches + microbatch`
         x_down, x_up, x_same slot for the stage input that arrives as the tick starts: from the rank before, the rank
                              after, or this rank itself
         g_down, g_up, g_same the same for a gradient
-        F_x                  slot of the stage input; on the first stage, the slot to store it in, if anything keeps it
-        F_r, F_g             slot to store residuals in; on the last stage, also the gradient that the loss sends back
-        B_x, B_r, B_g        slots of what to use; no B_g on the last stage if the loss is computed there and then
+        F_x                  slot of the stage input; on the first stage, the slot to store it in, if it is used again
+        F_r, F_g             slots to store residuals in; on the last stage, also the gradient of the loss
+        B_x, B_r, B_g        slots of the values that B uses; no B_g on the last stage if B computes the loss itself
         I_x, I_r, I_g        the same, for a split backward
-        I_w, W_w             slot to store in, or take from, what W needs of I
-        I_keep               last stage: slot to store the loss's gradient in, where W is to use it again
-        W_x, W_r, W_g        slots of what W uses, where it starts from the same values as I
+        I_w, W_w             slot where I stores, and W reads, the operands of W
         ==================== =========================================================================================
-      slots: number of slots of each kind in `KINDS`, the most that any rank needs. (Where ranks that idle write too,
-        the executor adds a slot for what nobody reads.)
+      slots: number of slots of each kind in `KINDS`, the most that any rank needs. (The executor adds a slot that is
+        never read, to which idle ranks write.)
       slots_by_rank: number of slots that each rank needs, by kind.
       edges: for each message column, the (from, to) pairs of ranks that its permute joins: an open chain, unless the
-        placement goes round. Empty for `x_same` and `g_same`, where a rank keeps its own.
+        placement is a ring of several chunks. Empty for `x_same` and `g_same`, where a rank keeps its own.
     """
 
     schedule: Schedule
@@ -78,25 +81,25 @@ class Program:
     edges: Mapping[str, tuple[tuple[int, int], ...]]
 
     def segments(self) -> list[Segment]:
-        """Runs of ticks with the same phases active on some rank, in order; together they are all ticks."""
+        """Split all ticks into segments, in each of which the same phases are active on some rank."""
         active_TK = np.any(self.schedule.table >= 0, axis=1)
         cuts = [0, *(1 + np.flatnonzero((active_TK[1:] != active_TK[:-1]).any(axis=1))).tolist(), len(active_TK)]
         return [self.segment(start, stop) for start, stop in itertools.pairwise(cuts)]
 
     def segment(self, start: int, stop: int) -> Segment:
-        """What goes on from tick `start` to `stop` (exclusive), taken together."""
+        """Describe the ticks from `start` to `stop` (exclusive) as one segment."""
         schedule, ticks = self.schedule, range(start, stop)
         phases = tuple(phase for phase in schedule.phases if (self.columns[phase][start:stop] >= 0).any())
-        moves = tuple(name for name in self.edges if (self.columns[name][start:stop] >= 0).any())
+        messages = tuple(name for name in self.edges if (self.columns[name][start:stop] >= 0).any())
         first, last = (
             tuple(phase for phase in phases if np.isin(schedule.when(phase)[stage], ticks).any()) for stage in (0, -1)
         )
-        return Segment(start, stop, phases, moves, first, last)
+        return Segment(start, stop, phases, messages, first, last)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Value:
-    """Something that lies in a slot of a rank from `born` to `dies` (moments), and the columns that name the slot."""
+    """A value in a slot of a rank, alive from `born` to `dies` (moments), and the columns that name the slot."""
 
     kind: str
     rank: int
@@ -105,24 +108,22 @@ class _Value:
     columns: tuple[tuple[str, int], ...]  # (column, tick)
 
 
-def allocate(schedule: Schedule, *, save_residuals: bool = False, split_from: str = "operands") -> Program:
+def allocate(schedule: Schedule, *, save_residuals: bool = False) -> Program:
     """Give every value a slot.
 
     Args:
-      schedule: is checked.
-      save_residuals: the backward uses what F kept, rather than the stage input to compute F again.
-      split_from: of a split backward, what W starts from: `operands` that I stored for it, or `inputs`, that is, from
-        what I itself started from, which then stays alive until W.
+      schedule: is checked first.
+      save_residuals: whether the backward uses residuals that F stored, instead of computing F again from the stage
+        input.
 
     Raises:
-      UserError: the schedule is not right.
+      UserError: the schedule is not valid.
     """
     check(schedule)
-    assert split_from in {"operands", "inputs"}, split_from
     if schedule.phases == FORWARD:
         values = list(_inputs(schedule))
     else:
-        values = list(_values(schedule, "r" if save_residuals else "x", split_from == "inputs"))
+        values = list(_values(schedule, "r" if save_residuals else "x"))
     slots_by_rank = {kind: [0] * schedule.ranks for kind in KINDS}
     columns = _actions(schedule)
     edges = message_edges(schedule)
@@ -150,7 +151,7 @@ def _actions(schedule: Schedule) -> dict[str, np.ndarray]:
 
 
 def _inputs(schedule: Schedule) -> Iterator[_Value]:
-    """The input of every stage but the first, for every microbatch, where nothing needs it after F."""
+    """Yield the input of every stage but the first, for every microbatch, if it is not needed after F."""
     when = schedule.when("F").tolist()
     for stage, (rank, _) in enumerate(schedule.placement[1:], 1):
         for before, tick in zip(when[stage - 1], when[stage], strict=True):
@@ -158,42 +159,36 @@ def _inputs(schedule: Schedule) -> Iterator[_Value]:
             yield _Value("x", rank, _MOMENTS * (before + 1) + _ARRIVE, _MOMENTS * tick + _F, columns)
 
 
-def _values(schedule: Schedule, kept: str, until_weights: bool) -> Iterator[_Value]:
-    """Every value of every stage and microbatch. `kept` is the kind (x or r) that the backward starts from."""
+def _values(schedule: Schedule, stored: str) -> Iterator[_Value]:
+    """Yield every value of every stage and microbatch. `stored` is the kind (x or r) that the backward starts from."""
     b, split = schedule.phases[1], "W" in schedule.phases
     when = {phase: schedule.when(phase).tolist() for phase in schedule.phases}
     last = schedule.stages - 1
-    if kept == "r":
+    if stored == "r":
         yield from _inputs(schedule)
     for stage, (rank, _) in enumerate(schedule.placement):
         for m in range(schedule.microbatches):
-            tf, tb, tw = when["F"][stage][m], when[b][stage][m], when["W"][stage][m] if split else -1
-            f, back, end = _MOMENTS * tf + _F, _MOMENTS * tb + _B, _MOMENTS * tw + _W
-            if not (split and until_weights):
-                end = back
-            weights = lambda kind, tw=tw: ((f"W_{kind}", tw),) if split and until_weights else ()  # noqa: E731
-
+            tf, tb = when["F"][stage][m], when[b][stage][m]
+            f, back = _MOMENTS * tf + _F, _MOMENTS * tb + _B
             arrival = () if stage == 0 else ((f"x_{direction(schedule, stage - 1)}", when["F"][stage - 1][m] + 1),)
             born = _MOMENTS * arrival[0][1] + _ARRIVE if arrival else f
-            if kept == "x":
-                yield _Value("x", rank, born, end, (*arrival, ("F_x", tf), (f"{b}_x", tb), *weights("x")))
+            if stored == "x":
+                yield _Value("x", rank, born, back, (*arrival, ("F_x", tf), (f"{b}_x", tb)))
             else:
-                yield _Value("r", rank, f, end, (("F_r", tf), (f"{b}_r", tb), *weights("r")))
-
+                yield _Value("r", rank, f, back, (("F_r", tf), (f"{b}_r", tb)))
             if stage < last:
                 tick = when[b][stage + 1][m] + 1
                 arrival = ((f"g_{BACK[direction(schedule, stage)]}", tick),)
-                yield _Value("g", rank, _MOMENTS * tick + _ARRIVE, end, (*arrival, (f"{b}_g", tb), *weights("g")))
-            elif kept == "r":
-                yield _Value("g", rank, f, end, (("F_g", tf), (f"{b}_g", tb), *weights("g")))
-            elif split and until_weights:
-                yield _Value("g", rank, back, end, (("I_keep", tb), *weights("g")))
-            if split and not until_weights:
+                yield _Value("g", rank, _MOMENTS * tick + _ARRIVE, back, (*arrival, (f"{b}_g", tb)))
+            elif stored == "r":
+                yield _Value("g", rank, f, back, (("F_g", tf), (f"{b}_g", tb)))
+            if split:
+                tw = when["W"][stage][m]
                 yield _Value("w", rank, back, _MOMENTS * tw + _W, (("I_w", tb), ("W_w", tw)))
 
 
 def _colour(values: list[_Value]) -> list[int]:
-    """A slot for each value; always the lowest that is free."""
+    """Return a slot for each value, always the lowest that is free."""
     slots = [0] * len(values)
     free: list[int] = []
     busy: list[tuple[int, int]] = []  # (dies, slot)
@@ -205,23 +200,23 @@ def _colour(values: list[_Value]) -> list[int]:
     return slots
 
 
-#: Where a gradient goes, given where the activation went.
+#: The direction of a gradient, given that of the activation.
 BACK = {"down": "up", "up": "down", "same": "same"}
 
 
 def direction(schedule: Schedule, stage: int) -> str:
-    """Where a stage's output goes: `down` to the next rank (round to rank 0 from the last), `up`, or `same`."""
+    """Return where a stage's output goes: `down` to the next rank (from the last to rank 0), `up`, or `same`."""
     ranks, (rank, _), (after, _) = schedule.ranks, schedule.placement[stage], schedule.placement[stage + 1]
     step = (after - rank) % ranks
     if step == 0:
         return "same"
-    if ranks == 2:  # both neighbours are the same rank: round only where nothing else ever goes up
+    if ranks == 2:  # both neighbours are the same rank: down only in a ring
         return "down" if after > rank or schedule.placement == ring(ranks, schedule.chunks) else "up"
     return "down" if step == 1 else "up"
 
 
 def message_edges(schedule: Schedule) -> dict[str, tuple[tuple[int, int], ...]]:
-    """For each message column that anything ever uses, the (from, to) pairs of ranks."""
+    """Return the (from, to) pairs of ranks for each message column that is ever used."""
     pairs: dict[str, set[tuple[int, int]]] = {}
     for stage in range(schedule.stages - 1):
         where, rank, after = direction(schedule, stage), schedule.placement[stage][0], schedule.placement[stage + 1][0]

@@ -1,4 +1,4 @@
-"""What schedules are made with: placements of stages, tables from ticks, orders from patterns."""
+"""Tools to make schedules: placements of stages, tables from ticks, orders from patterns."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from shardtrain.pipeline.schedules.schedule import Action, Placement, Schedule
 
 
 def ring(ranks: int, chunks: int = 1) -> Placement:
-    """Stage s on rank `s % ranks`, chunk `s // ranks`."""
+    """Place stage s of `ranks * chunks` stages on rank `s % ranks`, chunk `s // ranks`."""
     return tuple((stage % ranks, stage // ranks) for stage in range(ranks * chunks))
 
 
 def vee(ranks: int) -> Placement:
-    """Two chunks: the stages go down the ranks and come back up, so rank 0 holds the first and the last."""
+    """Place two chunks in a V: stages go down the `ranks` and back up, so rank 0 holds the first and the last."""
     return tuple((rank, 0) for rank in range(ranks)) + tuple((rank, 1) for rank in reversed(range(ranks)))
 
 
 def tabulate(name: str, placement: Placement, ticks: Mapping[str, np.ndarray]) -> Schedule:
-    """The table in which every action runs in a given tick.
+    """Make the table in which every action runs in a given tick.
 
     Args:
       name: of the schedule.
@@ -29,7 +29,7 @@ def tabulate(name: str, placement: Placement, ticks: Mapping[str, np.ndarray]) -
       ticks: for each phase, in order, int `[ranks, chunks, microbatches]`.
 
     Raises:
-      UserError: ticks of different shapes, below 0 or not whole, or a rank that would do two things at once.
+      UserError: ticks differ in shape, are negative or not integers, or a rank would do two actions at once.
     """
     _check_ticks(name, ticks)
     ranks, chunks, microbatches = next(iter(ticks.values())).shape
@@ -39,7 +39,7 @@ def tabulate(name: str, placement: Placement, ticks: Mapping[str, np.ndarray]) -
         table[tick_RCM, rank_RCM, phase] = chunk_RCM * microbatches + microbatch_RCM
         if (table[:, :, phase] >= 0).sum() < tick_RCM.size:
             raise UserError(
-                f"schedule {name} has a rank do two {list(ticks)[phase]} in one tick; move one to another tick"
+                f"schedule {name} has two {list(ticks)[phase]} on a rank in one tick; move one to another tick"
             )
     return Schedule(name, ranks, microbatches, chunks, tuple(ticks), placement, table)
 
@@ -54,15 +54,18 @@ def _check_ticks(name: str, ticks: Mapping[str, np.ndarray]) -> None:
     for phase, tick in ticks.items():
         if not np.issubdtype(tick.dtype, np.integer) or not tick.size or tick.min() < 0:
             raise UserError(
-                f"schedule {name} has ticks of {phase} that are no whole numbers from 0; count ticks from 0"
+                f"schedule {name} has ticks of {phase} that are not integers of 0 or more; count ticks from 0"
             )
 
 
 def weights_last(tick_RCM: np.ndarray) -> np.ndarray:
-    """Ticks for W, given those of I: the last `chunks * microbatches`, each rank in the order of its I.
+    """Return ticks for W: the last `chunks * microbatches`, on each rank in the order of its I.
 
-    W fills no bubble that others wait in only if all ranks do it in the same ticks, as few as there are actions on a
-    rank. The last ones always do: a rank's n-th I from the end lies at least n ticks before the end.
+    No rank waits for another's W only if all ranks do W in the same ticks, as few as there are actions on a rank. The
+    last ticks always work: a rank's n-th I from the end is at least n ticks before the end.
+
+    Args:
+      tick_RCM: the ticks of I, int `[ranks, chunks, microbatches]`.
     """
     ranks, chunks, microbatches = tick_RCM.shape
     place_RCM = tick_RCM.reshape(ranks, -1).argsort(axis=1).argsort(axis=1).reshape(tick_RCM.shape)
@@ -70,9 +73,13 @@ def weights_last(tick_RCM: np.ndarray) -> np.ndarray:
 
 
 def repeat(microbatches: int, *patterns: tuple[str, int]) -> tuple[Action, ...]:
-    """Actions such as `("F0 B1", 3)`: forward through chunk 0, then backward through chunk 1, three times.
+    """Repeat patterns of actions.
 
-    Each phase of a chunk counts its own microbatches up from 0; those that do not exist are left out.
+    Each phase of a chunk counts its own microbatches up from 0; those beyond the last are left out.
+
+    Args:
+      microbatches: per step.
+      *patterns: such as `("F0 B1", 3)`: forward through chunk 0, then backward through chunk 1, three times.
     """
     count: dict[str, int] = {}
     actions = []

@@ -1,4 +1,4 @@
-"""Is a schedule right? Its sizes, its placement, each action exactly once, and nothing before its inputs are there."""
+"""The check of a schedule: sizes, placement, each action exactly once, and no action before its inputs are there."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from shardtrain.pipeline.schedules.schedule import FORWARD, PHASES, Action, Sche
 
 
 def check(schedule: Schedule) -> None:
-    """Refuse a schedule that would compute something wrong, or nothing at all.
+    """Refuse a schedule that would compute wrong gradients, or none.
 
-    That a rank does one thing at a time needs no check: a table has one cell per tick, rank and phase.
+    A table has one cell per tick, rank and phase, so that a rank does one action at a time needs no check.
 
     Raises:
-      UserError: the first thing that is wrong, with tick, rank and action.
+      UserError: the schedule is not valid; names the first mistake with tick, rank and action.
     """
     _sizes(schedule)
     _placement(schedule)
@@ -29,7 +29,7 @@ def check_trains(schedule: Schedule) -> None:
     """Refuse a schedule without a backward pass.
 
     Raises:
-      UserError: it has none.
+      UserError: the schedule has only forward passes.
     """
     if schedule.phases == FORWARD:
         raise UserError(f"schedule {schedule.name} goes forward only, which trains nothing; use phases {PHASES}")
@@ -48,7 +48,7 @@ def _sizes(schedule: Schedule) -> None:
     for tick, rank, phase in np.argwhere((table < -1) | (table >= items)):
         raise UserError(
             f"schedule {name}, tick {tick}, rank {rank}, phase {schedule.phases[phase]}: {table[tick, rank, phase]} is "
-            f"no action; with {schedule.chunks} chunks x {schedule.microbatches} microbatches = {items} actions, "
+            f"not an action; with {schedule.chunks} chunks x {schedule.microbatches} microbatches = {items} actions, "
             f"write -1 (idle) to {items - 1} (chunk * {schedule.microbatches} + microbatch)"
         )
 
@@ -95,7 +95,7 @@ def _all(schedule: Schedule) -> Iterator[tuple[int, Action]]:
 
 
 def _order(schedule: Schedule) -> None:
-    """Inputs first: those from another stage in an earlier tick, those from the own stage in this one at the latest.
+    """Check that inputs come first: those of another stage in an earlier tick, those of the own stage in this tick.
 
     In one tick the phases run in order, and every phase comes after those of its own stage that it needs.
     """
@@ -122,7 +122,7 @@ def _after(
     latency: int,
     offset: int,
 ) -> None:
-    """`phase` of each stage at least `latency` ticks after `needed` of the stage `offset` further on."""
+    """Check that `phase` of each stage is at least `latency` ticks after `needed` of the stage `offset` further on."""
     for row, microbatch in np.argwhere(when_SM < needed_SM + latency):
         stage = row + first_stage
         (rank, chunk), (other, other_chunk) = schedule.placement[stage], schedule.placement[stage + offset]

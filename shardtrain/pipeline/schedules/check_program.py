@@ -1,7 +1,7 @@
-"""Are a program's buffers right? The program is run with names for values; every use must find the value it needs.
+"""The check of a program's buffers: it is run with names for values, and every use must find the value it needs.
 
-A slot that is overwritten while it is alive is then found at the use that follows. This knows nothing of how slots were
-chosen, so it holds for any program.
+If a slot is overwritten while its value is alive, the next use finds the wrong name. The check does not depend on how
+slots were chosen, so it works for any program.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ _Name = tuple[str, int, int]
 
 
 def check_program(program: Program) -> None:
-    """Refuse a program in which anything reads or writes the wrong slot, or one that does not run its schedule.
+    """Refuse a program that reads or writes a wrong slot, or does not run its schedule.
 
     Raises:
-      UserError: the first thing that is wrong, with tick, rank and column.
+      UserError: the program is not valid; names the first mistake with tick, rank and column.
     """
     check(program.schedule)
     _Run(program).run()
 
 
 class _Run:
-    """The state while a program runs: what lies in each rank's slots, and what is on its way."""
+    """The state while a program runs: the values in each rank's slots, and the messages under way."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -63,7 +63,7 @@ class _Run:
             )
         first, last = stage == 0, stage == self.schedule.stages - 1
         saves = "F_r" in self.program.columns
-        kept, split, again = "r" if saves else "x", "W" in self.schedule.phases, "W_g" in self.program.columns
+        stored, split = "r" if saves else "x", "W" in self.schedule.phases
         if phase == "F":
             if first and not saves and self.schedule.phases != FORWARD:
                 self.write("F_x", tick, rank, ("x", stage, m))
@@ -76,23 +76,18 @@ class _Run:
             if not last:
                 self.send("x", stage, stage + 1, m)
         elif phase in {"B", "I"}:
-            self.read(f"{phase}_{kept}", tick, rank, (kept, stage, m))
+            self.read(f"{phase}_{stored}", tick, rank, (stored, stage, m))
             if not last or saves:
                 self.read(f"{phase}_g", tick, rank, ("g", stage, m))
-            elif again:
-                self.write("I_keep", tick, rank, ("g", stage, m))
-            if split and not again:
+            if split:
                 self.write("I_w", tick, rank, ("w", stage, m))
             if not first:
                 self.send("g", stage, stage - 1, m)
-        elif again:
-            self.read(f"W_{kept}", tick, rank, (kept, stage, m))
-            self.read("W_g", tick, rank, ("g", stage, m))
         else:
             self.read("W_w", tick, rank, ("w", stage, m))
 
     def send(self, kind: str, stage: int, to: int, m: int) -> None:
-        """The message is delivered to whichever rank the column's permute joins the sender with."""
+        """Send a message to the rank that the column's permute joins with the sender."""
         where = direction(self.schedule, min(stage, to))
         column = f"{kind}_{where if to > stage else BACK[where]}"
         rank, receiver = self.schedule.placement[stage][0], self.schedule.placement[to][0]
@@ -115,7 +110,7 @@ class _Run:
         found = self.memory.get((value[0], rank, self.slot(column, tick, rank)))
         if found != value:
             there = _words(found) if found else "nothing"
-            raise self.error(column, tick, rank, f"expected {_words(value)} in that slot, where {there} lies")
+            raise self.error(column, tick, rank, f"expected {_words(value)} in that slot, which holds {there}")
 
     def error(self, column: str, tick: int, rank: int, problem: str) -> UserError:
         cells = self.program.columns.get(column)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardtrain.errors import UserError
-from shardtrain.pipeline.schedules.schedule import Action, Schedule, Textbook
-from shardtrain.pipeline.schedules.simulate import Costs, Result, simulate, spans_of
+from shardtrain.pipeline.schedules.schedule import Action, PublishedOrder, Schedule
+from shardtrain.pipeline.schedules.simulate import Costs, Simulation, simulate, spans_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-#: Of each phase: the colour of the first chunk, that of the last, and that of text upon them. Dark, light and middling,
-#: so that they differ in grey too.
+#: For each phase: the colours of the first chunk, of the last chunk, and of text on them. Dark, light and medium, so
+#: that they also differ in greyscale.
 _COLOURS = {
     "F": ("#2f5d9b", "#5b8fd0", "#ffffff"),
     "B": ("#f2b134", "#f9d98c", "#2b2b2b"),
@@ -32,44 +32,51 @@ _SUFFIXES = (".svg", ".png", ".pdf")
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """A schedule with its simulated times, ready to be drawn."""
+    """A schedule with its simulated times, ready to be drawn.
 
-    pipeline: Schedule | Textbook
-    result: Result
+    Attributes:
+      pipeline: a table or a published order.
+      simulation: its simulated times.
+    """
+
+    pipeline: Schedule | PublishedOrder
+    simulation: Simulation
 
     @classmethod
-    def of(cls, pipeline: Schedule | Textbook, costs: Costs | None = None) -> Chart:
-        """Simulate a schedule."""
+    def of(cls, pipeline: Schedule | PublishedOrder, costs: Costs | None = None) -> Chart:
+        """Simulate a schedule, with all phases of equal time by default."""
         return cls(pipeline, simulate(pipeline, costs))
 
     @property
     def title(self) -> str:
-        """Its name, form and chunks."""
+        """The schedule's name, form and chunks."""
         form = "" if isinstance(self.pipeline, Schedule) else ", as published"
         return f"{self.pipeline.name}{form}" + f", {self.pipeline.chunks} chunks" * (self.pipeline.chunks > 1)
 
     @property
     def facts(self) -> str:
-        """Its time, bubble and memory in one line."""
+        """The schedule's time, bubble and memory in one line."""
         return (
-            f"time {self.result.makespan:g}, bubble {self.result.bubble_fraction:.1%}, "
-            f"peak in flight {_by_rank(self.result.peak_activations)}"
+            f"time {self.simulation.makespan:g}, bubble {self.simulation.bubble_fraction:.1%}, "
+            f"peak in flight {_by_rank(self.simulation.peak_activations)}"
         )
 
 
 def terminal(chart: Chart, width: int) -> Text:
-    """One row per rank, time to the right, `F3` for the forward of microbatch 3 (`F3b` through chunk b).
+    """Draw one row per rank, time to the right, `F3` for the forward of microbatch 3 (`F3b` through chunk b).
 
-    A cell's width is its time. What is wider than `width` columns continues below.
+    Args:
+      chart: the chart. A cell's width is its time.
+      width: columns of the terminal; a wider picture continues below.
     """
     from rich.style import Style
     from rich.text import Text
 
-    pipeline, spans = chart.pipeline, chart.result.spans
+    pipeline, spans = chart.pipeline, chart.simulation.spans
     lettered = pipeline.chunks > 1
     wide = 1 + len(str(pipeline.microbatches - 1)) + lettered
     unit = min(span.stop - span.start for span in spans if span.stop > span.start)
-    columns = round(chart.result.makespan / unit) * wide
+    columns = round(chart.simulation.makespan / unit) * wide
     rows = []
     for rank in range(pipeline.ranks):
         row = Text("·" * columns, Style(color="grey50"))
@@ -91,7 +98,7 @@ def terminal(chart: Chart, width: int) -> Text:
     return text.append_text(_legend(pipeline))
 
 
-def _legend(pipeline: Schedule | Textbook) -> Text:
+def _legend(pipeline: Schedule | PublishedOrder) -> Text:
     from rich.text import Text
 
     parts = [f"{phase} {_WORDS[phase]}" for phase in pipeline.phases]
@@ -101,9 +108,10 @@ def _legend(pipeline: Schedule | Textbook) -> Text:
 
 
 def table(charts: Sequence[Chart]) -> RenderableType:
-    """Schedules side by side in numbers.
+    """Compare schedules in a table of numbers.
 
-    In flight: (chunk, microbatch) pairs. Memory: the most of them on any rank, divided by chunks, so in microbatches.
+    In flight counts (chunk, microbatch) pairs. Memory is the most of them on any rank, divided by chunks: the unit is
+    microbatches.
     """
     from rich.table import Table
 
@@ -111,25 +119,25 @@ def table(charts: Sequence[Chart]) -> RenderableType:
     for name in ("schedule", "chunks", "ticks", "time", "bubble", "memory", "peak in flight by rank"):
         grid.add_column(name, justify="left" if name in {"schedule", "peak in flight by rank"} else "right")
     for chart in charts:
-        pipeline, result = chart.pipeline, chart.result
+        pipeline, simulation = chart.pipeline, chart.simulation
         grid.add_row(
             pipeline.name + ("" if isinstance(pipeline, Schedule) else " (published)"),
             str(pipeline.chunks),
             str(pipeline.ticks) if isinstance(pipeline, Schedule) else "",
-            f"{result.makespan:g}",
-            f"{result.bubble_fraction:.1%}",
-            f"{max(result.peak_activations) / pipeline.chunks:g}",
-            _by_rank(result.peak_activations),
+            f"{simulation.makespan:g}",
+            f"{simulation.bubble_fraction:.1%}",
+            f"{max(simulation.peak_activations) / pipeline.chunks:g}",
+            _by_rank(simulation.peak_activations),
         )
     return grid
 
 
 def picture(charts: Sequence[Chart]) -> Figure:
-    """One panel per schedule, all on one scale of time."""
-    # Only here: slow to import. A Figure without pyplot has no global state and needs no display.
+    """Draw one panel per schedule, all on one scale of time."""
+    # Imported here, because it is slow. A Figure without pyplot has no global state and needs no display.
     from matplotlib.figure import Figure
 
-    end = max(chart.result.makespan for chart in charts)
+    end = max(chart.simulation.makespan for chart in charts)
     heights = [chart.pipeline.ranks + 1.6 for chart in charts]
     figure = Figure(figsize=(13, 0.29 * sum(heights) + 0.6), dpi=150, layout="constrained")
     for axes, chart in zip(
@@ -143,10 +151,14 @@ def picture(charts: Sequence[Chart]) -> Figure:
 
 
 def save(figure: Figure, path: Path | str) -> Path:
-    """Write a picture; the same picture gives the same bytes.
+    """Write a picture and return its path; the same picture gives the same bytes.
+
+    Args:
+      figure: the picture.
+      path: a file name that ends with .svg, .png or .pdf.
 
     Raises:
-      UserError: a suffix other than svg, png or pdf, or a folder that does not exist.
+      UserError: the suffix is another one, or the folder does not exist.
     """
     import matplotlib
 
@@ -164,11 +176,11 @@ def save(figure: Figure, path: Path | str) -> Path:
 def _panel(axes: Axes, chart: Chart, end: float) -> None:
     from matplotlib.patches import Rectangle
 
-    pipeline, result = chart.pipeline, chart.result
+    pipeline, simulation = chart.pipeline, chart.simulation
     for rank in range(pipeline.ranks):
-        axes.add_patch(Rectangle((0, rank - 0.45), result.makespan, 0.9, facecolor=_IDLE, linewidth=0))
+        axes.add_patch(Rectangle((0, rank - 0.45), simulation.makespan, 0.9, facecolor=_IDLE, linewidth=0))
         axes.annotate(
-            f"{result.peak_activations[rank]:g}",
+            f"{simulation.peak_activations[rank]:g}",
             (1.0, rank),
             xycoords=("axes fraction", "data"),
             xytext=(8, 0),
@@ -178,19 +190,11 @@ def _panel(axes: Axes, chart: Chart, end: float) -> None:
             color="#333333",
         )
     inches, digits = 11.5 / end, len(str(pipeline.microbatches - 1))
-    for span in result.spans:
+    for span in simulation.spans:
         colour, ink = _colours(span.action, pipeline.chunks)
         long = span.stop - span.start
-        axes.add_patch(
-            Rectangle(
-                (span.start, span.rank - 0.45),
-                long,
-                0.9,
-                facecolor=colour,
-                edgecolor="white",
-                linewidth=min(0.5, 18 * inches * long),
-            )
-        )
+        corner, line = (span.start, span.rank - 0.45), min(0.5, 18 * inches * long)
+        axes.add_patch(Rectangle(corner, long, 0.9, facecolor=colour, edgecolor="white", linewidth=line))
         size = min(8.0, 72 * inches * long / (0.68 * digits))  # one size for all cells of a length
         if size >= 3.5:
             where = (span.start + long / 2, span.rank)
@@ -202,7 +206,7 @@ def _panel(axes: Axes, chart: Chart, end: float) -> None:
     axes.tick_params(length=0, labelbottom=False)
     axes.spines[:].set_visible(False)
     axes.set_title(chart.title, loc="left", fontsize=10, fontweight="bold")
-    facts = f"time {result.makespan:g},  bubble {result.bubble_fraction:.1%},  peak in flight:"
+    facts = f"time {simulation.makespan:g},  bubble {simulation.bubble_fraction:.1%},  peak in flight:"
     axes.set_title(facts, loc="right", fontsize=8, color="#333333")
 
 
@@ -222,7 +226,7 @@ def _picture_legend(figure: Figure, charts: Sequence[Chart]) -> None:
 
 
 def _colours(action: Action, chunks: int) -> tuple[str, str]:
-    """Of a cell and its text."""
+    """Return the colours of a cell and of its text."""
     first, last, ink = _COLOURS[action.phase]
     share = action.chunk / max(chunks - 1, 1)
     red_green_blue = (

@@ -11,16 +11,16 @@ from shardtrain.pipeline.schedules.schedule import Schedule
 
 
 def forward(schedule: Schedule, microbatches: int | None = None) -> Schedule:
-    """Only the forward passes, through the same stages on the same ranks.
+    """Make a schedule of forward passes alone, through the same stages on the same ranks.
 
     A microbatch never waits between stages, so a rank holds one stage input whatever the number of microbatches. Each
-    starts as soon as it can without ever meeting another on a rank. Ticks, for R ranks, C chunks and M microbatches:
-    in a ring `C M + R - 1`, which is the least, if R divides M or C is 1, else `(C - 1) (-M mod R)` more; in a V
-    `2 M + 2 (R - 1)`, the least too.
+    starts as soon as it can without ever meeting another on a rank. Ticks, for R ranks, C chunks and M microbatches: in
+    a ring `C M + R - 1`, the minimum, if M is a multiple of R or C is 1, else `(C - 1) (-M mod R)` more; in a V
+    `2 M + 2 (R - 1)`, also the minimum.
 
     Args:
-      schedule: whose placement to take.
-      microbatches: those of `schedule` by default.
+      schedule: the schedule whose placement to use.
+      microbatches: per step; those of `schedule` by default.
     """
     count = schedule.microbatches if microbatches is None else microbatches
     ticks_RCM = np.add.outer(schedule.stage_RC, _starts(schedule, count))
@@ -28,7 +28,7 @@ def forward(schedule: Schedule, microbatches: int | None = None) -> Schedule:
 
 
 def _starts(schedule: Schedule, count: int) -> list[int]:
-    """The tick in which each microbatch enters the first stage."""
+    """Return the tick in which each microbatch enters the first stage."""
     # Two microbatches meet where a rank holds two stages as far apart as their starts.
     apart = {b - a for stages in schedule.stage_RC.tolist() for a, b in itertools.combinations(sorted(stages), 2)}
     starts: list[int] = []

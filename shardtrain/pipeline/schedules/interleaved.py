@@ -1,9 +1,9 @@
 """Interleaved 1F1B: several chunks per rank divide the bubble (Narayanan et al. 2021, arXiv:2104.04473, section 2.2).
 
-The paper sends microbatches in groups of R (ranks): a group through the first chunk, then through the next, ... It
-needs M to be a multiple of R. Here any M works: M // R groups of R microbatches or a few more, as equal as possible. A
-larger group loses no time and holds a few more activations. With M < R there is one group, and holes in it: nothing can
-fill them, as a microbatch needs R ticks to come back to the rank where it started.
+The paper sends microbatches in groups of R (ranks): a group through the first chunk, then through the next, ... There M
+must be a multiple of R. Here any M works: M // R groups of R microbatches or a few more, as equal as possible. A larger
+group loses no time and holds a few more activations. With M < R there is one group, with idle ticks that cannot be
+filled, because a microbatch needs R ticks to come back to the rank where it started.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ import numpy as np
 
 from shardtrain.pipeline.schedules.build import ring, tabulate
 from shardtrain.pipeline.schedules.registry import register
-from shardtrain.pipeline.schedules.schedule import Action, Schedule, Textbook
+from shardtrain.pipeline.schedules.schedule import Action, PublishedOrder, Schedule
 
 
 def groups(ranks: int, microbatches: int) -> list[range]:
-    """The microbatches, in groups of at least `ranks` (or one smaller group, if there are fewer)."""
+    """Split the microbatches into groups of at least `ranks` (or one smaller group, if there are fewer)."""
     count = max(microbatches // ranks, 1)
     edges = [-(-microbatches * group // count) for group in range(count + 1)]
     return [range(start, stop) for start, stop in itertools.pairwise(edges)]
 
 
 def ticks(ranks: int, microbatches: int, chunks: int) -> tuple[np.ndarray, np.ndarray]:
-    """The ticks of F and B, int `[ranks, chunks, microbatches]`, in which every message is used when it arrives.
+    """Return the ticks of F and B, int `[ranks, chunks, microbatches]`; every message is used when it arrives.
 
-    A rank's n-th forward is n ticks after rank 0's first plus one tick per rank; the backward is its mirror image,
-    started in the tick in which the last stage has done its first (or, with unequal groups, no group's too early).
+    A rank's n-th forward is n ticks after rank 0's first, plus one tick per rank. The backward is its mirror image. It
+    starts in the tick of the last stage's first forward (or, with unequal groups, when no group's starts too early).
     """
     r, c, _ = np.ogrid[:ranks, :chunks, :1]
     by_size = [
@@ -41,8 +41,8 @@ def ticks(ranks: int, microbatches: int, chunks: int) -> tuple[np.ndarray, np.nd
     return forward, backward
 
 
-def textbook(ranks: int, microbatches: int, chunks: int) -> Textbook:
-    """As published (and as Megatron-LM runs it). Peak activations on rank r: (C+1)R-1-2r chunks' worth."""
+def published_order(ranks: int, microbatches: int, chunks: int) -> PublishedOrder:
+    """Make the published order, which Megatron-LM runs. Peak activations on rank r: those of (C+1)R-1-2r chunks."""
     together = groups(ranks, microbatches)
     forward = [Action("F", c, m) for group in together for c in range(chunks) for m in group]
     backward = [Action("B", c, m) for group in together for c in reversed(range(chunks)) for m in group]
@@ -51,11 +51,14 @@ def textbook(ranks: int, microbatches: int, chunks: int) -> Textbook:
         fill = min((chunks - 1) * max(map(len, together)) + 2 * (ranks - 1 - rank), len(forward))
         steady = [action for pair in zip(forward[fill:], backward, strict=False) for action in pair]
         orders.append((*forward[:fill], *steady, *backward[len(forward) - fill :]))
-    return Textbook("interleaved", ranks, microbatches, chunks, ("F", "B"), ring(ranks, chunks), tuple(orders))
+    return PublishedOrder("interleaved", ranks, microbatches, chunks, ("F", "B"), ring(ranks, chunks), tuple(orders))
 
 
-@register("interleaved", textbook=textbook, chunks=2)
+@register("interleaved", published_order=published_order, chunks=2)
 def interleaved(ranks: int, microbatches: int, chunks: int) -> Schedule:
-    """One F and one B per tick. Time `(M + (R-1)/C) (F+B)` for M >= R; peak activations as published."""
+    """Run one F and one B per tick.
+
+    Time `(M + (R-1)/C) (F+B)` for M >= R; peak activations as published.
+    """
     forward, backward = ticks(ranks, microbatches, chunks)
     return tabulate("interleaved", ring(ranks, chunks), {"F": forward, "B": backward})

@@ -10,25 +10,28 @@ import numpy as np
 from shardtrain.pipeline.schedules import interleaved
 from shardtrain.pipeline.schedules.build import repeat, ring, tabulate
 from shardtrain.pipeline.schedules.registry import register
-from shardtrain.pipeline.schedules.schedule import Schedule, Textbook
+from shardtrain.pipeline.schedules.schedule import PublishedOrder, Schedule
 
 
-def textbook(ranks: int, microbatches: int, chunks: int) -> Textbook:
-    """As published: rank r fills the pipeline with R-1-r forwards, then alternates. Peak activations R-r."""
+def published_order(ranks: int, microbatches: int, chunks: int) -> PublishedOrder:
+    """Make the published order: rank r fills the pipeline with R-1-r forwards, then alternates.
+
+    Peak activations R-r.
+    """
     if chunks > 1:
-        return interleaved.textbook(ranks, microbatches, chunks)
+        return interleaved.published_order(ranks, microbatches, chunks)
     orders = tuple(
         repeat(microbatches, ("F0", fill), ("F0 B0", max(microbatches - fill, 0)), ("B0", fill))
         for fill in reversed(range(ranks))
     )
-    return Textbook("1f1b", ranks, microbatches, 1, ("F", "B"), ring(ranks), orders)
+    return PublishedOrder("1f1b", ranks, microbatches, 1, ("F", "B"), ring(ranks), orders)
 
 
-@register("1f1b", textbook=textbook)
+@register("1f1b", published_order=published_order)
 def one_f_one_b(ranks: int, microbatches: int, chunks: int) -> Schedule:
-    """One F and one B per tick; with several chunks it is the schedule `interleaved`.
+    """Run one F and one B per tick; with several chunks, the schedule `interleaved`.
 
-    Time `(M+R-1) (F+B)`; peak activations on rank r: 2(R-1-r)+1, since a microbatch comes back after as many ticks.
+    Time `(M+R-1) (F+B)`; peak activations on rank r: 2(R-1-r)+1, the number of ticks until a microbatch comes back.
     """
     if chunks > 1:
         return interleaved.interleaved(ranks, microbatches, chunks)

@@ -11,7 +11,7 @@ from shardtrain.errors import UserError, did_you_mean
 from shardtrain.host.import_path import NotFoundError, find
 from shardtrain.pipeline.schedules.check import check, check_trains
 from shardtrain.pipeline.schedules.csv_file import from_csv
-from shardtrain.pipeline.schedules.schedule import Schedule, Textbook
+from shardtrain.pipeline.schedules.schedule import PublishedOrder, Schedule
 
 #: `(ranks, microbatches, chunks) -> Schedule`
 Builder = Callable[[int, int, int], Schedule]
@@ -22,15 +22,15 @@ class Entry:
     """A registered schedule.
 
     Attributes:
-      name: what configs call it.
+      name: used in configs.
       build: makes the table.
-      textbook: makes the order as published, if there is one.
-      chunks: a number of chunks that shows it well, for pictures.
+      published_order: makes the published order, if there is one.
+      chunks: the number of chunks in pictures.
     """
 
     name: str
     build: Builder
-    textbook: Callable[[int, int, int], Textbook] | None
+    published_order: Callable[[int, int, int], PublishedOrder] | None
     chunks: int
 
 
@@ -42,12 +42,17 @@ registered: Mapping[str, Entry] = MappingProxyType(_ENTRIES)
 
 
 def register(
-    name: str, *, textbook: Callable[[int, int, int], Textbook] | None = None, chunks: int = 1
+    name: str, *, published_order: Callable[[int, int, int], PublishedOrder] | None = None, chunks: int = 1
 ) -> Callable[[Builder], Builder]:
-    """Decorator: makes a function `(ranks, microbatches, chunks) -> Schedule` known by a name.
+    """Register a function `(ranks, microbatches, chunks) -> Schedule` under a name; a decorator.
+
+    Args:
+      name: used in configs.
+      published_order: makes the published order.
+      chunks: the number of chunks in pictures.
 
     Raises:
-      UserError: the name is taken, or would be read as a file's or an import path.
+      UserError: the name is taken, or would be read as that of a file or as an import path.
     """
     if name in _ENTRIES or name.endswith(".csv") or ":" in name:
         raise UserError(
@@ -55,7 +60,7 @@ def register(
         )
 
     def add(build: Builder) -> Builder:
-        _ENTRIES[name] = Entry(name, build, textbook, chunks)
+        _ENTRIES[name] = Entry(name, build, published_order, chunks)
         return build
 
     return add
@@ -65,7 +70,7 @@ def get(name: str) -> Entry:
     """The schedule of that name: a registered one, or the function of an import path, `package.module:function`.
 
     Raises:
-      UserError: there is none; names the nearest.
+      UserError: there is none; suggests the nearest name.
     """
     if ":" in name:
         return Entry(name, _imported(name), None, 1)
@@ -87,7 +92,7 @@ def _imported(name: str) -> Builder:
     except (TypeError, ValueError) as error:  # ValueError: written in C, it has no signature
         raise UserError(
             f"pipeline schedule {name!r} cannot be called with (ranks, microbatches, chunks): {error}; a schedule is "
-            "a function of these three that returns a Schedule"
+            "a function of these three arguments that returns a Schedule"
         ) from error
     return build
 
@@ -102,7 +107,7 @@ def make(name: str, ranks: int, microbatches: int, chunks: int = 1) -> Schedule:
       chunks: stages on each rank.
 
     Raises:
-      UserError: no such schedule, sizes that it does not allow, or a table that is not right.
+      UserError: no such schedule, sizes that it does not allow, or a wrong table.
     """
     sizes = {"ranks": ranks, "microbatches": microbatches, "chunks": chunks}
     for what, size in sizes.items():
@@ -130,14 +135,14 @@ def make(name: str, ranks: int, microbatches: int, chunks: int = 1) -> Schedule:
     return schedule
 
 
-def textbook(name: str, ranks: int, microbatches: int, chunks: int = 1) -> Textbook | None:
+def published_order(name: str, ranks: int, microbatches: int, chunks: int = 1) -> PublishedOrder | None:
     """The published order for these sizes, checked; `None` where the schedule states none.
 
     Raises:
       UserError: as `make`.
     """
-    if name.endswith(".csv") or (entry := get(name)).textbook is None:
+    if name.endswith(".csv") or (entry := get(name)).published_order is None:
         return None
-    order = entry.textbook(ranks, microbatches, chunks)
+    order = entry.published_order(ranks, microbatches, chunks)
     check(order.lockstep())
     return order

@@ -2,13 +2,13 @@
 
 Shapes: T ticks, R ranks, K phases, C chunks, M microbatches, S = R * C stages.
 
-What happens in a tick. Every rank runs the phases in order: all do F (or idle), then all do B, or I and then W. So
-neighbours do the same kind of work at the same time, and waiting for each other costs nothing over the ideal.
+Within a tick, every rank runs the phases in order: all do F (or idle), then all do B, or I and then W. So neighbours do
+the same kind of work at the same time, and waiting for each other costs nothing compared with the ideal.
 
-When a message arrives. What a phase sends in a tick is there when the next tick starts, also when the next stage lies
-on the same rank (where it costs nothing: a rank does one F and one B per tick). So F of stage s + 1 runs one tick after
-F of stage s or later, and B of stage s one tick after B of stage s + 1; but B of the last stage may share the tick of
-its own F, and W that of its own I.
+A message that a phase sends in a tick arrives when the next tick starts, also if the next stage is on the same rank
+(where that costs nothing: a rank does one F and one B per tick). So F of stage s + 1 runs at least one tick after F of
+stage s, and B of stage s at least one tick after B of stage s + 1. But B of the last stage may run in the same tick as
+its own F, and W in the same tick as its own I.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from shardtrain.errors import UserError
 
 #: The phases of a tick: forward and backward, or forward, input gradient and weight gradient.
 PHASES = (("F", "B"), ("F", "I", "W"))
-#: Those of a schedule that trains nothing (see `forward.py`).
+#: The phases of a schedule without a backward pass (see `forward.py`).
 FORWARD = ("F",)
 
 #: For each stage, the (rank, chunk) that holds it.
@@ -41,7 +41,16 @@ class Action(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pipeline:
-    """What a table and a published order have in common: sizes, phases, and where the stages lie."""
+    """The common fields of a table and a published order: sizes, phases, and the placement of the stages.
+
+    Attributes:
+      name: for messages and pictures.
+      ranks: size of the mesh axis `pipe`.
+      microbatches: per step.
+      chunks: stages on each rank.
+      phases: of a tick, in order.
+      placement: the (rank, chunk) of each stage.
+    """
 
     name: str
     ranks: int
@@ -52,7 +61,7 @@ class Pipeline:
 
     @property
     def stages(self) -> int:
-        """Number of stages, ranks times chunks."""
+        """The number of stages, ranks times chunks."""
         return len(self.placement)
 
     @functools.cached_property
@@ -64,7 +73,7 @@ class Pipeline:
         return stage_RC
 
     def describe(self, rank: int, action: Action) -> str:
-        """An action in words, for messages."""
+        """Describe an `action` of a `rank` in words, for messages."""
         stage = self.stage_RC[rank, action.chunk]
         return f"{action.phase} of microbatch {action.microbatch} through chunk {action.chunk} (stage {stage})"
 
@@ -83,7 +92,7 @@ class Schedule(Pipeline):
         table = np.array(self.table, np.int32)
         table.flags.writeable = False
         object.__setattr__(self, "table", table)
-        object.__setattr__(self, "phases", tuple(self.phases))  # lists would do, and not compare
+        object.__setattr__(self, "phases", tuple(self.phases))  # a list would not compare equal
         object.__setattr__(self, "placement", tuple(map(tuple, self.placement)))
 
     @property
@@ -92,13 +101,13 @@ class Schedule(Pipeline):
         return self.table.shape[0]
 
     def actions(self) -> Iterator[tuple[int, int, Action]]:
-        """Every `(tick, rank, action)`, in the order of execution."""
+        """Yield every `(tick, rank, action)`, in the order of execution."""
         for tick, phase, rank in np.argwhere(self.table.transpose(0, 2, 1) >= 0).tolist():
             chunk, microbatch = divmod(int(self.table[tick, rank, phase]), self.microbatches)
             yield tick, rank, Action(self.phases[phase], chunk, microbatch)
 
     def when(self, phase: str) -> np.ndarray:
-        """The tick in which each stage runs a phase of each microbatch: int `[stages, microbatches]`."""
+        """Return the tick in which each stage runs `phase` of each microbatch, int `[stages, microbatches]`."""
         ticks, ranks = np.nonzero(self.table[:, :, (index := self.phases.index(phase))] >= 0)
         chunks, microbatches = np.divmod(self.table[ticks, ranks, index], self.microbatches)
         when_SM = np.full((self.stages, self.microbatches), -1)
@@ -107,8 +116,8 @@ class Schedule(Pipeline):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Textbook(Pipeline):
-    """An order as published: one action after the other on each rank, started when its inputs are there.
+class PublishedOrder(Pipeline):
+    """An order as published: each rank runs one action after the other, as soon as its inputs are there.
 
     Attributes:
       orders: for each rank, its actions.
@@ -117,13 +126,13 @@ class Textbook(Pipeline):
     orders: tuple[tuple[Action, ...], ...]
 
     def lockstep(self) -> Schedule:
-        """The same order as a table with at most one action per rank and tick.
+        """Make a table of the same order, with at most one action per rank and tick.
 
-        A tick then costs as much as its slowest action, which wastes time where F and B differ. Where they do not
+        A tick then costs as much as its slowest action, which wastes time where F and B differ. If they do not
         (F = I = W) and idle ranks skip the work, the published time is reached.
 
         Raises:
-          UserError: the ranks wait for each other for ever.
+          UserError: the ranks wait for each other forever.
         """
         done: dict[tuple[str, int, int], int] = {}
         position = [0] * self.ranks
@@ -145,12 +154,12 @@ class Textbook(Pipeline):
 
 
 def shape(pipeline: Pipeline) -> dict:
-    """The fields that tables and published orders share, to make the one from the other."""
+    """Return the common fields, to make a table from a published order."""
     return {field.name: getattr(pipeline, field.name) for field in dataclasses.fields(Pipeline)}
 
 
 def needs(pipeline: Pipeline, rank: int, action: Action) -> list[tuple[str, int, int]]:
-    """The `(phase, stage, microbatch)` that must be done before an action."""
+    """List the `(phase, stage, microbatch)` that must be done before an action of a rank."""
     phase, stage, microbatch = action.phase, int(pipeline.stage_RC[rank, action.chunk]), action.microbatch
     if phase == "F":
         return [("F", stage - 1, microbatch)] if stage > 0 else []
@@ -160,8 +169,8 @@ def needs(pipeline: Pipeline, rank: int, action: Action) -> list[tuple[str, int,
     return own if stage == pipeline.stages - 1 else [*own, (phase, stage + 1, microbatch)]
 
 
-def deadlock(pipeline: Textbook, position: list[int]) -> UserError:
-    """The error for an order in which no rank can go on."""
+def deadlock(pipeline: PublishedOrder, position: list[int]) -> UserError:
+    """Make the error for an order in which no rank can continue; `position` is the next action of each rank."""
     stuck = "; ".join(
         f"rank {rank} waits at {pipeline.describe(rank, order[at])}"
         for rank, (at, order) in enumerate(zip(position, pipeline.orders, strict=True))

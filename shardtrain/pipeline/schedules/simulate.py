@@ -1,4 +1,4 @@
-"""How long a schedule takes, where its ranks idle, and how much they hold: without running it."""
+"""A simulation of a schedule: its time, the idle time of its ranks, and the activations that they hold."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import numpy as np
 
 from shardtrain.errors import UserError
 from shardtrain.pipeline.schedules.buffers import allocate, message_edges
-from shardtrain.pipeline.schedules.schedule import Action, Pipeline, Schedule, Textbook, deadlock, needs
+from shardtrain.pipeline.schedules.schedule import Action, Pipeline, PublishedOrder, Schedule, deadlock, needs
 
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Of one microbatch through *all* chunks of one rank, as in the papers; one chunk takes its share of them.
+    """The costs of one microbatch in *all* chunks of one rank, as in the papers; one chunk takes its share of them.
 
     Attributes:
       F: time of a forward.
       I: time of an input gradient.
       W: time of a weight gradient. A full backward B takes I + W.
-      message: time from one rank to another, of one message.
+      message: time of one message from one rank to another.
       waiting: share of a microbatch's activations that W still needs after I (M_W / M_B in the paper of ZB-H1).
     """
 
@@ -49,7 +49,14 @@ class Costs:
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """An action, when and where."""
+    """An action with its rank and times.
+
+    Attributes:
+      rank: the rank.
+      action: the action.
+      start: when it starts.
+      stop: when it ends.
+    """
 
     rank: int
     action: Action
@@ -58,16 +65,17 @@ class Span:
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
-    """What a schedule costs.
+class Simulation:
+    """The simulated costs of a schedule.
 
     Attributes:
-      makespan: from the first start to the last end.
+      makespan: time from the first start to the last end.
       busy: time that each rank works.
       spans: every action with its times.
       peak_activations: on each rank, the most (chunk, microbatch) pairs that are past F and not past B (or I; those
-        waiting for W count `Costs.waiting`). In chunks' worth: divide by chunks for the papers' unit M.
-      saved_inputs: on each rank, the most stage inputs kept at once, those that have arrived and wait for F included.
+        waiting for W count `Costs.waiting`). The unit is the activations of a chunk: divide by chunks for the papers'
+        unit M.
+      saved_inputs: on each rank, the most stage inputs stored at once, including those that arrived and wait for F.
     """
 
     makespan: float
@@ -97,26 +105,26 @@ class Result:
 
 
 def simulate(
-    pipeline: Schedule | Textbook, costs: Costs | None = None, idle: Literal["compute", "skip"] = "compute"
-) -> Result:
-    """Time and memory of a schedule.
+    pipeline: Schedule | PublishedOrder, costs: Costs | None = None, idle: Literal["compute", "skip"] = "compute"
+) -> Simulation:
+    """Simulate the time and memory of a schedule.
 
     Args:
-      pipeline: a table, which runs in lockstep, or a published order, in which every rank goes on as soon as it can.
-      costs: all phases equal by default, no time for messages.
-      idle: of tables. `compute`: a phase takes its time if any rank has it (the others compute for nothing, or wait).
+      pipeline: a table, which runs in lockstep, or a published order, in which every rank continues as soon as it can.
+      costs: by default all phases take the same time, and messages none.
+      idle: for tables. `compute`: a phase takes its time if any rank has it (the others compute in vain, or wait).
         `skip`: a rank takes only the time of its own actions, and a tick starts when the slowest rank is there.
 
     Raises:
-      UserError: a published order in which the ranks wait for each other for ever.
+      UserError: the ranks of a published order wait for each other forever.
     """
     costs = costs or Costs()
     table = pipeline if isinstance(pipeline, Schedule) else pipeline.lockstep()
-    spans = _events(pipeline, costs) if isinstance(pipeline, Textbook) else _lockstep(pipeline, costs, idle)
+    spans = _events(pipeline, costs) if isinstance(pipeline, PublishedOrder) else _lockstep(pipeline, costs, idle)
     busy = [0.0] * pipeline.ranks
     for span in spans:
         busy[span.rank] += span.stop - span.start
-    return Result(
+    return Simulation(
         makespan=max(span.stop for span in spans) - min(span.start for span in spans),
         busy=tuple(busy),
         spans=tuple(spans),
@@ -126,10 +134,10 @@ def simulate(
 
 
 def bubble_warning(schedule: Schedule) -> str | None:
-    """What to say where microbatches are so few that ranks idle for more than a quarter of the time; `None` elsewhere.
+    """Warn if there are so few microbatches that ranks idle for more than a quarter of the time; else return `None`.
 
-    The idle time of a schedule does not depend on the number of microbatches, so a quarter takes three times as many
-    as would fit into it.
+    The idle time of a schedule does not depend on the number of microbatches. It is a quarter of the time with three
+    times as many microbatches as would fit into it.
     """
     bubble, count = simulate(schedule).bubble_fraction, schedule.microbatches
     if bubble <= 0.25:
@@ -147,7 +155,7 @@ def _time(pipeline: Pipeline, costs: Costs) -> dict[str, float]:
 
 
 def _lockstep(schedule: Schedule, costs: Costs, idle: str) -> list[Span]:
-    """Ticks one after the other; a tick in which a message arrives starts with it."""
+    """Run ticks one after the other; a tick in which a message arrives starts with the message."""
     time_K = np.array(list(_time(schedule, costs).values()))
     work_TRK = (schedule.table >= 0) * time_K
     if idle == "compute":
@@ -169,8 +177,8 @@ def _lockstep(schedule: Schedule, costs: Costs, idle: str) -> list[Span]:
     return spans
 
 
-def _events(order: Textbook, costs: Costs) -> list[Span]:
-    """Each rank does its actions in order, each as soon as the messages it needs are there."""
+def _events(order: PublishedOrder, costs: Costs) -> list[Span]:
+    """Run each rank's actions in order, each as soon as the messages it needs are there."""
     time = _time(order, costs)
     done: dict[tuple[str, int, int], float] = {}
     position, free = [0] * order.ranks, [0.0] * order.ranks
@@ -195,12 +203,12 @@ def _events(order: Textbook, costs: Costs) -> list[Span]:
 
 
 def _peak(table: Schedule, rank: int, waiting: float) -> float:
-    """The most activations that a rank holds, from its order alone: F takes, B returns; I all but `waiting`, W that."""
+    """Return the most activations that a rank holds: F adds one, B frees it; I frees all but `waiting`, W the rest."""
     change = {"F": 1.0, "B": -1.0, "I": waiting - 1.0, "W": -waiting}
     held = np.cumsum([change[action.phase] for _, each, action in table.actions() if each == rank])
     return float(held.max())
 
 
 def spans_of(spans: Iterable[Span], rank: int) -> list[Span]:
-    """A rank's actions by start."""
+    """Return the spans of a rank, in the order of their starts."""
     return sorted((span for span in spans if span.rank == rank), key=lambda span: span.start)

@@ -1,6 +1,6 @@
-"""ZB-H1: 1F1B whose backward is split, so that weight gradients can wait (Qi et al. 2023, arXiv:2401.10241).
+"""ZB-H1: 1F1B with a split backward, so that weight gradients can wait (Qi et al. 2023, arXiv:2401.10241).
 
-I computes the input gradient, which the previous stage waits for; W the weight gradient, which nobody waits for.
+I computes the input gradient, for which the previous stage waits; W the weight gradient, for which no stage waits.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ from shardtrain.errors import UserError
 from shardtrain.pipeline.schedules import interleaved
 from shardtrain.pipeline.schedules.build import repeat, ring, tabulate, weights_last
 from shardtrain.pipeline.schedules.registry import register
-from shardtrain.pipeline.schedules.schedule import Schedule, Textbook
+from shardtrain.pipeline.schedules.schedule import PublishedOrder, Schedule
 
 
-def textbook(ranks: int, microbatches: int, chunks: int) -> Textbook:
-    """As published: rank r keeps r weight gradients waiting. Bubble (R-1)(F+I-W).
+def published_order(ranks: int, microbatches: int, chunks: int) -> PublishedOrder:
+    """Make the published order, in which rank r keeps r weight gradients waiting. Bubble (R-1)(F+I-W).
 
     Raises:
-      UserError: several chunks, which the paper does not have.
+      UserError: there are several chunks, which the paper does not have.
     """
     if chunks != 1:
-        raise UserError(f"zb_h1 with chunks {chunks} was never published; its textbook form needs chunks 1")
+        raise UserError(f"zb_h1 with chunks {chunks} was never published; its published form needs chunks 1")
     enough = max(microbatches, ranks)
     orders = tuple(
         repeat(
@@ -32,14 +32,14 @@ def textbook(ranks: int, microbatches: int, chunks: int) -> Textbook:
         )
         for r in range(ranks)
     )
-    return Textbook("zb_h1", ranks, microbatches, 1, ("F", "I", "W"), ring(ranks), orders)
+    return PublishedOrder("zb_h1", ranks, microbatches, 1, ("F", "I", "W"), ring(ranks), orders)
 
 
-@register("zb_h1", textbook=textbook)
+@register("zb_h1", published_order=published_order)
 def zb_h1(ranks: int, microbatches: int, chunks: int) -> Schedule:
-    """One F, one I and one W per tick; with several chunks, the same split of the interleaved schedule.
+    """Run one F, one I and one W per tick; with several chunks, the interleaved schedule, split likewise.
 
-    Time `(M + (R-1)/C) (F+I) + M W` for M >= R: in lockstep W cannot fill the bubble, but it no longer makes one.
+    Time `(M + (R-1)/C) (F+I) + M W` for M >= R: in lockstep W cannot fill the bubble, but does not enlarge it either.
     """
     forward, backward = interleaved.ticks(ranks, microbatches, chunks)
     ticks = {"F": forward, "I": backward, "W": weights_last(backward)}

@@ -1,7 +1,7 @@
 """ZB-V: two chunks per rank that go down the ranks and come back up (Qi et al. 2023, arXiv:2401.10241, section 6).
 
 Rank 0 holds the first and the last stage, so a microbatch's backward starts where its forward did, and all ranks hold
-equally many activations.
+the same number of activations.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 from shardtrain.errors import UserError
 from shardtrain.pipeline.schedules.build import repeat, tabulate, vee, weights_last
 from shardtrain.pipeline.schedules.registry import register
-from shardtrain.pipeline.schedules.schedule import Schedule, Textbook
+from shardtrain.pipeline.schedules.schedule import PublishedOrder, Schedule
 
 
 def _two(ranks: int, chunks: int) -> None:
@@ -22,8 +22,10 @@ def _two(ranks: int, chunks: int) -> None:
         )
 
 
-def textbook(ranks: int, microbatches: int, chunks: int) -> Textbook:
-    """As published: no bubble between a rank's first and last action if F = I = W. Peak activations 2R chunks' worth.
+def published_order(ranks: int, microbatches: int, chunks: int) -> PublishedOrder:
+    """Make the published order: no bubble between a rank's first and last action if F = I = W.
+
+    Peak activations: those of 2R chunks.
 
     Raises:
       UserError: `chunks` is not 2.
@@ -45,17 +47,17 @@ def textbook(ranks: int, microbatches: int, chunks: int) -> Textbook:
         )
         for r in range(ranks)
     )
-    return Textbook("zb_v", ranks, microbatches, 2, ("F", "I", "W"), vee(ranks), orders)
+    return PublishedOrder("zb_v", ranks, microbatches, 2, ("F", "I", "W"), vee(ranks), orders)
 
 
-@register("zb_v", textbook=textbook, chunks=2)
+@register("zb_v", published_order=published_order, chunks=2)
 def zb_v(ranks: int, microbatches: int, chunks: int) -> Schedule:
-    """A new microbatch every second tick, one stage per tick, down, up, and back the same way.
+    """Start a microbatch every second tick, and run one stage per tick: down, up, and back the same way.
 
     A rank's two stages have different parity, so it does one F and one I per tick and never two.
 
-    Time `(M+R-1) (F+I) + M W`. From F to I every rank holds 2R chunks' worth of activations at its peak, about half of
-    what rank 0 holds in the aligned 1F1B; about R more wait for W.
+    Time `(M+R-1) (F+I) + M W`. From F to I every rank holds the activations of 2R chunks at its peak, about half as
+    many as rank 0 in the aligned 1F1B; about R more wait for W.
 
     Raises:
       UserError: `chunks` is not 2.

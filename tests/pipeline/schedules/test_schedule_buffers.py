@@ -13,24 +13,20 @@ ALL = [(name, 2 if name in {"interleaved", "zb_v"} else 1) for name in BUILT_IN]
 
 
 @pytest.mark.parametrize(("name", "chunks"), [*ALL, ("gpipe", 2), ("zb_h1", 3)])
-@pytest.mark.parametrize("until_weights", [False, True])
-def test_slots_are_as_many_as_values_are_ever_alive_at_once(name, chunks, until_weights):
+def test_slots_are_as_many_as_values_are_ever_alive_at_once(name, chunks):
     """Counted moment by moment (four to a tick: arrival, F, B or I, W), which no allocation can beat."""
     for ranks, microbatches in [(1, 3), (2, 5), (4, 3), (4, 9)]:
         schedule = make(name, ranks, microbatches, chunks)
-        program = allocate(schedule, split_from="inputs" if until_weights else "operands")
+        program = allocate(schedule)
         split = "W" in schedule.phases
         f, b = schedule.when("F"), schedule.when(schedule.phases[1])
-        end = 4 * schedule.when("W") + 3 if split and until_weights else 4 * b + 2
         alive = {kind: np.zeros((ranks, 4 * schedule.ticks), int) for kind in "xgw"}
         for (stage, (rank, _)), m in itertools.product(enumerate(schedule.placement), range(microbatches)):
             born = 4 * (f[stage - 1, m] + 1) if stage else 4 * f[0, m] + 1
-            alive["x"][rank, born : end[stage, m] + 1] += 1
+            alive["x"][rank, born : 4 * b[stage, m] + 3] += 1
             if stage < schedule.stages - 1:
-                alive["g"][rank, 4 * (b[stage + 1, m] + 1) : end[stage, m] + 1] += 1
-            elif split and until_weights:
-                alive["g"][rank, 4 * b[stage, m] + 2 : end[stage, m] + 1] += 1
-            if split and not until_weights:
+                alive["g"][rank, 4 * (b[stage + 1, m] + 1) : 4 * b[stage, m] + 3] += 1
+            if split:
                 alive["w"][rank, 4 * b[stage, m] + 2 : 4 * schedule.when("W")[stage, m] + 4] += 1
         for kind, counts in alive.items():
             assert program.slots_by_rank[kind] == tuple(counts.max(axis=1)), (kind, ranks, microbatches)
@@ -38,11 +34,11 @@ def test_slots_are_as_many_as_values_are_ever_alive_at_once(name, chunks, until_
 
 
 @pytest.mark.parametrize(("name", "chunks"), [pair for pair in ALL if pair[0] != "gpipe"])
-@pytest.mark.parametrize("options", [{}, {"save_residuals": True}, {"split_from": "inputs"}])
+@pytest.mark.parametrize("options", [{}, {"save_residuals": True}])
 def test_buffers_and_segments_do_not_grow_with_microbatches(name, chunks, options):
     small, large = (allocate(make(name, 4, m, chunks), **options) for m in (8, 64))
     assert small.slots == large.slots
-    assert [(s.phases, s.moves) for s in small.segments()] == [(s.phases, s.moves) for s in large.segments()]
+    assert [(s.phases, s.messages) for s in small.segments()] == [(s.phases, s.messages) for s in large.segments()]
 
 
 @pytest.mark.parametrize(
@@ -66,7 +62,7 @@ def test_segments(name, chunks, phases):
             busy = (program.columns[phase][segment.start : segment.stop] >= 0).any(axis=1)
             assert (busy == (phase in segment.phases)).all()
         for name in program.edges:
-            assert (program.columns[name][segment.start : segment.stop] >= 0).any() == (name in segment.moves)
+            assert (program.columns[name][segment.start : segment.stop] >= 0).any() == (name in segment.messages)
 
 
 def test_messages_of_each_placement():

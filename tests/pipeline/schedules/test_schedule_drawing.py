@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from shardtrain.cli.schedule import schedule as command
 from shardtrain.errors import UserError
-from shardtrain.pipeline.schedules import Costs, draw, make, textbook, to_csv
+from shardtrain.pipeline.schedules import Costs, draw, make, published_order, to_csv
 
 
 def test_in_the_terminal():
@@ -19,7 +19,7 @@ def test_in_the_terminal():
         "rank 1  ··F0B0──F1B1──F2B2──····\n"
         "F forward, B backward, · idle\n"
     )
-    assert draw.terminal(draw.Chart.of(textbook("zb_v", 1, 1, 2)), 80).plain == (
+    assert draw.terminal(draw.Chart.of(published_order("zb_v", 1, 1, 2)), 80).plain == (
         "zb_v, as published, 2 chunks: time 3, bubble 0.0%, peak in flight 2\n"
         "rank 0  F0aF0bI0bW0bI0aW0a\n"
         "F forward, I input gradient, W weight gradient, a to b chunks, · idle\n"
@@ -36,26 +36,26 @@ def test_in_a_terminal_of_any_width_every_action_is_drawn_once(name, width):
     ]
     assert all(len(row) + 8 <= width for row in rows)
     cells = re.findall(r"[FBIW]\d+[ab]", "".join(rows))
-    assert len(cells) == len(chart.result.spans) == 3 * 12 * 2 * len(chart.pipeline.phases)
+    assert len(cells) == len(chart.simulation.spans) == 3 * 12 * 2 * len(chart.pipeline.phases)
 
 
 def test_uneven_costs_are_drawn_too():
     for costs in (Costs(F=1, I=1.3, W=0.4), Costs(W=0), Costs(message=0.3)):
         chart = draw.Chart.of(make("zb_h1", 3, 4), costs)
-        assert f"bubble {chart.result.bubble_fraction:.1%}" in draw.terminal(chart, 100).plain
+        assert f"bubble {chart.simulation.bubble_fraction:.1%}" in draw.terminal(chart, 100).plain
         draw.picture([chart])
 
 
 def test_a_picture_holds_every_action_and_its_numbers(tmp_path):
-    charts = [draw.Chart.of(make("1f1b", 4, 8)), draw.Chart.of(textbook("zb_h1", 4, 8))]
+    charts = [draw.Chart.of(make("1f1b", 4, 8)), draw.Chart.of(published_order("zb_h1", 4, 8))]
     figure = draw.picture(charts)
     for axes, chart in zip(figure.axes, charts, strict=True):
-        assert len(axes.patches) == len(chart.result.spans) + 4  # and a row of idle time for each rank
+        assert len(axes.patches) == len(chart.simulation.spans) + 4  # and a row of idle time for each rank
         texts = [text.get_text() for text in axes.texts]
         assert [text for text in texts if text == "7"] == ["7"] * (8 if chart is charts[0] else 12) + ["7"] * (
             chart is charts[0]  # rank 0 of 1f1b also has 7 in flight
         )
-        assert f"bubble {chart.result.bubble_fraction:.1%}" in axes.get_title(loc="right")
+        assert f"bubble {chart.simulation.bubble_fraction:.1%}" in axes.get_title(loc="right")
     assert draw.save(figure, tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert draw.save(figure, tmp_path / "a.svg").read_bytes() == draw.save(figure, tmp_path / "b.svg").read_bytes()
     with pytest.raises(UserError, match=r"has the suffix '.jpg'; use one of .svg, .png, .pdf"):

@@ -50,7 +50,7 @@ def test_a_config_names_it():
     config = load_config(
         CONFIG, ["mesh={pipe: 2, fsdp: 4}", "pipeline={schedule: 'own_schedules:mine', microbatches: 2}"]
     )
-    assert build(config).model.program.schedule.name == "mine"
+    assert build(config).model.execution.program.schedule.name == "mine"
 
 
 def test_the_command_line_draws_it():
@@ -73,9 +73,9 @@ def test_the_command_line_draws_it():
         ("own_schedules:table", "returned ndarray .* it must return a Schedule"),
         ("own_schedules:smaller", "is for microbatches 1, not 2; ask for microbatches 1"),
         ("own_schedules:early", "schedule early"),
-        ("own_schedules:at_once", "schedule at_once has a rank do two F in one tick"),
+        ("own_schedules:at_once", "schedule at_once has two F on a rank in one tick"),
         ("own_schedules:flat", r"schedule flat has ticks of the shapes .*give each phase one of \[ranks, chunks"),
-        ("own_schedules:halves", "ticks of F that are no whole numbers"),
+        ("own_schedules:halves", "ticks of F that are not integers"),
     ],
 )
 def test_what_is_no_schedule_is_refused_in_code_and_config(path, message):

@@ -8,14 +8,21 @@ import pytest
 from schedules.tokens import BUILT_IN, runs
 
 from shardtrain.errors import UserError
-from shardtrain.pipeline.schedules import Program, Schedule, allocate, check, check_program, forward, make, textbook
+from shardtrain.pipeline.schedules import (
+    Program,
+    Schedule,
+    allocate,
+    check,
+    check_program,
+    forward,
+    make,
+    published_order,
+)
 
 SIZES = {"gpipe": (2, 4, 2), "1f1b": (3, 5, 1), "interleaved": (3, 4, 2), "zb_h1": (3, 5, 1), "zb_v": (2, 4, 2)}
 OPTIONS = [
     pytest.param({}, id="remat"),
     pytest.param({"save_residuals": True}, id="save"),
-    pytest.param({"split_from": "inputs"}, id="inputs"),
-    pytest.param({"save_residuals": True, "split_from": "inputs"}, id="save-inputs"),
 ]
 
 
@@ -38,7 +45,7 @@ def accepted(schedule, cells):
 def schedule(request) -> Schedule:
     *form, name = request.param.split()
     if form == ["published"]:
-        return textbook(name, *SIZES[name]).lockstep()
+        return published_order(name, *SIZES[name]).lockstep()
     return forward(make(name, *SIZES[name])) if form else make(name, *SIZES[name])
 
 
@@ -165,7 +172,7 @@ def test_messages_name_tick_rank_and_action():
         schedule, table=table
     )
     table[0, 0, 0] = 3
-    assert "tick 0, rank 0, phase F: 3 is no action; with 1 chunks x 3 microbatches = 3" in message(
+    assert "tick 0, rank 0, phase F: 3 is not an action; with 1 chunks x 3 microbatches = 3" in message(
         schedule, table=table
     )
 
@@ -183,7 +190,7 @@ def test_shapes_phases_and_placements_are_checked():
 
 
 def test_an_order_that_deadlocks_is_refused():
-    order = textbook("1f1b", 2, 2)
+    order = published_order("1f1b", 2, 2)
     stuck = dataclasses.replace(order, orders=(order.orders[0], tuple(reversed(order.orders[1]))))
     with pytest.raises(UserError, match=r"never ends: .*rank 1 waits at B of microbatch 1 through chunk 0 \(stage 1\)"):
         stuck.lockstep()

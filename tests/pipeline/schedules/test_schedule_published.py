@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from shardtrain.pipeline.schedules import Costs, make, simulate, textbook
+from shardtrain.pipeline.schedules import Costs, make, published_order, simulate
 
 COSTS = [Costs(), Costs(W=2.0), Costs(F=1.0, I=1.5, W=0.5), Costs(F=2.0, I=3.0, W=1.0)]
 SIZES = [(1, 3), (2, 5), (3, 9), (4, 8), (4, 33), (8, 16)]
@@ -14,7 +14,7 @@ def orders(name, ranks, microbatches, chunks=1):
     """Such as `F0 F1 B0`; with several chunks `F0a F0b`."""
     return [
         " ".join(f"{phase}{m}{'abcd'[chunk] * (chunks > 1)}" for phase, chunk, m in order)
-        for order in textbook(name, ranks, microbatches, chunks).orders
+        for order in published_order(name, ranks, microbatches, chunks).orders
     ]
 
 
@@ -72,7 +72,7 @@ def bubble(pipeline, costs):
 
 
 def both(name, p, m, v=1):
-    return make(name, p, m, v), textbook(name, p, m, v)
+    return make(name, p, m, v), published_order(name, p, m, v)
 
 
 @pytest.mark.parametrize("costs", COSTS)
@@ -159,9 +159,9 @@ class TestMemory:
                 assert result.saved_inputs == result.peak_activations
 
 
-def test_times_of_a_published_order_by_hand():
+def test_times_of_a_published_order_counted_manually():
     """Two ranks, two microbatches, F 1, B 2, messages 0.5. Rank 0: F0 0-1, F1 1-2; rank 1: F0 1.5-2.5, B0 -4.5, ..."""
-    result = simulate(textbook("1f1b", 2, 2), Costs(message=0.5))
+    result = simulate(published_order("1f1b", 2, 2), Costs(message=0.5))
     times = {(span.rank, span.action.phase, span.action.microbatch): (span.start, span.stop) for span in result.spans}
     assert times == {
         (0, "F", 0): (0, 1),
@@ -186,7 +186,7 @@ def test_times_in_lockstep_by_hand():
 
 def test_an_unaligned_table_loses_where_phases_differ_and_reaches_the_published_time_where_not():
     """One action per tick: a tick costs its slowest action, if idle ranks skip; all phases, if they do not."""
-    order = textbook("zb_h1", 4, 16)
+    order = published_order("zb_h1", 4, 16)
     table = order.lockstep()
     assert simulate(table, idle="skip").makespan == simulate(order).makespan
     assert simulate(table).makespan > 2 * simulate(order).makespan

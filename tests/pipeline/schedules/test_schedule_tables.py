@@ -7,18 +7,20 @@ import pytest
 from schedules.tokens import BUILT_IN, runs
 
 from shardtrain.errors import UserError
+from shardtrain.host.import_path import modules_of
+from shardtrain.pipeline import schedules
 from shardtrain.pipeline.schedules import (
     Schedule,
     allocate,
     check_program,
     make,
+    published_order,
     register,
     registered,
     registry,
     ring,
     simulate,
     tabulate,
-    textbook,
     vee,
 )
 
@@ -36,12 +38,11 @@ def verify(name, ranks, microbatches, chunks):
     assert runs(schedule)
     forms = [schedule]
     if not (name == "zb_h1" and chunks > 1):
-        forms.append(textbook(name, ranks, microbatches, chunks).lockstep())
+        forms.append(published_order(name, ranks, microbatches, chunks).lockstep())
         assert runs(forms[-1])
     for form in forms:
-        for save, split_from in itertools.product((False, True), ("operands", "inputs")):
-            if split_from == "operands" or "W" in form.phases:
-                check_program(allocate(form, save_residuals=save, split_from=split_from))
+        for save in (False, True):
+            check_program(allocate(form, save_residuals=save))
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -117,11 +118,31 @@ def test_a_user_registers_a_schedule_and_it_is_checked():
     schedule = make("test_reversed", 3, 4)
     assert runs(schedule)
     assert simulate(schedule).makespan == simulate(make("gpipe", 3, 4)).makespan
-    assert textbook("test_reversed", 3, 4) is None
+    assert published_order("test_reversed", 3, 4) is None
     with pytest.raises(UserError, match="is for chunks 1, not 2"):
         make("test_reversed", 3, 4, 2)
     with pytest.raises(UserError, match="is taken"):
         register("gpipe")
+
+
+FILE = """
+from shardtrain.pipeline.schedules import make, register
+
+@register("dropped_in")
+def dropped_in(ranks, microbatches, chunks):
+    return make("gpipe", ranks, microbatches, chunks)
+"""
+
+
+def test_a_file_in_the_folder_is_a_schedule(tmp_path, monkeypatch):
+    (tmp_path / "dropped_in_schedule.py").write_text(FILE)
+    monkeypatch.setattr(schedules, "__path__", [*schedules.__path__, str(tmp_path)])
+    assert "dropped_in_schedule" in modules_of(schedules)  # as importing the package does
+    try:
+        assert "dropped_in" in registered
+        assert make("dropped_in", 2, 4).name == "gpipe"
+    finally:
+        registry._ENTRIES.pop("dropped_in")
 
 
 def test_placements():

@@ -1,20 +1,20 @@
-"""Steps that changed no weight: what is said of them, and when there are too many."""
+"""Steps that changed no weight: they are reported, and too many of them end the run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from shardtrain.errors import UserError
-from shardtrain.train.arrivals import Step
+from shardtrain.train.step_timer import PendingStep
 
 
-class Unlearned:
+class SkippedSteps:
     """Watches for steps whose loss or gradient is not finite, and for batches without a target.
 
     Args:
-      limit: so many non-finite steps in a row end the run.
-      first: the step that this loop starts from. Of a row that began before, only its own steps count: a run that
-        resumes has the whole allowance.
+      limit: this many non-finite steps in a row end the run.
+      first: the step from which this loop starts. In a row that began earlier, only the steps of this loop count: a run
+        that resumes has the whole allowance.
       say: shows a line.
     """
 
@@ -22,21 +22,22 @@ class Unlearned:
         self._limit, self._first, self._say = limit, first, say
         self._empty = 0
 
-    def too_many(self, step: Step) -> bool:
+    def too_many(self, step: PendingStep) -> bool:
         """Whether this step is one non-finite step too many."""
         return min(step.values["skipped_in_row"], step.number - self._first) >= self._limit
 
-    def keeps_from_saving(self, step: Step) -> bool:
-        """Whether this step is amid a row of non-finite ones, and says so: its weights may be the ones to blame."""
+    def keeps_from_saving(self, step: PendingStep) -> bool:
+        """Whether this step is in a row of non-finite ones, and says so: its weights may be to blame."""
         in_row = int(step.values["skipped_in_row"])
         if in_row:
             self._say(f"step {step.number} is not saved: {in_row} steps in a row were not finite, up to this one")
         return in_row > 0
 
-    def check(self, step: Step, saved: int | None) -> None:
-        """Look at a step whose metrics have arrived.
+    def check(self, step: PendingStep, saved: int | None) -> None:
+        """Examine a step whose metrics have arrived.
 
         Args:
+          step: the step.
           saved: the step of the newest checkpoint.
 
         Raises:
@@ -47,14 +48,14 @@ class Unlearned:
             if self._empty == 1:
                 self._say(f"the batch of step {step.number} has no target to learn from: all are masked; going on")
         if self.too_many(step):
-            kept = "" if saved is None else f"; the checkpoint of step {saved} is intact"
+            intact = "" if saved is None else f"; the checkpoint of step {saved} is intact"
             raise UserError(
                 f"loss or gradient was not finite for {int(step.values['skipped_in_row'])} steps in a row, up to step "
                 f"{step.number} (limit run.max_skipped_steps={self._limit}); the weights are those of the last "
-                f"finite step{kept}: lower optimizer.lr, add warm-up or look at the data"
+                f"finite step{intact}: lower optimizer.lr, add warm-up or look at the data"
             )
 
     def sum_up(self) -> None:
-        """Say at the end how many batches had no target, where it was not just the one that was named."""
+        """Say at the end how many batches had no target, unless it was only the one already reported."""
         if self._empty > 1:
             self._say(f"{self._empty} steps had a batch without a target to learn from")

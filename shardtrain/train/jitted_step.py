@@ -1,75 +1,96 @@
-"""A jitted step as its users call it: what JAX would say in words of its own, or crash on, is said in ours."""
+"""The type of a jitted step, which explains errors that JAX would report in its own terms, or would crash on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import jax
 from jax.sharding import Mesh
 
 from shardtrain.errors import UserError, described, require_kind
+from shardtrain.nn.model import Batch
 from shardtrain.pipeline.idle import Lowered
 from shardtrain.sharding import Partitioner
 from shardtrain.train.state import TrainState
+from shardtrain.weights.paths import dotted
 
-#: Looks at a batch before the step does.
+Metrics = dict[str, jax.Array]
 Check = Callable[[Any], None]
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 
 
-class Step:
-    """A jitted `(state, batch) -> ...` that explains the mistakes of its callers.
+class Compilable(Protocol[R_co]):
+    """A step that can be compiled ahead of its first call, as the loop does with the one that it is given."""
 
-    Only what JAX would crash on is looked at before; other errors are looked into when they come. What else it has are
-    the attributes of the function within.
+    def lower(self, state: TrainState, batch: Batch) -> Any:
+        """An object whose `compile()` returns the compiled `(state, batch) -> result`."""
+
+    def __call__(self, state: TrainState, batch: Batch) -> R_co:
+        """Run the step."""
+
+
+class JittedStep(Generic[R]):
+    """A jitted `(state, batch) -> result` that explains the mistakes of its callers.
+
+    Checks beforehand only those mistakes on which JAX would crash; other errors are explained when they occur. All
+    further attributes are those of the wrapped function.
 
     Args:
       function: from `jax.jit`, compiled or not, or a `CheckedStep`.
-      mesh: that it is for.
-      check: what each batch has to pass first.
-      leaves: of a compiled step, the names of the batch's.
+      mesh: for which it was made.
+      check: called with each batch before the step.
+      leaves: for a compiled step, the names of the batch's leaves.
     """
 
-    def __init__(self, function: Any, mesh: Mesh, check: Check | None = None, leaves: frozenset[str] | None = None):
+    def __init__(
+        self,
+        function: Any,
+        mesh: Mesh,
+        check: Check | None = None,
+        leaves: frozenset[str] | None = None,
+    ):
         self._function, self._mesh, self._check, self._leaves = function, mesh, check, leaves
 
-    def __call__(self, state: TrainState, batch: Any) -> Any:
-        """Run it.
+    def __call__(self, state: TrainState, batch: Any) -> R:
+        """Run the step.
 
         Raises:
-          UserError: a state that an earlier step was given, arguments on other devices than the mesh's, a batch that
-            lacks what the model reads, or one that the check refuses.
+          UserError: a state that was passed to an earlier step, arguments on other devices than the mesh's, a batch
+            without a leaf that the model reads, or one that the check refuses.
         """
         refuse_donated(state)
         if self._check is not None:
             self._check(batch)
         try:
-            return self._function(state, batch)
+            result: R = self._function(state, batch)
+            return result
         except (KeyError, TypeError, ValueError) as error:
             self._explain(error, state, batch)
             raise
 
     def lower(self, state: TrainState, batch: Any) -> Lowered:
-        """As `jax.jit` has it.
+        """Lower it, as a `jax.jit` function is lowered.
 
         Raises:
-          UserError: a batch that lacks what the model reads.
+          UserError: a batch without a leaf that the model reads.
         """
         try:
             lowered = self._function.lower(state, batch)
         except (KeyError, TypeError, ValueError) as error:
             self._explain(error, state, batch)
             raise
-        return Lowered(lowered, lambda compiled: Step(compiled, self._mesh, self._check, frozenset(batch)))
+        return Lowered(lowered, lambda compiled: JittedStep(compiled, self._mesh, self._check, frozenset(batch)))
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_function":  # not there yet while a copy is made
+        if name == "_function":  # not set yet while a copy is made
             raise AttributeError(name)
         return getattr(self._function, name)
 
     def _explain(self, error: Exception, state: Any, batch: Any) -> None:
-        """Raise what the error comes from as a UserError, if we know it."""
+        """Raise a UserError that names the cause of the error, if it is a known one."""
         if isinstance(error, UserError):
             return
         _explain_devices(error, {"state": state, "batch": batch}, {*self._mesh.devices.flat})
@@ -77,8 +98,8 @@ class Step:
             return
         if isinstance(error, KeyError) and error.args[0] not in batch and _reads(error.__traceback__, {*batch}):
             raise UserError(
-                f"the model reads {error.args[0]!r} of the batch, which has only {', '.join(sorted(batch))}; add it to "
-                "the batch, or correct the name"
+                f"the model reads {error.args[0]!r} from the batch, which has only {', '.join(sorted(batch))}; add it "
+                "to the batch, or correct the name"
             ) from error
         if self._leaves is not None and self._leaves != {*batch}:
             raise UserError(
@@ -88,25 +109,25 @@ class Step:
 
 
 def refuse_donated(state: Any) -> None:
-    """Refuse what is no state, or none any more: JAX may crash on one of several devices.
+    """Refuse a state that was donated, on which JAX may crash if there are several devices; and any other kind.
 
     Raises:
-      UserError: the memory of the state has become that of a later one.
+      UserError: another kind of argument; or the memory of the state now belongs to a later one.
     """
     require_kind("the state", state, TrainState, "make one with init_state")
     step = state.step
     if isinstance(step, jax.Array) and not isinstance(step, jax.core.Tracer) and step.is_deleted():
         raise UserError(
-            "this state was given to a train step before, which donated its memory to the next state; go on with the "
+            "this state was passed to a train step before, which donated its memory to the next state; go on with the "
             "state that the step returned, or copy what you keep: jax.tree.map(jnp.copy, state)"
         )
 
 
 def check_batch(batch: Any, partitioner: Partitioner) -> None:
-    """Refuse what is no batch, while a step is traced.
+    """Refuse a wrong batch, while a step is traced.
 
     Raises:
-      UserError: no dict of arrays with the same number of rows; or a sequence that the mesh does not divide.
+      UserError: not a dict of arrays with the same number of rows; or a sequence length that the mesh does not divide.
     """
     rule = "but a batch is a dict of [rows, ...] arrays"
     if not isinstance(batch, Mapping) or not batch:
@@ -127,9 +148,9 @@ def check_batch(batch: Any, partitioner: Partitioner) -> None:
 def _explain_devices(error: Exception, arguments: Any, devices: set[jax.Device]) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(arguments):
         if isinstance(leaf, jax.Array) and getattr(leaf, "committed", False) and leaf.sharding.device_set != devices:
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            name = dotted(path)
             raise UserError(
-                f"{name} lies on {_named(leaf.sharding.device_set)}, but the step runs on a mesh of "
+                f"{name} is on {_named(leaf.sharding.device_set)}, but the step runs on a mesh of "
                 f"{_named(devices)}; make the state with init_state, and put batches on the mesh too: "
                 "jax.device_put(array, partitioner.sharding(('batch', 'seq')[:array.ndim]))"
             ) from error
@@ -141,7 +162,7 @@ def _named(devices: set[jax.Device]) -> str:
 
 
 def _reads(traceback: TracebackType | None, leaves: set[str]) -> bool:
-    """Whether the frame that raised has a batch with these leaves in its hands, or a context of one."""
+    """Whether the frame that raised has a local variable that is a batch with these leaves, or a context with one."""
     if traceback is None:
         return False
     while traceback.tb_next is not None:

@@ -1,4 +1,4 @@
-"""Steps under way: their metrics arrive from the devices and are timed."""
+"""Steps in progress: their metrics arrive from the devices and are timed."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import numpy as np
 from shardtrain.metrics import memory_bytes, mfu
 from shardtrain.train.callbacks import Values
 
-_MEMORY_S = 0.1  # how old the memory reported of a step may be
+_MEMORY_S = 0.1  # how old the reported memory may be
 
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """What turns seconds into tokens/s and MFU.
+    """Sizes that turn seconds into tokens/s and MFU.
 
     Attributes:
-      tokens_per_step: tokens of the global batch.
-      flops_per_token: model FLOPs, forward and backward; `None` when unknown.
-      peak_flops: of all devices together, FLOP/s; `None` when unknown (CPU): then no MFU is reported.
+      tokens_per_step: number of tokens in the global batch.
+      flops_per_token: model FLOPs, forward and backward; `None` if unknown.
+      peak_flops: FLOP/s of all devices together; `None` if unknown (CPU): then no MFU is reported.
     """
 
     tokens_per_step: int
@@ -35,21 +35,27 @@ class Speed:
         rate = self.tokens_per_step / seconds
         values = {"step_time_s": seconds, "tokens_per_s": rate}
         if self.flops_per_token and self.peak_flops:
-            values["mfu"] = mfu(rate, self.flops_per_token, self.peak_flops, 1)
+            values["mfu"] = mfu(rate, self.flops_per_token, self.peak_flops)
         return values
 
 
 @dataclasses.dataclass
-class Step:
-    """A dispatched step: `metrics` arrive from the devices, `values` are what is written of it."""
+class PendingStep:
+    """A dispatched step.
+
+    Attributes:
+      number: of the step, from 1 on.
+      metrics: scalars on the devices.
+      values: the numbers that are reported, once the metrics have arrived.
+    """
 
     number: int
     metrics: Mapping[str, Any]
     values: Values = dataclasses.field(default_factory=dict)
 
 
-class Arrivals:
-    """Waits for the metrics of steps; the time of a step is that since the arrival of the one before."""
+class StepTimer:
+    """Waits for the metrics of steps; the time of a step is the time since the metrics of the previous one arrived."""
 
     def __init__(self, speed: Speed):
         self.speed = speed
@@ -57,21 +63,21 @@ class Arrivals:
         self._memory: int | None = None
 
     def restart(self) -> None:
-        """Begin to time the next step now."""
+        """Start timing the next step now."""
         self._clock = time.perf_counter()
 
-    def wait_for(self, step: Step) -> None:
+    def wait_for(self, step: PendingStep) -> None:
         """Wait for a step's metrics and time it, once."""
         if "loss" in step.values:
             return
-        # Reading waits for one device alone; the others of this process may be far behind it.
+        # Reading waits for one device only; the others of this process may be far behind it.
         metrics = jax.block_until_ready(step.metrics)
-        # Of what is there already, `np.asarray` takes 2 us each on CPU; `jax.device_get` takes 15, `float` 6.
+        # For an array that has arrived, `np.asarray` takes 2 us on CPU; `jax.device_get` takes 15, `float` 6.
         step.values |= {name: float(np.asarray(value)) for name, value in metrics.items()}
         now = time.perf_counter()
         step.values |= self.speed.values(now - self._clock)
         self._clock = now
-        if now >= self._memory_due:  # asking takes 50 us on CPU, 5% of a short step
+        if now >= self._memory_due:  # a query takes 50 us on CPU, 5% of a short step
             self._memory, self._memory_due = memory_bytes(), now + _MEMORY_S
         if self._memory is not None:
             step.values["memory_bytes"] = float(self._memory)

@@ -31,10 +31,10 @@ def test_a_state_that_was_given_away_is_refused(parts, compiled):
     state = init_state(model, TX, place)
     new, _ = steps[compiled](state, tiny.batch(place))
     with pytest.raises(
-        UserError, match=r"given to a train step before, which donated its memory .*state that the step"
+        UserError, match=r"passed to a train step before, which donated its memory .*state that the step"
     ):
         steps[compiled](state, tiny.batch(place))
-    with pytest.raises(UserError, match="given to a train step before"):
+    with pytest.raises(UserError, match="passed to a train step before"):
         make_eval_step(model, place)(state, tiny.batch(place))
     steps[compiled](new, tiny.batch(place))
 
@@ -43,10 +43,10 @@ def test_a_state_that_was_given_away_is_refused(parts, compiled):
 def test_arguments_on_other_devices_are_refused(parts, compiled):
     place, model, *steps = parts
     batch = {name: jax.device_put(a, jax.devices()[5]) for name, a in tiny.batch().items()}
-    with pytest.raises(UserError, match=r"batch\S* lies on cpu:5, but the step runs on a mesh of cpu:0, cpu:1; make"):
+    with pytest.raises(UserError, match=r"batch\S* is on cpu:5, but the step runs on a mesh of cpu:0, cpu:1; make"):
         steps[compiled](init_state(model, TX, place), batch)
     elsewhere = init_state(model, TX, tiny.partitioner())
-    with pytest.raises(UserError, match=r"state\S* lies on cpu:0, but the step runs on a mesh of cpu:0, cpu:1"):
+    with pytest.raises(UserError, match=r"state\S* is on cpu:0, but the step runs on a mesh of cpu:0, cpu:1"):
         steps[compiled](elsewhere, tiny.batch(place))
 
 
@@ -58,7 +58,7 @@ def test_a_batch_that_lacks_what_the_model_reads_is_refused(pipe, leaf):
     model = ModelDef(lambda rngs: Llama(**tiny.SIZES, rngs=rngs), schedule=table)
     batch = {name: a for name, a in tiny.batch().items() if name != leaf}
     for step in (make_train_step(model, TX, place), make_eval_step(model, place)):
-        with pytest.raises(UserError, match=f"the model reads '{leaf}' of the batch, which has only loss_mask, "):
+        with pytest.raises(UserError, match=f"the model reads '{leaf}' from the batch, which has only loss_mask, "):
             step.lower(abstract_state(model, TX, place), batch)
 
 

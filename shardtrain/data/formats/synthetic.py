@@ -1,0 +1,10 @@
+"""`data.type: synthetic`: rows of a random Markov chain."""
+
+from shardtrain.data.request import Opened, Request
+from shardtrain.data.synthetic import SyntheticTokens
+
+
+def open_rows(request: Request) -> Opened:
+    """Opens the rows of `request.seed`."""
+    request.refuse("path", "tokenizer", "tokenizer_vocab")
+    return SyntheticTokens(seq_len=request.seq_len, vocab_size=request.vocab_size, seed=request.seed), None
