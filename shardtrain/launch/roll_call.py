@@ -35,24 +35,11 @@ class Peer:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
     def send(self, message: Any) -> None:
-        """Send a value that JSON can write.
-
-        Raises:
-          OSError: the other process has gone.
-        """
+        """Send a value that JSON can write; an OSError if the other process has gone."""
         self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self, seconds: float, most: int = _MOST_BYTES) -> Any:
-        """Return a value that the other process sent.
-
-        Args:
-          seconds: how long to wait.
-          most: largest number of bytes.
-
-        Raises:
-          OSError: it has gone or is late.
-          ValueError: it sent something other than JSON.
-        """
+        """Return a value from the other process; an OSError if it has gone or is late, a ValueError if it is not JSON."""
         self._socket.settimeout(max(seconds, 0.01))
         line = self._file.readline(most)
         if not line:
@@ -123,13 +110,11 @@ def gather(address: str, processes: int, process: int, patience: float) -> RollC
 
     Args:
       address: HOST:PORT where process 0 listens, the same for all.
-      processes: number of processes.
-      process: number of this one.
+      processes, process: their number, and the number of this one.
       patience: seconds to wait for processes that are late.
 
     Raises:
-      UserError: a process did not join in time (raised on all that did); the address cannot be used; two processes
-        have the same number; or they expect different numbers of processes.
+      UserError: a process did not join in time, the address cannot be used, or numbers of processes clash.
     """
     host, _, port = address.rpartition(":")
     if not (host and port.isdecimal() and 0 < int(port) < 2**16):
