@@ -39,7 +39,7 @@ class Peer:
         self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self, seconds: float, most: int = _MOST_BYTES) -> Any:
-        """Return a value from the other process; an OSError if it has gone or is late, a ValueError if it is not JSON."""
+        """Return a value of the other process; an OSError if that has gone or is late, a ValueError if not JSON."""
         self._socket.settimeout(max(seconds, 0.01))
         line = self._file.readline(most)
         if not line:
