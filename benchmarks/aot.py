@@ -1,11 +1,12 @@
-"""How long, and in how much memory, the train step of a large config compiles ahead of time, with no array made.
+"""The time and memory for compiling the train step of a large config ahead of time, without making any array.
 
     python benchmarks/aot.py                     # the 70B config on 512 emulated devices, on three meshes
     python benchmarks/aot.py configs/llama_8b.yaml mesh.data=4 mesh.fsdp=16 --devices 64
     python benchmarks/aot.py --tiny              # a tiny model: to see that the benchmark runs
 
-Each in a process of its own, without a compilation cache. `peak` is the process's largest resident memory; `state` and
-`temp` are bytes on each device by XLA's own account of the CPU program, whose temporaries are not those of a GPU.
+Each config compiles in a separate process, without a compilation cache. `peak` is the largest resident memory of the
+process. `state` and `temp` are bytes per device, as XLA counts them for the CPU program, whose temporaries differ from
+those on a GPU.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=512)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of the table")
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # be the process of one row
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # the process of one row
     args = parser.parse_args()
     if args.one:
         print(json.dumps(compile_step(args.config, args.devices, args.overrides)))

@@ -1,4 +1,4 @@
-"""The models that the GPU benchmarks run, and how the library is reached on a machine where it is not installed."""
+"""The models of the GPU benchmarks, and a way to reach the library on a machine where it is not installed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Shape:
 
     @property
     def layer_matmul(self) -> int:
-        """Weights of one layer that stand in matrix products."""
+        """Weights of one layer that are in matrix products."""
         attention = self.d_model * self.head_dim * 2 * (self.n_heads + self.n_kv_heads)
         return attention + 3 * self.d_model * self.d_ff
 
@@ -52,7 +52,7 @@ SHAPES = {
     "3b": Shape(28, 3072, 24, 8, 8192, 128256),  # Llama 3.2 3B
     "tiny": Shape(2, 64, 4, 2, 128, 256, 10_000.0),
 }
-#: In order of value: what is cut off when the time is up is the least missed.
+#: In order of value, so that the least important ones are cut off when the time is up.
 CASES = ("1b/4096", "125m/4096", "3b/4096", "1b/8192", "125m/8192", "3b/8192")
 #: Both sides train with these.
 ADAMW: dict[str, Any] = {"lr": 3e-4, "b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "clip_norm": 1.0}
@@ -63,7 +63,7 @@ def use_checkout() -> None:
     sys.path.insert(0, str(ROOT))
     import shardtrain
 
-    shardtrain.__path__.append(str(ROOT))  # models/ lies beside shardtrain/ in a checkout
+    shardtrain.__path__.append(str(ROOT))  # models/ is next to shardtrain/ in a checkout
 
 
 def host_batch(rows: int, seq: int, vocab: int) -> dict[str, np.ndarray]:
@@ -79,13 +79,13 @@ def host_batch(rows: int, seq: int, vocab: int) -> dict[str, np.ndarray]:
 
 
 def value(word: str) -> Any:
-    """What a word of the command line means: a number, a truth value, nothing, or the word itself."""
+    """Interpret a word of the command line: as a number, a truth value, nothing, or the word itself."""
     meanings = {"true": True, "false": False, "none": None}
     return meanings.get(word, int(word) if word.lstrip("-").isdecimal() else word)
 
 
 def flops_module() -> Any:
-    """`shardtrain.metrics.flops` by itself: the rest of its room needs packages that a bare machine lacks."""
+    """Import only `shardtrain.metrics.flops`: the rest of its room needs packages that a bare machine lacks."""
     spec = importlib.util.spec_from_file_location("flops", ROOT / "shardtrain" / "metrics" / "flops.py")
     assert spec is not None
     assert spec.loader is not None

@@ -1,4 +1,4 @@
-"""One side of `gpu.py` in one case: a worker process, what is asked of it, and its times."""
+"""One side of `gpu.py` in one case: a worker process, the requests to it, and its times."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PRESET = "gpu-default"
 
 
 class Run(Protocol):
-    """What a contestant needs of the benchmark's run: its options, its clock, its two outputs."""
+    """The parts of a benchmark run that a contestant needs: its options, its clock and its two outputs."""
 
     args: argparse.Namespace
 
@@ -29,7 +29,7 @@ class Run(Protocol):
 
 
 class Contestant:
-    """A worker and its times. `options` is what sets one of shardtrain apart from another; None means PyTorch."""
+    """A worker and its times. `options` distinguish the contestants of shardtrain; None means PyTorch."""
 
     batch: int
     steps: int
@@ -49,7 +49,7 @@ class Contestant:
         return self.batch * self.seq / statistics.median(self.seconds)
 
     def ask(self, do: str, **request: Any) -> dict[str, Any] | None:
-        """The worker's answer; where there is none, why, in the log of the run."""
+        """Return the answer of the worker. If there is none, the reason is in the log of the run."""
         try:
             return self.worker.ask(do, self.run.left(), **request)
         except WorkerError as error:
@@ -78,7 +78,7 @@ class Contestant:
                 self.report("check", **found)
         built = self.ask("build", **self.request())
         if built is None:
-            self.worker.close()  # what it still holds, others need
+            self.worker.close()  # the others need the memory that it holds
             return False
         self.batch, self.steps = built["batch"], max(1, min(50, round(args.seconds / built["step_s"])))
         self.say(
@@ -91,7 +91,7 @@ class Contestant:
         return True
 
     def request(self) -> dict[str, Any]:
-        """What the worker is to build."""
+        """The request to the worker: what to build."""
         args = vars(self.run.args)
         common = {"size": self.size, "seq": self.seq, **{k: args[k] for k in ("compute", "batch", "max_tokens")}}
         if self.options is None:
@@ -103,7 +103,7 @@ class Contestant:
         return {**common, **self.options, **words, "preset": preset, "limit": limit, "rivals": args["rivals"]}
 
     def turn(self) -> None:
-        """One turn of steps; none when the time left is short."""
+        """Run one turn of steps, or none if too little time is left."""
         if self.seconds and self.run.left() < 3 * self.run.args.seconds + 1:
             return
         if (found := self.ask("steps", n=self.steps)) is not None:

@@ -1,11 +1,11 @@
-"""Whether the input pipeline keeps up: tokens/s of the loader beside tokens/s that the training step consumes.
+"""Does the input pipeline keep up? Tokens/s of the loader, compared with tokens/s that the training step consumes.
 
     python benchmarks/data.py                  # about a minute
     python benchmarks/data.py --tiny           # only to see that it runs
 
-The loader reads, shuffles, stacks and sends batches to the devices as fast as it can; the step runs over one batch that
-is there already; in turns, in one run. A ratio of 20 leaves room for steps that are 20 times faster than these. It is
-the limit, for the turn with the least ratio too. The exit status is 1 where it is missed.
+The loader reads, shuffles, stacks and sends batches to the devices as fast as it can. The step runs over one batch that
+is already there. The two take turns in one run. A ratio of 20 leaves room for steps that are 20 times faster than
+these, and is the limit even for the turn with the lowest ratio. If it is missed, the exit status is 1.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from shardtrain import Job, Loader, RunConfig, build, load_config, open_source
 from shardtrain.data import Source
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
-#: The shape of the baselines that the project measures itself by, on fsdp 8.
+#: The shape of the baselines of the project, on fsdp 8.
 BASELINE = [
     "mesh.fsdp=8",
     "mesh.tensor=1",

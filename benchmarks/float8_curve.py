@@ -1,4 +1,4 @@
-"""Does training in float8 keep its course? Loss curves of one model on real text, in bfloat16 and in float8.
+"""Does training in float8 stay on course? Loss curves of one model on real text, in bfloat16 and in float8.
 
     python benchmarks/float8_curve.py                                   # on a GPU: the 125M model, 400 steps
     python benchmarks/float8_curve.py --size tiny --seq 64 --batch 16   # on a CPU, by emulation
@@ -78,7 +78,7 @@ def curve(args: argparse.Namespace, text: np.ndarray, matmul: str, seed: int) ->
     for index in range(args.steps):
         state, metrics = step(state, batch(text, args.batch, args.seq, index))
         losses.append(metrics["loss"])
-        if index % 20 == 0:  # bounds the steps in flight, and shows life
+        if index % 20 == 0:  # bounds the steps in flight, and shows progress
             print(f"  {matmul} {index}: {float(metrics['loss']):.4f}", flush=True)
     return [float(loss) for loss in losses]
 

@@ -1,6 +1,6 @@
-"""The floor: a Llama training step in plain JAX, one file, as an expert would write it by hand for one mesh.
+"""The floor: a Llama training step in plain JAX, in one file, as an expert would write it for one mesh.
 
-No part of shardtrain is used. The library must compute the same, no slower.
+It uses no part of shardtrain. The library must compute the same, and must not be slower.
 
 Shapes: B batch, S sequence, D model dim, H query heads, G key/value heads, K head dim, V vocabulary.
 """
@@ -36,14 +36,14 @@ class Shape:
         return self.d_model // self.n_heads
 
 
-#: How the rows of a batch lie on a mesh.
+#: The partition of the rows of a batch.
 BATCH = P(("data", "fsdp"))
-#: How activations lie inside of attention and MLP: heads or hidden units in parts.
+#: The partition of activations within attention and MLP: by heads or hidden units.
 HIDDEN = P(("data", "fsdp"), None, "tensor")
-#: How activations lie between blocks: a tensor-parallel group holds the sequence in parts.
+#: The partition of activations between blocks: a tensor-parallel group splits the sequence.
 RESIDUAL = P(("data", "fsdp"), "tensor")
 
-#: How each weight lies on a mesh with axes data, fsdp and tensor.
+#: The partition of each weight on a mesh with axes data, fsdp and tensor.
 SPECS = {
     "embedding": P("tensor", "fsdp"),
     "head": P("fsdp", "tensor"),
@@ -80,7 +80,8 @@ def rope(x_BSHK: jax.Array, positions_BS: jax.Array, theta: float) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def project(pin: Any, x_BSD: jax.Array, *weights: jax.Array) -> tuple[jax.Array, ...]:
-    """Matmuls of one input. Backward, a device adds up its shares of the input's gradient and sends one sum."""
+    """Matmuls of one input. In the backward pass a device adds up its shares of the input gradient and sends one
+    sum."""
     return tuple(jnp.tensordot(x_BSD, pin(w, P(None, "tensor")), 1) for w in weights)
 
 

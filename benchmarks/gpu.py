@@ -1,15 +1,16 @@
-"""One GPU: the library's training step beside the same model in PyTorch, in alternating turns of one run.
+"""One GPU: the library's training step compared with the same model in PyTorch, in alternating turns of one run.
 
     python benchmarks/gpu.py                                     # 125M, 1B, 3B at 4096 and 8192, the most telling first
     python benchmarks/gpu.py --case 1b/4096 --attention cudnn --attention xla --no-torch
     python benchmarks/gpu.py --case 1b/4096 --matmul compute --matmul float8 --profile
     python benchmarks/gpu.py --tiny                              # anywhere, in seconds: does it run?
 
-Each repeated option is a contestant of its own. All are processes that stay and split the memory, each at its own best
-batch. Tokens/s and MFU are of whole steps: clip to norm 1, AdamW, bfloat16 compute on float32 weights. MFU counts the
-FLOPs that the model's maths needs: causal attention once (half of the square), nothing recomputed, over the dense peak
-(989 TFLOP/s bfloat16 on H100 and H200, also where matmuls run in float8). Results are printed, and appended to
-OUT/gpu.jsonl, as they come. Needs jax, flax, optax and numpy; PyTorch where it is to be compared with.
+Each repeated option adds a contestant. All contestants are processes that stay alive and share the memory, each at its
+own best batch. Tokens/s and MFU are those of whole steps: clipping to norm 1, AdamW, bfloat16 compute on float32
+weights. MFU counts the FLOPs that the maths of the model needs (causal attention once, half of the square, nothing
+recomputed) relative to the dense peak (989 TFLOP/s in bfloat16 on H100 and H200, even if matmuls run in float8).
+Results are printed and appended to OUT/gpu.jsonl as they come in. Needs jax, flax, optax and numpy, and PyTorch for the
+comparison.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ from shardtrain.weights.paths import flatten
 
 #: A compilation that only asks for memory need not time kernels against each other.
 PROBE = {"xla_gpu_autotune_level": 0}
-ENOUGH = 16_384  # tokens a step: a policy under which so many fit is not given up for one that recomputes more
+ENOUGH = 16_384  # tokens per step: if this many fit, no policy that recomputes more is tried
 
 
 class JaxWorker:

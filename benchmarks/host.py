@@ -1,21 +1,22 @@
-"""What the host costs a step: the loop's own work, waiting for data, metrics, checkpoints and their hashes.
+"""The cost of the host per step: the loop's own work, waiting for data, metrics, checkpoints and their hashes.
 
     python benchmarks/host.py                  # some minutes
-    python benchmarks/host.py --tiny           # only to see that it runs, and counts right: times have no limit
+    python benchmarks/host.py --tiny           # only to see that it runs and counts correctly; times have no limit
 
-Three tables, each with its own control measured in turns with it, and the limits of the project's issue on speed:
+There are three tables, each with its own control, measured in turns, and its limit:
 
-1. The library's loop (loader, metrics log, TensorBoard) beside a bare `for` loop over the same compiled step with one
-   batch that stays on the device; both fetch the metrics one step late. Once with a step of about a millisecond that
-   runs beside the loop, as on an accelerator, but for the processor that it takes from the loop's threads; and once
-   with a tiny Llama, which XLA on CPU runs within the call, in the loop's own thread: there nothing can overlap.
-   Limit: 1.10 times, plus how far the medians of two bare loops differ (A/A).
-2. What the loop waits for data, beside what making and sending a batch takes when nothing runs meanwhile. Limit: 1%.
+1. The library's loop (loader, metrics log, TensorBoard), compared with a bare `for` loop over the same compiled step
+   with one batch that stays on the device. Both fetch the metrics one step late. This is measured once with a step of
+   about a millisecond that runs in parallel with the loop, as on an accelerator, except that it takes processor time
+   from the threads of the loop; and once with a tiny Llama, which XLA on CPU runs within the call, in the loop's own
+   thread, so that nothing can overlap. Limit: 1.10 times, plus the difference of the medians of two bare loops (A/A).
+2. The time that the loop waits for data, compared with the time to make and send a batch while nothing else runs.
+   Limit: 1%.
 3. The loop with metrics, TensorBoard and checkpoints: the shares of its time in which its thread writes metrics and
    waits for the hashes of the save before, limit 1% each; and, without a limit, in which it copies the state for a save
-   (the next step overwrites the state, so it has to wait: how much depends on how often one saves). Wall time beside
-   the same loop without is no gate: on a host whose processors also compute the step, threads compete with it for
-   processors, although it never stands still.
+   (the next step overwrites the state, so it has to wait; the share depends on how often one saves). Wall time compared
+   with the same loop without these is not a limit: on a host whose processors also compute the step, threads compete
+   with it for processors, although it never stops.
 
 The exit status is 1 if a limit is missed.
 """
@@ -50,7 +51,7 @@ MEDIUM = {"n_layers": 4, "d_model": 128, "n_heads": 4, "n_kv_heads": 2, "d_ff": 
 
 
 class Limits(NamedTuple):
-    """Wall time beside a bare loop, and the share of the loop's time that one thing may take."""
+    """Limits of wall time, relative to a bare loop, and of the share of the loop's time that one thing may take."""
 
     slower: float = 1.10
     share: float = 0.01

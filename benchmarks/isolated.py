@@ -1,4 +1,4 @@
-"""The parts of a training step by themselves, and the device's ceilings, each timed: what `roofline.py` measures."""
+"""The measurements of `roofline.py`: each part of a training step by itself, and the limits of the device."""
 
 from __future__ import annotations
 

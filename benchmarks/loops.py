@@ -1,4 +1,4 @@
-"""What `host.py` measures: short steps, the library's loop over them with the time of each part, and a bare loop."""
+"""The loops that `host.py` measures: the library's, over short steps and with the time of each part, and a bare one."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def llama(shape: dict[str, int], rows: int, length: int, **mesh: int) -> SimpleN
 
 
 def one_core(rounds: int = 100) -> SimpleNamespace:
-    """A step of about a millisecond that keeps one processor busy, beside the loop; batches as small as can be."""
+    """A step of about a millisecond that keeps one processor busy, in parallel with the loop, on tiny batches."""
     place = Partitioner(MeshSpec().build(jax.devices()[:1]))
     source, sharding = SyntheticTokens(seq_len=8, vocab_size=16, seed=0), place.sharding(("batch", "seq"))
 

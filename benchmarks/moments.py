@@ -1,10 +1,11 @@
-"""Does training notice in how many bits the optimizer keeps its moments?
+"""Does it matter to training in how many bits the optimizer keeps its moments?
 
     python benchmarks/moments.py                     # 200 steps each, and docs/benchmarks/moments.{md,png}
     python benchmarks/moments.py --steps 8 --out /tmp/moments
 
-The same model, data, seeds and schedule three times: float32, bfloat16 and int8 moments (`optim/moments.py`).
-Quickstart's text and optimizer, on one device. Losses and bytes repeat exactly on one machine.
+The same model, data, seeds and schedule are run three times, with float32, bfloat16 and int8 moments
+(`optim/moments.py`), on one device, with the text and optimizer of the quickstart. Losses and bytes repeat exactly on
+one machine.
 """
 
 from __future__ import annotations
@@ -65,10 +66,10 @@ def main() -> None:
 
     {command}
 
-{args.steps} steps of AdamW on quickstart's text (2 layers, d 128, vocab 2048, 16 x 64 tokens a step), the same weights
-and batches each time. `training` is the mean of the last 20 steps.
+{args.steps} steps of AdamW on the text of the quickstart (2 layers, d 128, vocab 2048, 16 x 64 tokens per step), with
+the same initial weights and batches each time. `training loss` is the mean of the last 20 steps.
 
-| optimizer.moments | bytes of optimizer state a weight | training loss | held-out loss |
+| optimizer.moments | bytes of optimizer state per weight | training loss | held-out loss |
 |---|---|---|---|
 {chr(10).join(rows)}
 

@@ -1,13 +1,14 @@
-"""What the library costs: its training step beside the same model hand-written in plain JAX (`floor.py`).
+"""The cost of the library: its training step compared with the same model in hand-written JAX (`floor.py`).
 
     python benchmarks/overhead.py                    # all meshes of 8 emulated devices, 30 interleaved pairs each
     python benchmarks/overhead.py --mesh fsdp=8 --pairs 60
     python benchmarks/overhead.py --quick            # a tiny model and 3 pairs, to see that it runs
 
-Same weights, same data, losses compared. Matmul FLOPs, what collectives carry and temporary memory are the compiler's
-own counts and repeat exactly. Times are medians of interleaved steps; the floor runs twice, and how far its two medians
-differ (A/A) is the machine's noise. Gates: FLOPs within 0.5%, no more arrays or bytes sent, temporaries at most 1.02
-times, losses within 1e-5, step time at most 1.03 times plus the noise. The exit status is 1 if any gate fails.
+Weights and data are the same, and losses are compared. Matmul FLOPs, the arrays in collectives and temporary memory are
+counted by the compiler and repeat exactly. Times are medians of interleaved steps. The floor runs twice, and the
+difference of its two medians (A/A) is the noise of the machine. Limits: FLOPs within 0.5%, no more arrays or bytes
+sent, temporaries at most 1.02 times, losses within 1e-5, step time at most 1.03 times plus the noise. The exit status
+is 1 if any limit is missed.
 """
 
 from __future__ import annotations

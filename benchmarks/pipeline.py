@@ -1,14 +1,14 @@
-"""What the pipeline takes: beside its own simulation, beside a vmap and roll pipeline, and beside no pipeline at all.
+"""The cost of a pipeline, compared with its own simulation, with a vmap and roll pipeline, and with no pipeline.
 
     python benchmarks/pipeline.py                    # all of it
     python benchmarks/pipeline.py --tiny             # under a minute, to see that it runs
     python benchmarks/pipeline.py --only schedules --microbatches 8 --microbatches 32
 
 Emulated CPU devices share the cores, so a rank that computes for nothing (`idle: compute`) takes CPU time from the
-others, which on accelerators it would not; with `idle: skip` it does not here either. Hence three questions, each
-answered by ratios of one run:
+others, which it would not on accelerators; with `idle: skip` it does not here either. Hence three questions, each
+answered by ratios from one run:
 
-- schedules: the critical path, of stages that sleep rather than compute, over what `simulate` says;
+- schedules: the critical path of stages that sleep instead of computing, relative to that of `simulate`;
 - yardstick: matmul FLOPs (of `idle: skip` the program does not tell them) and temporary memory (the compiler's,
   exact), and CPU seconds (all threads) of a step and of tracing and compiling it, over those of a vmap and roll
   pipeline (`roll.py`) of the same model, weights and data;

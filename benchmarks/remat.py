@@ -1,4 +1,4 @@
-"""What each `model.remat` costs in time and saves in memory: one training step, the same but for the policy.
+"""The time that each `model.remat` costs and the memory that it saves, in a training step that differs only in this.
 
     python benchmarks/remat.py --pairs 10 --out docs/benchmarks    # the committed page and its plot
     python benchmarks/remat.py --mesh fsdp=8
@@ -7,10 +7,10 @@
 
 It writes `remat.md` and `remat.png` to --out, by default $OUT or remat-results.
 
-Temporary memory and matmul FLOPs are the compiled program's own and repeat exactly; times are medians of interleaved
-steps of one run, over those of `full`. All policies train the same state, too slowly to change a weight, so that all
-have to find the same gradient. On a CPU the host's memory is the device's, so `offload` gains nothing there: it is
-shown with `--platform cuda` only. There no FLOPs are shown: matmuls are calls of a library, which XLA does not count.
+Temporary memory and matmul FLOPs come from the compiled program and repeat exactly. Times are medians of interleaved
+steps of one run, relative to `full`. All policies train the same state, too slowly to change a weight, so that all must
+find the same gradient. On a CPU, host and device memory are the same, so `offload` gains nothing there and is shown
+with `--platform cuda` only. FLOPs are not shown there, because matmuls are library calls, which XLA does not count.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {"size": "small", "rows": 16, "length": 256, "compute": "float32"},
     "cuda": {"size": "1b", "rows": 4, "length": 4096, "compute": "bfloat16"},
 }
-#: How far apart the norms of the same gradient may lie.
+#: Largest relative difference between the norms of the same gradient.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
 
 #: From keeping everything to keeping only the blocks' inputs.
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--mesh", default="data=1", help="mesh sizes such as fsdp=4,tensor=2")
     add("--pairs", type=int, default=5, help="interleaved steps of each policy")
-    add("--platform", default="cpu", choices=DEFAULTS, help="decides what is not given of:")
+    add("--platform", default="cpu", choices=DEFAULTS, help="sets the defaults of:")
     add("--size", choices=SIZES)
     add("--rows", type=int)
     add("--length", type=int)
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--tiny", dest="size", action="store_const", const="tiny", help="to see that the benchmark runs")
     args = parser.parse_args(argv)
     vars(args).update({k: v for k, v in DEFAULTS[args.platform].items() if getattr(args, k) is None})
-    jax.config.update("jax_platforms", args.platform)  # what is imported above says cpu
+    jax.config.update("jax_platforms", args.platform)  # the imports above set it to cpu
     shape, precision = SIZES[args.size], Precision(jnp.float32, jnp.dtype(args.compute), jnp.float32)
     mesh = {axis: int(size) for axis, size in (part.split("=") for part in args.mesh.split(","))}
     place = Partitioner(MeshSpec(**mesh).build(jax.devices()[: math.prod(mesh.values())]))
@@ -123,9 +123,9 @@ def main(argv: list[str] | None = None) -> None:
     python {" ".join(["benchmarks/remat.py", *sys.argv[1:]])}
 
 A training step of a Llama with {shape.n_layers} layers, d {shape.d_model}, {shape.n_heads} heads, ff {shape.d_ff} and
-vocab {shape.vocab_size}, {args.rows} x {args.length} tokens, AdamW, {args.compute}. Temporaries are a device's, by
-XLA's account; FLOPs are of matmuls; times are medians of {args.pairs} interleaved steps, over those of `full`, which
-took {wall["full"] * 1e3:.0f} ms. CPU seconds are those of all threads.
+vocab {shape.vocab_size}, {args.rows} x {args.length} tokens, AdamW, {args.compute}. Temporaries are those of one
+device, as counted by XLA. FLOPs are those of matmuls, relative to `full`. Times are medians of {args.pairs} interleaved
+steps, relative to `full`, which took {wall["full"] * 1e3:.0f} ms. CPU seconds are the sum over all threads.
 
 | | model.remat | temporaries, MB | FLOPs | step time | CPU s |
 |---|---|---|---|---|---|

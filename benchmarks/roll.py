@@ -1,10 +1,10 @@
-"""The yardstick: a pipeline as MaxText and praxis build it, of the library's own parts otherwise.
+"""The yardstick: a pipeline as MaxText and praxis build it, otherwise made of the library's own parts.
 
-All stages run as one `vmap` over a dim that is sharded over `pipe`; from tick to tick `jnp.roll` moves that dim by one,
-which the compiler makes a permute. Autodiff turns the loop around: the backward pass starts when the last forward is
-done, and until then what it needs is kept for every microbatch. Stages and the loss are rematerialised.
+All stages run as one `vmap` over a dim that is sharded over `pipe`. From tick to tick `jnp.roll` moves that dim by one,
+which the compiler turns into a permute. Autodiff reverses the loop: the backward pass starts when the last forward is
+done, and until then its inputs are kept for every microbatch. Stages and the loss are rematerialised.
 
-It trains the state of a pipelined `ModelDef` with one chunk per rank, so that both can be held against each other.
+It trains the state of a pipelined `ModelDef` with one chunk per rank, so that the two can be compared.
 
 Shapes: M microbatches, R ranks, k layers of a stage, T = M + R - 1 ticks.
 """

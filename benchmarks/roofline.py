@@ -1,11 +1,12 @@
-"""Where a training step's time must go: FLOPs and bytes of each class of operation, over what this device can do.
+"""Where the time of a training step must go: FLOPs and bytes of each class of operation, and the speed of the device.
 
     python benchmarks/roofline.py --size 1b --seq 4096 --batch 8
     python benchmarks/roofline.py --tiny
 
-Predicted: the larger of FLOPs (as `work.py` counts them; `--remat` adds what is done again) over the rate of a large
-matrix product, and bytes over the bandwidth of a large triad, both measured here first. Isolated: the same operations
-of the library by themselves, forward and backward. The FLOPs are checked against XLA's own count of the whole step.
+The predicted time is the larger of two: FLOPs (counted by `work.py`; `--remat` adds recomputation) over the rate of a
+large matrix product, and bytes over the bandwidth of a large triad. Both rates are measured here first. The isolated
+time is that of the same operations of the library by themselves, forward and backward. The FLOPs are compared with
+XLA's own count for the whole step.
 """
 
 from __future__ import annotations

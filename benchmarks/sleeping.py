@@ -1,4 +1,4 @@
-"""A pipeline whose layers sleep, so that emulated devices that share a core still work side by side.
+"""A pipeline whose layers sleep, so that emulated devices which share a core still work in parallel.
 
 It is given to the executor without a model: callbacks need a program in which every mesh axis is manual.
 """

@@ -4,11 +4,12 @@
     python benchmarks/soak.py --starts 40      # two of each case
     python benchmarks/soak.py --unprepared     # with the threads and the scheduler that XLA has by itself
 
-Shapes are tiny, since the race is likeliest where a step takes least. A start is a new process, or two, with a backend
-of its own; it is forked from one that has imported the libraries, which saves half of the time and no part that can
-hang. It trains 30 steps from a config, evaluates, and leaves. All starts of a case share a compilation cache, and must
-report the losses of the first to the last bit, and those of one device within 1e-4. A start that is not over after two
-minutes, or that a signal ends (XLA's abort), counts as a hang. The exit status is 1 if one hung or was wrong.
+Shapes are tiny, because the race is most likely where a step is shortest. A start is a new process, or two, with its
+own backend. It is forked from a process that has imported the libraries, which saves half of the time but skips no part
+that can hang. It trains 30 steps from a config, evaluates, and exits. All starts of a case share a compilation cache,
+and must report the losses of the first one to the last bit, and those of one device within 1e-4. A start that is not
+over after two minutes, or that is ended by a signal (XLA's abort), counts as a hang. The exit status is 1 if one hung
+or was wrong.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""From process start to the first completed step: `shardtrain train` beside the hand-written step of `floor.py`.
+"""From process start to the first completed step: `shardtrain train` compared with the step of `floor.py`.
 
     python benchmarks/startup.py            # the quickstart, cold and warm, 3 rounds
     python benchmarks/startup.py --tiny     # a tiny model, one round: to see that the benchmark runs
 
-Both train the same Llama on the same tokens, prepared beforehand, each in a process of its own and with a compilation
-cache of its own: `cold` finds it empty, `warm` as the cold process left it. The clock stops when the loss of step 1 is
+Both train the same Llama on the same tokens, prepared beforehand, each in its own process and with its own
+compilation cache: `cold` finds it empty, `warm` as the cold process left it. The clock stops when the loss of step 1 is
 on standard output. Seconds are medians over the rounds, in which all processes take turns; `cpu s` is user and system
 time until then and repeats better on a busy machine. The last lines are what `import shardtrain`, and all that a run
 imports, add to importing jax, flax and optax.
@@ -127,7 +127,7 @@ def prepare(folder: Path, overrides: tuple[str, ...]) -> Path:
 
 
 def run_floor(path: str, cache: str) -> None:
-    """The first step as one would write it by hand: only what it needs is imported."""
+    """The first step as one would write it manually, importing only what it needs."""
     import json
 
     import jax

@@ -1,4 +1,4 @@
-"""A benchmark's contestants as processes of their own, which work only when told: so their turns alternate in time."""
+"""The contestants of a benchmark as separate processes, which work only when told to, so that their turns alternate."""
 
 from __future__ import annotations
 

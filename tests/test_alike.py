@@ -47,7 +47,7 @@ def test_where_one_refuses_the_others_do():
     said = []
     with pytest.raises(UserError, match="no such file"):
         together(refuse, lambda made: {}, lambda text: said.append(text) or [text, text])
-    with pytest.raises(UserError, match=r"^processes 0, 1 refused to go on"):
+    with pytest.raises(UserError, match=r"^processes 0, 1 refused to continue"):
         together(lambda: 1, lambda made: {}, lambda text: said * 2 + [text])
 
 
@@ -111,7 +111,7 @@ def test_other_data_under_the_same_name_is_told_on_each_process(tmp_path, folder
 def test_where_one_process_finds_no_data_all_end(tmp_path, folders):
     (folders[1] / "tokens.bin").write_bytes(b"")
     zero, one = ends(*pair(tmp_path / "run", TOKENS), folders)
-    assert "error: process 1 refused to go on" in zero
+    assert "error: process 1 refused to continue" in zero
     assert "tokens.bin" in one
 
 
@@ -119,7 +119,7 @@ def test_where_one_process_finds_no_data_all_end(tmp_path, folders):
 def test_where_one_process_has_a_mistake_in_its_command_all_end(tmp_path, folders):
     first, second = pair(tmp_path / "run")
     zero, one = ends(first, (*second, "run.steps=0"), folders)
-    assert "error: process 1 refused to go on" in zero
+    assert "error: process 1 refused to continue" in zero
     assert "run.steps = 0" in one
 
 
@@ -148,5 +148,5 @@ def test_an_error_that_nobody_expects_is_told_too():
     said = []
     with pytest.raises(KeyError):
         together(fail, lambda made: {}, lambda text: said.append(text) or [text, text])
-    with pytest.raises(UserError, match=r"^process 0 refused to go on"):
+    with pytest.raises(UserError, match=r"^process 0 refused to continue"):
         together(lambda: 1, lambda made: {}, lambda text: [*said, text])

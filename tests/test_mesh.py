@@ -170,7 +170,7 @@ def test_another_platform_after_jax_started():
 def test_emulation_is_of_cpus_and_divides_over_processes():
     with pytest.raises(UserError, match=r"set devices.emulate=null or devices.platform=cpu"):
         select_devices("cuda", emulate=8)
-    with pytest.raises(UserError, match=r"emulate 8 does not divide over 3 processes"):
+    with pytest.raises(UserError, match=r"emulate 8 is not a multiple of the 3 processes"):
         select_devices(emulate=8, processes=3)
     assert select_devices(emulate=8) == jax.devices()
 

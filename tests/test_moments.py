@@ -223,10 +223,10 @@ def test_moments_of_another_dtype_are_cast_where_asked_for(saved, wanted, tmp_pa
     ("saved", "wanted", "go_on"),
     [("float32", "int8", "without"), ("bfloat16", "int8", "without"), ("int8", "float32", "with")],
 )
-def test_8_bit_moments_become_no_others(saved, wanted, go_on, tmp_path):
+def test_8_bit_moments_cannot_be_converted(saved, wanted, go_on, tmp_path):
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(1, updated(saved), {})
-        with pytest.raises(UserError, match=rf"(?s)missing: opt_state.*: go on {go_on} optimizer.moments=int8, or "):
+        with pytest.raises(UserError, match=rf"(?s)missing: opt_state.*: continue {go_on} optimizer.moments=int8, or "):
             checkpointer.restore(updated(wanted), cast=True)
 
 
@@ -262,7 +262,7 @@ def test_other_optimizers_keep_theirs_so_too(type, moments):
     [
         ("adamw", "int4", "moments = int4: must be one of float32, bfloat16, int8"),
         ("sgd", "int8", "keeps no mu or trace or nu or v"),
-        ("optax.rmsprop", "bfloat16", "beside a count of its updates"),
+        ("optax.rmsprop", "bfloat16", "with a count of its updates"),
     ],
 )
 def test_mistakes_are_named(type, moments, message):

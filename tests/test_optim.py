@@ -331,7 +331,7 @@ def test_state_that_does_not_follow_its_weight_is_refused(placed):
         ("sgd", {"weight_decay": -1.0}, "weight_decay = -1.0: must be a number of 0 or more"),
         ("sgd", {"decay_roles": ["matrx"]}, "matrx: there is no such role; did you mean matrix"),
         ("muon", {"per_layer": False}, "mix the layers of a stack"),
-        ("optax.contrib.dog", {}, "lets weights meet"),
+        ("optax.contrib.dog", {}, "combines weights"),
         ("optax.noisy_sgd", {"key": 0}, "random key"),
         ("optax.contrib.momo", {}, "fails on this model"),  # wants the loss
     ],

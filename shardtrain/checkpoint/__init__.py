@@ -1,10 +1,10 @@
-"""Checkpoints: written asynchronously, trusted only when their hashes verify, restored onto any mesh.
+"""Checkpoints: written asynchronously, trusted only if their hashes verify, restored onto any mesh.
 
-On disk, one directory per run::
+Each run has one directory on disk::
 
     checkpoints/100/                a committed step (Orbax), leaves named by dotted paths
     checkpoints/100.manifest.json   size and sha256 of each of its files; without it the step is not trusted
-    checkpoints/200.corrupt/        did not match its manifest; kept as evidence, never loaded
+    checkpoints/200.corrupt/        differs from its manifest; kept as evidence, never loaded
     checkpoints/300.unverified/     committed, but the process died before the manifest was written
 """
 

@@ -23,7 +23,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Restored:
-    """A step as it was saved: `state` on the mesh asked for, `extra` as JSON gives it back."""
+    """A step as it was saved.
+
+    Attributes:
+      step: its number.
+      state: on the mesh that was asked for.
+      extra: the record saved with it, as JSON returns it.
+    """
 
     step: int
     state: Any
@@ -31,21 +37,22 @@ class Restored:
 
 
 class Checkpointer:
-    """The checkpoints of one run: all processes of the run make one and call it alike, on one shared disk.
+    """The checkpoints of one run. All processes of the run make one, and make the same calls, on one shared disk.
 
-    `save` returns after the copy to the host; the commit, the hashes and the retention happen in the
-    background. At most one save is under way: a `save` that comes before the last one has ended waits for it, and
-    so does the end of the program, which fails with code 1 where that save does.
-    Process 0 alone hashes what was saved (after the commit, which Orbax synchronises over the processes),
-    renames, deletes, and picks the step to restore, of which each process then verifies its share of the files;
-    when it fails it ends, and the supervisor restarts all.
+    `save` returns after the copy to the host. The commit, the hashes and the deletion of old steps happen in the
+    background. At most one save is under way: another `save` waits until it has ended, and so does the end of the
+    program, which fails with code 1 if that save fails.
+
+    Process 0 alone hashes the saved files (after the commit, which Orbax synchronises over the processes), renames,
+    deletes, and chooses the step to restore. Each process then verifies its share of the files of that step. When
+    process 0 fails it ends, and the supervisor restarts all processes.
 
     Args:
-      directory: where the steps go; made if missing.
+      directory: where the steps are stored; created if it is missing.
       keep: how many of the newest steps to keep, at least 1.
-      keep_every: also keep each step that is a multiple of this.
-      asynchronous: False makes `save` wait for its own end.
-      compress: zstd. Off: it makes saves about 3 times slower for 8% of size on float32 weights.
+      keep_every: keep, in addition, every step that is a multiple of this.
+      asynchronous: False makes `save` wait until it is done.
+      compress: by zstd. Off by default: saves of float32 weights would be about 3 times slower for 8% of the size.
 
     Raises:
       UserError: the directory cannot be written, or `keep` or `keep_every` is below 1.
@@ -72,15 +79,15 @@ class Checkpointer:
         require_writable(self.directory, "checkpoints")
 
     def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
-        """Saves a step; its buffers may be donated as soon as this returns.
+        """Save a step. Its buffers may be donated as soon as this returns.
 
         Args:
           step: newer than every step in the directory.
           state: a pytree of arrays and numbers.
-          extra: JSON saved beside it (config, data position, mesh).
+          extra: JSON saved with it (config, data position, mesh).
 
         Raises:
-          UserError: the save before this one, or this one, failed (a full disk); the step is not a new one;
+          UserError: the save before this one, or this one, failed (on a full disk, say); the step is not new;
             two leaves share a path; `extra` is not JSON.
         """
         self.wait()
@@ -89,7 +96,7 @@ class Checkpointer:
         arrays = {name: names.storable(name, leaf) for name, leaf in names.flatten(state).items()}
         try:
             commit = store.save(self.directory / str(step), arrays, record, compress=self._compress)
-        except OSError as error:  # anything else, before a byte is written, is a bug
+        except OSError as error:  # before a byte is written, anything else is a bug
             raise self._failure(step, error) from error
         self._pending = self._worker.submit(self._finish, step, commit)
         unwaited.remember(self)
@@ -97,13 +104,13 @@ class Checkpointer:
             self.wait()
 
     def wait(self) -> None:
-        """Blocks until the save under way is committed, hashed and verified.
+        """Wait until the save under way is committed, hashed and verified.
 
         Raises:
-          UserError: it failed; the last good step is named, and intact.
+          UserError: it failed; the message names the last good step, which is intact.
         """
         if self._pending is not None:
-            self._pending.exception()  # interrupted here, it stays pending
+            self._pending.exception()  # if this is interrupted, it stays pending
             pending, self._pending = self._pending, None
             unwaited.forget(self)
             pending.result()
@@ -114,22 +121,22 @@ class Checkpointer:
         return max(lifecycle.with_manifest(self.directory), default=None)
 
     def latest(self) -> int | None:
-        """The newest step that verifies, after cleaning up what a crash left; None in a fresh run.
+        """Clean up after a crash, and return the newest step that verifies; None in a fresh run.
 
         Raises:
-          UserError: checkpoints exist, and none can be trusted.
+          UserError: checkpoints exist, but none can be trusted.
         """
         self.wait()
         self._verified = trust.newest(self.directory)
         return self._verified
 
     def restore(self, abstract: Any, step: int | None = None, *, cast: bool = False) -> Restored | None:
-        """Verifies a step and loads it; None in a fresh run. What `latest` has just found is not hashed again.
+        """Verify a step and load it; None in a fresh run. A step that `latest` has just found is not hashed again.
 
         Args:
-          abstract: the state's tree with `jax.ShapeDtypeStruct` leaves that carry shardings, on any mesh.
-          step: which one; None takes `latest`. A step asked for by number is never replaced by another.
-          cast: allow another dtype than the saved one.
+          abstract: the tree of the state with leaves of `jax.ShapeDtypeStruct` that carry shardings, on any mesh.
+          step: which step; None means `latest`. A step given by number is never replaced by another.
+          cast: allow a dtype that differs from the saved one.
 
         Raises:
           UserError: no step can be trusted; or paths, shapes or dtypes differ (each is named).
@@ -139,12 +146,12 @@ class Checkpointer:
         if step is None:
             return None
         self._require_intact(step)
-        self._verified = None  # what lies on a disk for long is not trusted for ever
+        self._verified = None  # a file that has been on the disk for long is checked again
         state, extra = reading.read_state(self.directory / str(step), abstract, cast=cast)
         return Restored(step, state, extra)
 
     def extra(self, step: int) -> dict[str, Any]:
-        """The record saved with a step, which is verified as `restore` does it.
+        """The record saved with a step. The step is verified as in `restore`.
 
         Raises:
           UserError: the step cannot be trusted.
@@ -153,7 +160,7 @@ class Checkpointer:
         return reading.intact_extra(self.directory / str(step))
 
     def close(self) -> None:
-        """Waits for the save under way, and ends the background thread.
+        """Wait for the save under way, and end the background thread.
 
         Raises:
           UserError: that save failed.
@@ -169,7 +176,7 @@ class Checkpointer:
         close_all(self.close, after=error)
 
     def _finish(self, step: int, commit: store.Commit) -> None:
-        """The background half: commit, hash, read back, and only then delete what is old."""
+        """The half in the background: commit, hash, read back, and only then delete old steps."""
         try:
             commit.result()
             if jax.process_index() != 0:
@@ -188,7 +195,7 @@ class Checkpointer:
     def _failure(self, step: int, error: Exception) -> UserError:
         older = [kept for kept in lifecycle.with_manifest(self.directory) if kept != step]
         kept = f"the last good checkpoint, step {older[-1]}, is intact" if older else "there is no earlier checkpoint"
-        reason = next(iter(str(error).splitlines()), type(error).__name__)  # the rest is Orbax's own traceback
+        reason = next(iter(str(error).splitlines()), type(error).__name__)  # the other lines are Orbax's own traceback
         return UserError(
             f"saving step {step} in {self.directory} failed: {reason} "
             f"({_free_space(self.directory)}); {kept}. "
@@ -199,7 +206,7 @@ class Checkpointer:
         existing = {*lifecycle.committed(self.directory), *lifecycle.with_manifest(self.directory)}
         if existing and step <= max(existing):
             raise UserError(
-                f"cannot save step {step} in {self.directory}: step {max(existing)} is there already; "
+                f"cannot save step {step} in {self.directory}: step {max(existing)} already exists there; "
                 "restore it first, or move the newer steps away"
             )
 

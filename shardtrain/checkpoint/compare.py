@@ -1,4 +1,4 @@
-"""What a checkpoint holds against what a model wants, in words."""
+"""The differences between a checkpoint and a model, in words."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,12 +33,12 @@ class ArrayInfo:
 
 
 def differences(saved: Mapping[str, ArrayInfo], wanted: Mapping[str, ArrayInfo], *, cast: bool = False) -> list[str]:
-    """One line per path on which checkpoint and model disagree; none when the checkpoint can be loaded.
+    """Return one line per path on which checkpoint and model differ; none if the checkpoint can be loaded.
 
     Args:
-      saved: what the checkpoint holds.
-      wanted: what the model asks for.
-      cast: accept another dtype where the cast keeps the meaning: between floats, and to wider integers.
+      saved: the arrays in the checkpoint.
+      wanted: the arrays of the model.
+      cast: accept another dtype where a cast keeps the meaning: between floats, and to wider integers.
     """
     lines = [f"missing: {name} {wanted[name]}" for name in wanted if name not in saved]
     lines += [f"unexpected: {name} {saved[name]}" for name in saved if name not in wanted]
@@ -54,7 +54,7 @@ def _leaf_differences(name: str, saved: ArrayInfo, wanted: ArrayInfo, cast: bool
         lines.append(f"shape: {name} {saved.shape} != {wanted.shape}")
     if saved.dtype != wanted.dtype:
         if not _castable(saved.dtype, wanted.dtype):
-            lines.append(f"dtype: {name} {saved.dtype.name} cannot become {wanted.dtype.name}")
+            lines.append(f"dtype: {name} {saved.dtype.name} cannot be converted to {wanted.dtype.name}")
         elif not cast:
             lines.append(f"dtype: {name} {saved.dtype.name} != {wanted.dtype.name} (checkpoint.cast=true converts it)")
     return lines
@@ -68,7 +68,7 @@ def _castable(saved: np.dtype, wanted: np.dtype) -> bool:
 
 
 def hint(saved: Mapping[str, ArrayInfo], wanted: Mapping[str, ArrayInfo]) -> str:
-    """What to do where only one of the two keeps moments as 8-bit codes: no cast makes codes of numbers."""
+    """Say what to do if only one of the two stores moments as 8-bit codes, which no cast can produce."""
 
     def has_codes(arrays: Mapping[str, ArrayInfo]) -> bool:
         return any(info.dtype == np.int8 for name, info in arrays.items() if name.startswith("opt_state."))
@@ -77,11 +77,12 @@ def hint(saved: Mapping[str, ArrayInfo], wanted: Mapping[str, ArrayInfo]) -> str
         return ""
     go_on = "with" if has_codes(saved) else "without"
     return (
-        f"\n8-bit moments become no others: go on {go_on} optimizer.moments=int8, or take the weights alone (init_from)"
+        f"\n8-bit moments cannot be converted: continue {go_on} optimizer.moments=int8, or load only the weights "
+        "(init_from)"
     )
 
 
 def summary(lines: list[str], limit: int = 10) -> str:
-    """The first `limit` lines, indented, and how many more there are."""
+    """Return the first `limit` lines, indented, and the number of the others."""
     more = [f"... and {len(lines) - limit} more"] if len(lines) > limit else []
     return "\n".join(f"  {line}" for line in lines[:limit] + more)

@@ -1,4 +1,4 @@
-"""What is in a checkpoint directory, for people. Nothing here changes it."""
+"""The content of a checkpoint directory, for people to read. Nothing here changes it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,9 +15,14 @@ Status = Literal["verified", "unchecked", "unverified", "corrupt", "uncommitted"
 class StepRecord:
     """One entry of a checkpoint directory.
 
-    `status` is *verified* (agrees with its manifest), *unchecked* (the same, but only sizes were compared),
-    *unverified* (no manifest), *corrupt* or *uncommitted*; `detail` says what is wrong. `bytes` counts the
-    files, `time` is the directory's last change in seconds since the epoch.
+    Attributes:
+      step: its number.
+      status: *verified* (agrees with its manifest), *unchecked* (the same, but only sizes were compared), *unverified*
+        (no manifest), *corrupt* or *uncommitted*.
+      path: its directory.
+      bytes: size of all its files.
+      time: last change of the directory, in seconds since the epoch.
+      detail: what is wrong with it, if anything.
     """
 
     step: int
@@ -30,7 +35,14 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class Parameter:
-    """An array of a checkpoint; `bytes` is its size in memory."""
+    """An array of a checkpoint.
+
+    Attributes:
+      path: its dotted name.
+      shape: its dims.
+      dtype: by name.
+      bytes: its size in memory.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -39,11 +51,11 @@ class Parameter:
 
 
 def list_steps(directory: Path | str, *, hashes: bool = True) -> list[StepRecord]:
-    """Everything in a checkpoint directory, oldest step first, also what was set aside.
+    """List everything in a checkpoint directory, oldest step first, including steps that were set aside.
 
     Args:
       directory: a run directory or its `checkpoints`.
-      hashes: read and hash every file. False compares sizes, which takes no time and misses flipped bits.
+      hashes: read and hash every file. False compares only sizes, which takes no time but misses flipped bits.
 
     Raises:
       UserError: there is no such directory.
@@ -52,7 +64,11 @@ def list_steps(directory: Path | str, *, hashes: bool = True) -> list[StepRecord
 
 
 def verify(directory: Path | str, step: int | None = None) -> list[StepRecord]:
-    """The records of the steps that a run could restore, or of one, with every file hashed.
+    """Hash every file of the steps that a run could restore, or of one step, and return their records.
+
+    Args:
+      directory: a run directory or its `checkpoints`.
+      step: which step; None means all.
 
     Raises:
       UserError: there is no such directory or step.
@@ -65,7 +81,11 @@ def verify(directory: Path | str, step: int | None = None) -> list[StepRecord]:
 
 
 def parameter_table(directory: Path | str, step: int) -> list[Parameter]:
-    """Path, shape, dtype and bytes of each array of a step by path, from its metadata alone.
+    """Return the arrays of a step, sorted by path, from its metadata alone.
+
+    Args:
+      directory: a run directory or its `checkpoints`.
+      step: which step.
 
     Raises:
       UserError: no such step, or a corrupt one.

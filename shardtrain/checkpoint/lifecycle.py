@@ -1,15 +1,15 @@
-"""What may be on the disk after any crash, and what is done about each.
+"""What may be on the disk after a crash, and what is done about it.
 
 ======================================  =============================================================
 uncommitted (Orbax's temporary name)    removed
-`N.deleting` (retention interrupted)  removed
-`N` without manifest                  died before the hashes were written: renamed `N.unverified`;
+`N.deleting` (deletion interrupted)     removed
+`N` without manifest                    died before the hashes were written: renamed `N.unverified`;
                                         the newest of these is kept, the others are removed
-`N` that differs from its manifest    corrupt: renamed `N.corrupt`
+`N` that differs from its manifest      corrupt: renamed `N.corrupt`
 ======================================  =============================================================
 
-Then the newest step that agrees with its manifest is trusted. Where none is left but some are corrupt, that
-is an error: a run never silently starts again from step 0.
+Then the newest step that agrees with its manifest is trusted. If none is left but some are corrupt, that is an error:
+a run never silently starts again from step 0.
 """
 
 import logging
@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 def committed(directory: Path) -> list[int]:
-    """Steps that have a directory of their own name, oldest first, manifest or not."""
+    """Return the steps that have a directory named after them, oldest first, with or without a manifest."""
     return sorted(int(path.name) for path in directory.iterdir() if path.is_dir() and _is_step(path.name))
 
 
@@ -40,22 +40,22 @@ def with_manifest(directory: Path) -> list[int]:
 
 
 def uncommitted(directory: Path) -> list[Path]:
-    """Directories of saves that never finished."""
+    """Return the directories of saves that never finished."""
     return sorted(path for path in directory.glob(f"*{TEMPORARY}*") if _is_step(path.name.split(".")[0]))
 
 
 def set_aside(directory: Path) -> list[Path]:
-    """What was renamed `N.corrupt` or `N.unverified`; of a corrupt step, maybe the manifest alone."""
+    """Return what was renamed `N.corrupt` or `N.unverified`. Of a corrupt step, only the manifest may exist."""
     pattern = re.compile(rf"\d+\.({CORRUPT}|{UNVERIFIED})(-\d+)?({re.escape(manifest.SUFFIX)})?")
     found = {path.name.removesuffix(manifest.SUFFIX) for path in directory.iterdir() if pattern.fullmatch(path.name)}
     return [directory / name for name in sorted(found)]
 
 
 def clean(directory: Path) -> None:
-    """Removes saves that never committed and deletions that were interrupted."""
+    """Remove saves that were never committed, and finish deletions that were interrupted."""
     for path in uncommitted(directory):
         _log.warning("removing %s: its save was interrupted", path)
-        # Renamed first: writer threads of a save that failed in this process may still add files by the old name.
+        # Renamed first: writer threads of a save that failed in this process may still add files under the old name.
         shutil.rmtree(path.rename(directory / f"{path.name}.{_DELETING}"))
     for path in directory.glob(f"*.{_DELETING}"):
         _delete(directory, path)
@@ -64,10 +64,10 @@ def clean(directory: Path) -> None:
 
 
 def prepare(directory: Path) -> None:
-    """Cleans up, and sets aside each step without a manifest: of those, only the newest stays on the disk.
+    """Clean up, and set aside each step without a manifest. Only the newest of these stays on the disk.
 
     Raises:
-      UserError: there are several, and no step has a manifest.
+      UserError: there are several of them, and no step has a manifest.
     """
     clean(directory)
     complete = with_manifest(directory)
@@ -75,28 +75,32 @@ def prepare(directory: Path) -> None:
     if len(without) > 1 and not complete:
         # An interrupted run leaves one at most, so these manifests were lost in another way, such as a copy.
         raise UserError(
-            f"the steps {without} in {directory} have no manifest: nothing says if they are intact. Bring "
-            f"their <step>{manifest.SUFFIX} files back, or choose another run.name to start from step 0"
+            f"the steps {without} in {directory} have no manifest, so nothing says whether they are intact. "
+            f"Restore their <step>{manifest.SUFFIX} files, or choose another run.name to start from step 0"
         )
     for step in without:
         target = rename(directory, step, UNVERIFIED)
         _log.warning("step %d in %s has no manifest (interrupted): set aside as %s", step, directory, target.name)
     for path in sorted(_unverified(directory), key=_age)[:-1]:
-        _log.warning("removing %s: each interrupted save leaves such a copy, and only the newest is kept", path)
+        _log.warning("removing %s: an interrupted save leaves such a copy, and only the newest is kept", path)
         shutil.rmtree(path)
 
 
 def set_corrupt_aside(directory: Path, step: int, problem: str) -> None:
-    """Renames a step that differs from its manifest, so that an older one is used."""
+    """Rename a step that differs from its manifest, so that an older one is used instead."""
     target = rename(directory, step, CORRUPT)
     _log.warning("checkpoint %d in %s is corrupt: %s; set aside as %s", step, directory, problem, target.name)
 
 
 def require_none_corrupt(directory: Path, problems: list[str]) -> None:
-    """Checks, where no step can be trusted, that there never was one.
+    """Check, if no step can be trusted, that there never was one.
+
+    Args:
+      directory: the folder of the steps.
+      problems: what was found just now.
 
     Raises:
-      UserError: there are corrupt ones; `problems` are what was found just now.
+      UserError: there are corrupt steps.
     """
     corrupt = [path.name for path in set_aside(directory) if f".{CORRUPT}" in path.name]
     if corrupt:
@@ -111,7 +115,7 @@ def require_manifest(directory: Path, step: int) -> None:
     """Checks that a step that was asked for by number has a manifest.
 
     Raises:
-      UserError: it does not exist, or has none.
+      UserError: it does not exist, or has no manifest.
     """
     if step not in with_manifest(directory):
         reason = "has no manifest" if step in committed(directory) else "does not exist"
@@ -119,7 +123,7 @@ def require_manifest(directory: Path, step: int) -> None:
 
 
 def require_no_problem(directory: Path, step: int, problem: str | None) -> None:
-    """Checks that a step that was asked for by number agrees with its manifest; renames nothing.
+    """Check that a step that was given by number agrees with its manifest. Rename nothing.
 
     Raises:
       UserError: there is a problem.
@@ -130,7 +134,7 @@ def require_no_problem(directory: Path, step: int, problem: str | None) -> None:
 
 
 def rename(directory: Path, step: int, label: str) -> Path:
-    """Moves a step and its manifest to `N.<label>`, or `N.<label>-2` and so on when that is taken."""
+    """Rename a step and its manifest to `N.<label>`, or to `N.<label>-2` and so on if that is taken."""
     taken = {path.name for path in set_aside(directory)}
     target, count = directory / f"{step}.{label}", 1
     while target.name in taken:
@@ -144,7 +148,7 @@ def rename(directory: Path, step: int, label: str) -> Path:
 
 
 def delete(directory: Path, step: int) -> None:
-    """Deletes a step and its manifest; interrupted at any moment, it never looks like a corrupt step."""
+    """Delete a step and its manifest. If interrupted at any moment, it never looks like a corrupt step."""
     doomed = directory / f"{step}.{_DELETING}"
     if (directory / str(step)).exists():
         (directory / str(step)).rename(doomed)
@@ -164,7 +168,7 @@ def _unverified(directory: Path) -> list[Path]:
 
 
 def _age(path: Path) -> tuple[int, int]:
-    """Of `N.unverified-k`: the step, and how often it was set aside before."""
+    """Return, for `N.unverified-k`, the step and how often it was set aside before."""
     step, label = path.name.split(".")
     return int(step), int(label.partition("-")[2] or 1)
 

@@ -1,7 +1,7 @@
-"""Hashes of a step's files, kept beside it: array data in Orbax has no checksum that catches a flipped bit.
+"""Hashes of the files of a step, stored next to it. Array data in Orbax has no checksum that catches a flipped bit.
 
-`<step>.manifest.json` is `{"version": 1, "step": 100, "files": {"state/d/...": [size, sha256], ...}}`. It
-lies outside of the step's directory, and is written atomically once every file that it names is on the disk.
+`<step>.manifest.json` is `{"version": 1, "step": 100, "files": {"state/d/...": [size, sha256], ...}}`. It is
+stored outside of the step's directory, and is written atomically once every file that it names is on the disk.
 """
 
 import json
@@ -19,12 +19,12 @@ TEMPORARY = SUFFIX + _TEMPORARY
 
 
 def path_of(directory: Path, step: int) -> Path:
-    """Where the manifest of a step lies."""
+    """Return the path of a step's manifest."""
     return directory / f"{step}{SUFFIX}"
 
 
 def write(directory: Path, step: int) -> None:
-    """Hashes the files of a committed step, forces them to disk, then writes the manifest (atomically).
+    """Hash the files of a committed step, force them to disk, then write the manifest atomically.
 
     Raises:
       OSError: the disk is full or failing.
@@ -41,16 +41,16 @@ def write(directory: Path, step: int) -> None:
 
 
 def problem(directory: Path, step: int, hash_up_to: int | None = None, share: tuple[int, int] = (0, 1)) -> str | None:
-    """The first difference between a step and its manifest, naming the file; None when all agrees.
+    """Return the first difference between a step and its manifest, naming the file; None if they agree.
 
     Args:
       directory: the folder of the step and its manifest.
       step: the step to check.
-      hash_up_to: hash only files of at most so many bytes, and compare the others by size. None hashes all.
-      share: (i, n) hashes the i-th of n shares of the files, about equal in bytes, and compares the others by size.
+      hash_up_to: hash only files of at most this many bytes, and compare the others by size. None hashes all.
+      share: (i, n) hashes the i-th of n shares of the files, about equal in bytes. The others are compared by size.
 
     Raises:
-      UserError: a file may not be read (permissions): that is no corruption.
+      UserError: permissions forbid reading a file, which is not corruption.
     """
     root = directory / str(step)
     try:
@@ -78,12 +78,12 @@ def problem(directory: Path, step: int, hash_up_to: int | None = None, share: tu
 
 
 def _share(files: dict[str, tuple[int, str]], index: int, count: int) -> set[str]:
-    """The largest file to the first, the next one to the second, and so on in turn."""
+    """Return one share: the largest file goes to the first, the next one to the second, and so on in turn."""
     return set(sorted(files, key=lambda name: (-files[name][0], name))[index::count])
 
 
 def _read(path: Path, step: int) -> dict[str, tuple[int, str]] | None:
-    """The files that a manifest names, or None if it is not the manifest that we wrote for this step."""
+    """Return the files that a manifest names, or None if it is not the manifest that we wrote for this step."""
     try:
         content = json.loads(path.read_text())
         files = {name: (size, digest) for name, (size, digest) in content["files"].items()}
@@ -98,7 +98,7 @@ def _names(root: Path) -> Iterator[str]:
 
 
 def _force_to_disk(path: Path) -> None:
-    """Makes a file durable and drops it from the page cache: the next hash reads what the disk holds."""
+    """Make a file durable and drop it from the page cache, so that the next hash reads the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""A state tree as a flat dict of dotted paths, so that container types never reach the disk.
+"""A state tree as a flat dict of dotted paths, so that no container type is stored on disk.
 
 `{"params": {"head": {"kernel": x}}}` and a dataclass with a field `params` both store
 `params.head.kernel`; an optax named tuple at position 0 of `opt_state` stores
@@ -18,7 +18,7 @@ Tree = Any
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
-    """The leaves of a pytree by dotted path, in the tree's own order.
+    """Return the leaves of a pytree by dotted path, in the order of the tree.
 
     Raises:
       UserError: two leaves share a path, as `{"a.b": x, "a": {"b": y}}` does, or the tree is a bare leaf.
@@ -35,19 +35,23 @@ def flatten(tree: Tree) -> dict[str, Any]:
 
 
 def unflatten(like: Tree, leaves: Mapping[str, Any]) -> Tree:
-    """The inverse of `flatten`: `leaves` put into the containers of `like`, which has exactly these paths."""
+    """Put `leaves` into the containers of `like`, which has exactly these paths: the inverse of `flatten`."""
     return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in flatten(like)])
 
 
 def storable(name: str, leaf: Any) -> jax.Array | np.ndarray:
-    """A leaf as the array that is written; Python numbers take JAX's default dtype for them.
+    """Return a leaf as the array that is written. Python numbers take JAX's default dtype.
+
+    Args:
+      name: its dotted path, for messages.
+      leaf: an array or a number.
 
     Raises:
-      UserError: the leaf is no array and no number.
+      UserError: the leaf is neither an array nor a number.
     """
     if isinstance(leaf, jax.Array | np.ndarray):
         return leaf
-    if isinstance(leaf, np.generic):  # Orbax stores arrays of no dims, but not NumPy scalars
+    if isinstance(leaf, np.generic):  # Orbax stores arrays without dims, but not NumPy scalars
         return np.asarray(leaf)
     if isinstance(leaf, bool | int | float | complex):
         return jnp.asarray(leaf)
@@ -55,7 +59,11 @@ def storable(name: str, leaf: Any) -> jax.Array | np.ndarray:
 
 
 def restorable(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
-    """What to restore a leaf into: shape, dtype and sharding of an array or of a `jax.ShapeDtypeStruct`.
+    """Return shape, dtype and sharding to restore a leaf into.
+
+    Args:
+      name: its dotted path, for messages.
+      leaf: an array or a `jax.ShapeDtypeStruct`.
 
     Raises:
       UserError: there is no sharding to restore into, or JAX cannot hold the dtype.

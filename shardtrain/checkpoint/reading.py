@@ -1,4 +1,4 @@
-"""Reading a step that is known to be intact: compare first, then load straight into the shardings wanted."""
+"""Reading a step that is known to be intact: compare first, then load directly into the requested shardings."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ _METADATA_BYTES = 2**20  # larger files hold array data, not metadata
 
 
 def read_state(path: Path, abstract: Any, *, cast: bool) -> tuple[Any, dict]:
-    """The state and the extra record of an intact step.
+    """Return the state and the extra record of an intact step.
 
     Args:
       path: the directory of the step.
@@ -21,7 +21,7 @@ def read_state(path: Path, abstract: Any, *, cast: bool) -> tuple[Any, dict]:
       cast: allow a change of dtype.
 
     Raises:
-      UserError: written by a newer shardtrain; or paths, shapes or dtypes differ (each is named).
+      UserError: it was written by a newer shardtrain; or paths, shapes or dtypes differ (each is named).
     """
     wanted = {name: names.restorable(name, leaf) for name, leaf in names.flatten(abstract).items()}
     description = _describe(path)
@@ -31,12 +31,12 @@ def read_state(path: Path, abstract: Any, *, cast: bool) -> tuple[Any, dict]:
 
 
 def load_weights(directory: Path | str, abstract_params: Any, step: int | None = None, *, cast: bool = False) -> Any:
-    """Another run's weights alone: the leaves below `params.`. That run's directory is not changed.
+    """Load only the weights of another run: the leaves below `params.`. The directory of that run is not changed.
 
     Args:
       directory: a run directory or its `checkpoints`.
       abstract_params: the tree below `params`; leaves with shape, dtype and sharding.
-      step: which step; None takes the newest that verifies, and warns of each newer one that does not.
+      step: which step; None means the newest that verifies, with a warning for each newer one that does not.
       cast: allow a change of dtype.
 
     Raises:
@@ -56,7 +56,7 @@ def load_weights(directory: Path | str, abstract_params: Any, step: int | None =
 
 
 def read_extra(directory: Path | str, step: int) -> dict:
-    """The record saved with a step; its small files are verified, its arrays are not touched.
+    """Return the record saved with a step. Its small files are verified, its arrays are not read.
 
     Raises:
       UserError: no such step, a corrupt one, or one written by a newer shardtrain.
@@ -65,7 +65,7 @@ def read_extra(directory: Path | str, step: int) -> dict:
 
 
 def intact_extra(path: Path) -> dict:
-    """The record saved with a step that is known to be intact.
+    """Return the record saved with a step that is known to be intact.
 
     Raises:
       UserError: it was written by a newer shardtrain.
@@ -74,7 +74,7 @@ def intact_extra(path: Path) -> dict:
 
 
 def describe(directory: Path | str, step: int) -> store.Description:
-    """What a step holds, after verifying its small files and the sizes of all.
+    """Return the description of a step, after verifying its small files and the sizes of all files.
 
     Raises:
       UserError: no such step, a corrupt one, or one written by a newer shardtrain.
@@ -87,10 +87,10 @@ def describe(directory: Path | str, step: int) -> store.Description:
 
 
 def locate(directory: Path | str) -> Path:
-    """The folder that holds the steps: the given one, or its `checkpoints` when given a run directory.
+    """Return the folder of the steps: the given one or, for a run directory, its `checkpoints`.
 
     Raises:
-      UserError: it does not exist, cannot be read, or is the folder of something else.
+      UserError: it does not exist, cannot be read, or is a folder of something else.
     """
     given = Path(directory).absolute()
     try:
@@ -102,11 +102,11 @@ def locate(directory: Path | str) -> Path:
             return given
     except OSError as error:
         raise UserError(f"no checkpoints: {given} cannot be read: {error.strerror}") from error
-    raise UserError(f"no checkpoints: {given} is no run directory; name one that holds a folder checkpoints/")
+    raise UserError(f"no checkpoints: {given} is not a run directory; name one that has a folder checkpoints/")
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether a folder holds a step of ours, whole or not, or a manifest. (Other people number their folders, too.)"""
+    """Whether a folder contains a step of ours, complete or not, or a manifest. (Others number their folders, too.)"""
     steps = [folder / str(step) for step in lifecycle.committed(folder)]
     named = [*lifecycle.with_manifest(folder), *lifecycle.uncommitted(folder), *lifecycle.set_aside(folder)]
     return bool(named) or any((step / store.ITEM).is_dir() for step in steps)

@@ -1,9 +1,9 @@
-"""Which steps may go."""
+"""Which old steps are deleted."""
 
 from collections.abc import Iterable
 
 
 def expired(steps: Iterable[int], keep: int, keep_every: int | None) -> list[int]:
-    """The steps to delete, oldest first: neither among the last `keep` nor a multiple of `keep_every`."""
+    """Return the steps to delete, oldest first: neither among the last `keep` nor a multiple of `keep_every`."""
     ordered = sorted(steps)
     return [step for step in ordered[:-keep] if keep_every is None or step % keep_every != 0]

@@ -1,6 +1,6 @@
-"""Orbax, in the one file that knows it: named arrays and one JSON record per step directory.
+"""Named arrays and one JSON record per step directory. This is the only file that knows Orbax.
 
-Imported where it is used: that takes 0.15 s, and a fresh run needs it only when it first saves.
+Orbax is imported where it is used: that takes 0.15 s, and a fresh run needs it only when it first saves.
 """
 
 import logging
@@ -15,10 +15,10 @@ import numpy as np
 from shardtrain.checkpoint.compare import ArrayInfo
 
 FORMAT_VERSION = 1
-"""Version of what we write. Raise it when the meaning of paths or of the record changes."""
+"""Version of the format. Raise it when the meaning of paths or of the record changes."""
 
 TEMPORARY = ".orbax-checkpoint-tmp"
-"""Orbax writes ``<step>.orbax-checkpoint-tmp`` and renames it to ``<step>`` to commit."""
+"""Orbax writes `<step>.orbax-checkpoint-tmp` and renames it to `<step>` to commit."""
 
 ITEM = "state"
 
@@ -27,27 +27,32 @@ class Commit(Protocol):
     """A save under way."""
 
     def result(self, timeout: float | None = None) -> None:
-        """Blocks until the step is committed on all processes; raises what went wrong."""
+        """Wait until the step is committed on all processes; raise what went wrong."""
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a step holds, without its arrays."""
+    """The content of a step, without its arrays.
+
+    Attributes:
+      arrays: shape and dtype of each array, by dotted path.
+      record: the JSON record.
+    """
 
     arrays: dict[str, ArrayInfo]
     record: dict[str, Any]
 
 
 def save(path: Path, arrays: Mapping[str, jax.Array | np.ndarray], record: dict[str, Any], *, compress: bool) -> Commit:
-    """Starts to write a step; returns once the arrays are copied to the host, so that they may be donated."""
+    """Start to write a step; return once the arrays are copied to the host and may be donated."""
     from orbax.checkpoint import v1 as ocp
 
     # When a save fails, every writer thread logs a traceback, some after `Commit.result` has raised to us.
     logging.getLogger("absl").addFilter(_not_of_a_writer_thread)
     context = ocp.Context()
     context.array.saving.use_compression = compress
-    # Replicas share out what they have in common by slicing it, one small program for each slice of each array, in the
-    # thread that saves: for little norms that took longer than all else of a save.
+    # Replicas divide up common arrays by slicing them, with one small program per slice, in the thread that saves. For
+    # small norms this took longer than the rest of a save.
     context.array.saving.min_slice_bytes_for_replica_parallel = 2**18
     # Otherwise the writer threads of a save that fails early wait 20 minutes for the directory.
     context.async_options.create_directories_asynchronously = False
@@ -56,7 +61,7 @@ def save(path: Path, arrays: Mapping[str, jax.Array | np.ndarray], record: dict[
 
 
 def load(path: Path, wanted: Mapping[str, jax.ShapeDtypeStruct], *, partial: bool) -> dict[str, jax.Array]:
-    """Reads arrays straight into the shardings wanted; `partial` when the step holds more than these."""
+    """Read arrays directly into the requested shardings. `partial`: the step has more arrays than these."""
     from orbax.checkpoint import v1 as ocp
 
     context = ocp.Context()
@@ -66,7 +71,7 @@ def load(path: Path, wanted: Mapping[str, jax.ShapeDtypeStruct], *, partial: boo
 
 
 def describe(path: Path) -> Description:
-    """Shapes, dtypes and the record, read from metadata alone."""
+    """Return shapes, dtypes and the record, read from metadata alone."""
     from orbax.checkpoint import v1 as ocp
 
     metadata = ocp.metadata(path, ITEM)

@@ -1,4 +1,4 @@
-"""Which step is trusted: one decision of all processes, each of which hashes its share of the files, once."""
+"""Which step is trusted. All processes decide together, and each hashes its share of the files, once."""
 
 import functools
 import logging
@@ -15,7 +15,7 @@ _log = logging.getLogger(__name__)
 
 
 def newest(directory: Path) -> int | None:
-    """Cleans up, and returns the newest step that verifies; None when the run never had a trusted one.
+    """Clean up, and return the newest step that verifies; None if the run never had a trusted one.
 
     Raises:
       UserError: checkpoints exist or existed, and none of them can be trusted.
@@ -33,10 +33,10 @@ def newest(directory: Path) -> int | None:
 
 
 def newest_intact(directory: Path) -> int:
-    """The newest step that verifies, of a directory that is not ours to change; warns of each newer one.
+    """Return the newest step that verifies in a directory that is not ours to change; warn of each newer one.
 
     Raises:
-      UserError: there is none.
+      UserError: no step verifies.
     """
     for step in _newest_first(directory):
         problem = _problem(directory, step)
@@ -47,7 +47,7 @@ def newest_intact(directory: Path) -> int:
 
 
 def require_intact(directory: Path, step: int) -> None:
-    """Checks one step that was asked for by number; renames nothing.
+    """Check one step that was given by number. Rename nothing.
 
     Raises:
       UserError: it does not exist, has no manifest, or differs from it.
@@ -62,7 +62,7 @@ def _problem(directory: Path, step: int) -> str | None:
 
 
 def _newest_first(directory: Path) -> Iterator[int]:
-    """The steps with a manifest, as process 0 sees them."""
+    """Yield the steps with a manifest, newest first, as process 0 sees them."""
     step = agree.decide_on_process_zero(functools.partial(_newest_below, directory, None))
     while step is not None:
         yield step

@@ -1,4 +1,4 @@
-"""The end of a program that has not waited for its last save: Python then waits for it, or the program fails."""
+"""The end of a program with a save under way: Python waits for the save and, if it fails, makes the program fail."""
 
 import atexit
 import os
@@ -11,14 +11,14 @@ from shardtrain.errors import UserError
 
 
 class Saver(Protocol):
-    """Has a save under way."""
+    """Anything with a save under way."""
 
     def wait(self) -> None:
-        """Blocks until it has ended, and raises what went wrong."""
+        """Wait until it has ended, and raise what went wrong."""
 
 
 _ADVICE = (
-    "The program had ended while this was saved: call Checkpointer.close before, or use the Checkpointer in a `with` "
+    "The program ended while this was being saved: call Checkpointer.close first, or use the Checkpointer in a `with` "
     "statement"
 )
 _savers: set[Saver] = set()
@@ -26,12 +26,12 @@ _failed = False
 
 
 def remember(saver: Saver) -> None:
-    """Has the end of the program wait for `saver`, which is kept alive until then."""
+    """Make the end of the program wait for `saver`, which is kept alive until then."""
     _savers.add(saver)
 
 
 def forget(saver: Saver) -> None:
-    """Somebody has waited for `saver`."""
+    """Note that `saver` has been waited for."""
     _savers.discard(saver)
 
 
@@ -53,11 +53,11 @@ def _fail() -> None:
     if _failed:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)  # what `atexit` calls cannot set the exit code in another way
+        os._exit(1)  # a function called by `atexit` has no other way to set the exit code
 
 
 atexit.register(_fail)
-# By the time of `atexit`, thread pools are closed, and Orbax needs one until the end of a save: it would fail, loudly.
-# (So it does in the first releases of Python 3.12, which start no thread once the main one has ended.)
+# By the time of `atexit`, thread pools are closed, but Orbax needs one until the end of a save and would fail loudly.
+# (It does so in the first releases of Python 3.12, which start no thread once the main one has ended.)
 getattr(threading, "_register_atexit", atexit.register)(_wait)
 os.register_at_fork(after_in_child=_savers.clear)  # the threads that save are not in the child

@@ -1,4 +1,4 @@
-"""Data: sources of rows, and the loader that turns rows into global, sharded batches.
+"""Sources of rows, and the loader that turns rows into global, sharded batches.
 
     source, tokenizer = open_source("corpus", seq_len=128, vocab_size=2048, directory="runs/a/data")
     train, held_out = split(source, 0.05)

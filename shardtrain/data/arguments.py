@@ -1,4 +1,4 @@
-"""What a `Loader` is handed: one check for each of its arguments."""
+"""The checks of the arguments of a `Loader`, one function for each."""
 
 import math
 from collections.abc import Mapping
@@ -13,7 +13,11 @@ from shardtrain.errors import UserError
 
 
 def check_source(source: Any) -> None:
-    """Raises UserError for what is no source: a list of rows, a class, an object without one of the parts."""
+    """Check that an object is a source.
+
+    Raises:
+      UserError: it is not, such as a list of rows, a class, or an object that lacks one of the parts.
+    """
     parts = "__len__, __getitem__ and fingerprint (shardtrain.data.Source)"
     if isinstance(source, list | tuple | dict | type):
         what = f"the class {source.__name__}" if isinstance(source, type) else f"a {type(source).__name__}"
@@ -26,7 +30,11 @@ def check_source(source: Any) -> None:
 
 
 def check_sizes(source: Source, global_batch: int, seed: int, prefetch: int, threads: int, epochs: int | None) -> None:
-    """Raises UserError for numbers that are none, or too small, and for a source that is empty or too long."""
+    """Check the numbers that a loader is given, and the length of its source.
+
+    Raises:
+      UserError: one of them is not a whole number or too small; or the source is empty or too long.
+    """
     for name, value, least in (
         ("data.global_batch", global_batch, 1),
         ("seed", seed, 0),
@@ -38,49 +46,66 @@ def check_sizes(source: Source, global_batch: int, seed: int, prefetch: int, thr
             raise UserError(f"{name} {value!r}: it must be a whole number")
         if value < least:
             raise UserError(f"{name} {value}: it must be at least {least}")
-    # Grain's shuffle computes in 32 bits and would return wrong rows without an error.
+    # Grain's shuffle computes in 32 bits and would silently return wrong rows.
     if not 1 <= len(source) < 1 << 32:
         raise UserError(f"a source of {len(source)} rows: it must have at least 1 and fewer than {1 << 32}")
 
 
 def check_sharding(sharding: Any) -> None:
-    """Raises UserError for what is no sharding on a mesh."""
+    """Check that an object is a sharding on a mesh.
+
+    Raises:
+      UserError: it is something else.
+    """
     if not isinstance(sharding, NamedSharding):
         raise UserError(
-            f"sharding {sharding!r}: it must be a jax.sharding.NamedSharding, such as Partitioner.sharding gives for "
+            f"sharding {sharding!r}: it must be a jax.sharding.NamedSharding, such as Partitioner.sharding makes for "
             f'("batch", "seq"), not {type(sharding).__name__}'
         )
 
 
 def check_divides(sharding: NamedSharding, shape: tuple[int, ...], what: str) -> None:
-    """Raises UserError naming the dim of an array that its sharding does not divide."""
+    """Check that the dims of an array are multiples of the mesh axes that split them.
+
+    Args:
+      sharding: of the array.
+      shape: of the array.
+      what: name of the array, for the message.
+
+    Raises:
+      UserError: one is not; names the dim.
+    """
     for dim, axes in enumerate(sharding.spec):
         names = (axes,) if isinstance(axes, str) else tuple(axes or ())
         parts = math.prod(sharding.mesh.shape[name] for name in names)
         if shape[dim] % parts:
             raise UserError(
-                f"{what} has shape {shape}: dim {dim} of size {shape[dim]} must divide by the mesh axes "
+                f"{what} has shape {shape}: dim {dim} of size {shape[dim]} must be divisible by the mesh axes "
                 f"{' x '.join(f'{name} {sharding.mesh.shape[name]}' for name in names)} = {parts}; "
                 f"use a multiple of {parts}, or a smaller mesh axis"
             )
 
 
 def restore(state: Mapping[str, Any], source: Source) -> int:
-    """Returns the `next_row` of a loader's state. Raises UserError where it is damaged, or of another source."""
+    """Return the `next_row` of the state of a loader.
+
+    Raises:
+      UserError: the state is damaged, or belongs to another source.
+    """
     if not isinstance(state, Mapping):
-        raise UserError(f"data state {state!r}: it must be what a loader's `state` gave, not {type(state).__name__}")
+        raise UserError(f"data state {state!r} is of type {type(state).__name__}; give the `state` of a loader")
     missing = {"epoch", "next_row", "fingerprint"} - set(state)
     if missing:
         raise UserError(f"data state {dict(state)}: {', '.join(sorted(missing))} missing; use another checkpoint")
     if state["fingerprint"] != source.fingerprint:
         raise UserError(
-            f"the data is not what this run was trained on: it was\n  {state['fingerprint']}\nand is now\n  "
-            f"{source.fingerprint}\nput the data and its settings back as they were, or start a new run"
+            f"the data differs from what this run was trained on: it was\n  {state['fingerprint']}\nand is now\n  "
+            f"{source.fingerprint}\nrestore the data and its settings, or start a new run"
         )
     next_row = int(state["next_row"])
     if next_row < 0 or state["epoch"] != next_row // len(source):
         raise UserError(
             f"data state {dict(state)}: row {next_row} is not in that epoch of a source of {len(source)} "
-            f"rows; the checkpoint is damaged, use another"
+            f"rows; the checkpoint is damaged, so use another one"
         )
     return next_row

@@ -1,4 +1,4 @@
-"""A real corpus that needs no download: what the running Python says about itself."""
+"""A real corpus that needs no download: the documentation and sources of the running Python."""
 
 import sysconfig
 import tokenize
@@ -27,11 +27,16 @@ _SKIPPED = frozenset(
 
 
 def corpus_documents(max_bytes: int = 4_000_000) -> Iterator[Document]:
-    """Yield Python's documentation topics, then the sources of its standard library, each in the order of their names.
+    """Yield Python's documentation topics, then the sources of its standard library, each sorted by name.
 
-    Stops before the document that would pass `max_bytes` (of UTF-8). The same for every run of one Python
-    version; another version has another text, so a run keeps the tokens that it began with (see
-    `prepare.py`).
+    The text is the same for every run of one Python version. Another version has another text, so a run keeps the
+    tokens with which it began (see `prepare.py`).
+
+    Args:
+      max_bytes: stop before the document that would exceed this many bytes of UTF-8.
+
+    Raises:
+      UserError: this Python has no sources.
     """
     size = 0
     for document in _all_documents():

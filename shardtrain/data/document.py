@@ -1,4 +1,4 @@
-"""One text of many."""
+"""One text out of many."""
 
 import dataclasses
 import hashlib
@@ -7,11 +7,11 @@ from typing import Any, Protocol
 
 
 class Text(Protocol):
-    """What `prepare` tokenises: a text that need not lie in memory as a whole."""
+    """The unit that `prepare` tokenises: a text that need not be in memory as a whole."""
 
     @property
     def name(self) -> str:
-        """For messages: a path, or a title."""
+        """A path or a title, for messages."""
         ...
 
     @property
@@ -20,13 +20,18 @@ class Text(Protocol):
         ...
 
     def parts(self, digest: Any = None) -> Iterable[str]:
-        """The text from start to end, cut anywhere; `digest`, of hashlib, is updated with the bytes read."""
+        """The text from start to end, cut anywhere. `digest`, from hashlib, is updated with the bytes read."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A text in memory, with a name for messages (a path, or a title)."""
+    """A text in memory.
+
+    Attributes:
+      name: a path or a title, for messages.
+      text: the text.
+    """
 
     name: str
     text: str

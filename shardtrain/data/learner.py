@@ -1,7 +1,6 @@
-"""Learns byte pairs: the program that `learning.py` starts. It stands alone, so that it starts in a tenth of a second.
+"""The program that `learning.py` starts, which learns byte pairs. It imports little, so it starts in 0.1 s.
 
-Standard input holds lines of JSON: what is asked for, then pieces of text, then `null`. The tokenizer goes to standard
-output.
+Standard input has lines of JSON: the request, then pieces of text, then `null`. The tokenizer goes to standard output.
 """
 
 import json
@@ -12,7 +11,7 @@ from tokenizers import Tokenizer, pre_tokenizers, trainers
 
 
 def learn() -> str:
-    """Returns the trained tokenizer's JSON form."""
+    """Return the trained tokenizer as JSON."""
     request = json.loads(sys.stdin.buffer.readline())
     tokenizer = Tokenizer.from_str(request["tokenizer"])
     trainer = trainers.BpeTrainer(
@@ -30,7 +29,7 @@ def _texts() -> Iterator[str]:
         if (text := json.loads(line)) is None:
             return
         yield text
-    raise SystemExit("the text ended too early")  # who sends it has ended
+    raise SystemExit("the text ended too early")  # because its sender has ended
 
 
 if __name__ == "__main__":

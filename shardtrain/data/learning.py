@@ -1,4 +1,4 @@
-"""Learning byte pairs in a process of its own: one that can be ended. The `tokenizers` package listens to no signal."""
+"""Learning byte pairs in a separate process, which can be ended: the `tokenizers` package ignores signals."""
 
 import json
 import subprocess
@@ -19,9 +19,16 @@ _PROGRAM = Path(__file__).with_name("learner.py")
 def learn(
     tokenizer: tokenizers.Tokenizer, texts: Iterable[str], vocab_size: int, special_tokens: list[str], watch: Watch
 ) -> tokenizers.Tokenizer:
-    """Returns `tokenizer` with the merges that are learnt from `texts`, which another thread reads.
+    """Return `tokenizer` with the merges that it learns from `texts`.
 
-    Errors of `watch`, and of reading the texts, are raised at once.
+    Whatever `watch` raises is raised at once, and so is an error in reading the texts.
+
+    Args:
+      tokenizer: without merges.
+      texts: read by another thread.
+      vocab_size: at most this many ids.
+      special_tokens: ids that no text has.
+      watch: polled meanwhile.
     """
     request = {"tokenizer": tokenizer.to_str(), "vocab_size": vocab_size, "special_tokens": special_tokens}
     errors: list[BaseException] = []
@@ -31,7 +38,7 @@ def learn(
             stdin=subprocess.PIPE,
             stdout=out,
             stderr=err,
-            start_new_session=True,  # Ctrl-C is for us
+            start_new_session=True,  # Ctrl-C is for this process
         )
         assert process.stdin is not None
         sender = threading.Thread(target=_send, args=(process.stdin, request, texts, errors), name="tokenizer")
@@ -67,6 +74,6 @@ def _send(stream: IO[bytes], request: object, texts: Iterable[str], errors: list
                 stream.write(json.dumps(text).encode() + b"\n")
             stream.write(b"null\n")
     except BrokenPipeError:
-        pass  # it has ended: the other thread says why
+        pass  # it has ended; the other thread says why
     except BaseException as error:
         errors.append(error)

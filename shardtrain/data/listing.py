@@ -1,4 +1,4 @@
-"""Which files a path, a folder or a glob stands for; each counts once, however it is reached."""
+"""The files that a path, a folder or a glob stands for. Each counts once, however it is reached."""
 
 import contextlib
 import fnmatch
@@ -17,19 +17,23 @@ _SHOWN = 200  # characters of a value in a message
 
 
 def text_files(paths: Paths) -> list[Path]:
-    """Returns the files that `paths` stand for: of each path in turn, sorted, every file once.
+    """Return the files that `paths` stand for: those of each path in turn, sorted, every file once.
 
-    A path is a file, a folder (all files below it, but no hidden ones, nor those in folders that are links) or a glob
-    (`corpus/**/*.txt`, which follows links). Links to one file, hard links too, count as that one file.
+    A path is a file, a folder (all files below it, except hidden ones and those in folders that are links) or a glob
+    (`corpus/**/*.txt`, which follows links). Several links to one file, including hard links, count as one file.
 
     Raises:
-      UserError: one of them stands for no file, or a folder cannot be read.
+      UserError: a path stands for no file, or a folder cannot be read.
     """
     return once(file for path in each(paths) for file in expand(path))
 
 
 def each(paths: Paths) -> list[str]:
-    """The paths one by one. Raises UserError where there is none, and where one is no path."""
+    """Return the paths one by one.
+
+    Raises:
+      UserError: there is none, or one of them is not a path.
+    """
     several = [paths] if isinstance(paths, str | os.PathLike) else paths
     if not isinstance(several, Sequence):
         raise UserError("data.path", paths, f"it is of type {type(paths).__name__}", "give a path, or a list of paths")
@@ -94,7 +98,7 @@ def _readable(path: str) -> Iterator[None]:
 
 
 def once(files: Iterable[Path]) -> list[Path]:
-    """The files, without those that are an earlier one under another name."""
+    """Return the files, without those that are an earlier one under another name."""
     first: dict[Identity, Path] = {}
     for file in files:
         first.setdefault(_identity(file), file)
@@ -102,7 +106,7 @@ def once(files: Iterable[Path]) -> list[Path]:
 
 
 def shown(value: object) -> str:
-    """A path, or a list of them, for a message: not all of it where it is long."""
+    """Return a path, or a list of paths, for a message; cut if it is long."""
     text = str(value) if isinstance(value, str | os.PathLike) else repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text):,} characters)"
 
@@ -113,7 +117,7 @@ def _identity(path: Path) -> Identity:
 
 
 def _matches(pattern: Path) -> list[Path]:
-    """As `glob.glob` with `recursive`; but a `**` enters each folder once, though links form loops."""
+    """Like `glob.glob` with `recursive`, but `**` enters each folder only once, even if links form loops."""
     parts = pattern.parts
     start = 1 if pattern.is_absolute() else 0
     found = [Path(*parts[:start])]
@@ -134,7 +138,7 @@ def _step(folder: Path, part: str) -> Iterator[Path]:
 
 
 def _below(top: Path, *, links: bool) -> Iterator[Path]:
-    """Files and folders at any depth, but no hidden ones, and each folder once."""
+    """Yield files and folders at any depth, except hidden ones, and each folder once."""
     entered, waiting = {_identity(top)} if top.is_dir() else set(), [top]
     while waiting:
         folder = waiting.pop(0)

@@ -1,8 +1,8 @@
 """Rows to global, sharded batches, in an order that depends on the seed alone.
 
-The rows of all epochs form one endless list, each epoch a new permutation of the source. Batch t of a run is
-the next `global_batch` rows of that list, on any mesh and any number of processes; a process reads those of
-them that its own devices hold.
+The rows of all epochs form one endless list, in which each epoch is a new permutation of the source. Batch t of a run
+is the next `global_batch` rows of that list, on any mesh and with any number of processes. A process reads those rows
+of the batch that its own devices hold.
 """
 
 import math
@@ -27,25 +27,24 @@ State = dict[str, int | str]
 class Loader:
     """An iterator over global batches: dicts of arrays [B, ...], and `row` int32 [B] = 0 .. B - 1.
 
-    It is endless, unless `epochs` are given.
+    It is endless unless `epochs` is given. `state` counts the batches that were returned, not those made ahead, and is
+    the same in every process. Close a loader, or use it in a `with` statement, to end its threads. Use it from one
+    thread.
 
     Args:
-      source: where the rows come from.
-      global_batch: B, the rows in a batch over all devices.
-      seed: of the order of rows.
-      sharding: of a [B, S] leaf, such as `P(("data", "fsdp"), "context")` on a mesh. A leaf of fewer dims
+      source: the rows; see `Source`.
+      global_batch: B, the number of rows in a batch over all devices.
+      seed: determines the order of rows.
+      sharding: of a [B, S] leaf, such as `P(("data", "fsdp"), "context")` on a mesh. A leaf with fewer dims
         takes the first entries of its spec.
-      state: where to continue, from the `state` of an earlier loader. Another `global_batch` is allowed:
-        batches then begin at the next row that was not consumed.
-      shuffle: False gives the rows in the source's order, in every epoch.
-      prefetch: batches made and sent to the devices ahead, while steps run; 0 makes each when it is asked for.
-      threads: that make them, a batch each, at most `prefetch` at a time. More than one is for a source that waits,
-        for a network say; otherwise they wait for the interpreter, and two deliver two thirds of what one does.
-      epochs: the loader ends after so many times over the source, of which each row counts once: rows that fill up
-        the last batch have a `loss_mask` of 0. With 1, and `shuffle` False, what `evaluate` wants.
-
-    `state` counts the batches that were returned, not those made ahead, and is the same in every process.
-    Close a loader, or use it in a `with` statement, to end its threads. One thread uses it.
+      state: where to continue: the `state` of an earlier loader. Another `global_batch` is allowed; batches then
+        begin at the next row that was not consumed.
+      shuffle: False gives the rows in the order of the source, in every epoch.
+      prefetch: number of batches made and sent to the devices ahead, while steps run. 0 makes each on demand.
+      threads: number of threads that make batches, at most `prefetch` at a time. More than one helps a source that
+        waits, for a network say. Otherwise they wait for the interpreter, and two deliver two thirds of what one does.
+      epochs: end after this many passes over the source, in each of which every row counts once: rows that fill up
+        the last batch have a `loss_mask` of 0. For `evaluate`, use 1 and `shuffle` False.
 
     Raises:
       UserError: the source is not one or is empty, sizes do not divide, or the state is of other data; while it runs, a
@@ -71,9 +70,9 @@ class Loader:
         self._source, self._global_batch, self._sharding = source, global_batch, sharding
         self._next_row = 0 if state is None else restore(state, source)
         self._local_rows = self._rows_of_this_process()
-        import grain  # only here: it imports Orbax, too, which takes 0.2 s
+        import grain  # only here: it also imports Orbax, which takes 0.2 s
 
-        order = grain.MapDataset.range(len(source))  # of numbers alone: Grain walks and measures what passes it
+        order = grain.MapDataset.range(len(source))  # numbers only: Grain walks and measures its elements
         self._order = (order.seed(seed).shuffle() if shuffle else order).repeat()
         self._end = None if epochs is None else max(self._next_row, epochs * len(source))
         self._rows = self._check_first_row()
@@ -84,7 +83,7 @@ class Loader:
 
     @property
     def state(self) -> State:
-        """`next_row` in the endless list, the `epoch` that it lies in, and the source's `fingerprint`."""
+        """`next_row` in the endless list, its `epoch`, and the `fingerprint` of the source."""
         return {
             "epoch": self._next_row // len(self._source),
             "next_row": self._next_row,
@@ -98,7 +97,7 @@ class Loader:
 
     @property
     def ready(self) -> bool:
-        """Whether the next batch lies on the devices, so that `next` returns at once."""
+        """Whether the next batch is on the devices already, so that `next` returns at once."""
         return bool(self._ahead) and self._ahead[0].done()
 
     def __iter__(self) -> "Loader":
@@ -114,7 +113,7 @@ class Loader:
         try:
             batch = self._ahead.popleft().result()
         except BaseException:
-            self.close()  # a loader that went on after an error would leave a batch out
+            self.close()  # a loader that continued after an error would leave out a batch
             raise
         self._next_row = self._until(self._next_row + self._global_batch)
         self._make_ahead(self._prefetch)
@@ -132,7 +131,7 @@ class Loader:
         self.close()
 
     def close(self) -> None:
-        """Ends the threads, each after the batch that it is at. `state` stays readable."""
+        """End the threads, each after its present batch. `state` stays readable."""
         self._closed = True
         self._threads.shutdown(cancel_futures=True)
         self._ahead.clear()
@@ -145,7 +144,7 @@ class Loader:
             self._ahead.append(self._threads.submit(self._batch, first))
 
     def _batch(self, first: int) -> Batch:
-        """The batch that begins at row `first` of the endless list, on the devices."""
+        """Make the batch that begins at row `first` of the endless list, on the devices."""
         numbers = first + self._local_rows
         fill = numbers >= (math.inf if self._end is None else self._end)
         chosen = [int(self._order[int(number)]) for number in np.where(fill, first, numbers)]
@@ -156,7 +155,7 @@ class Loader:
         return {name: self._to_devices(leaf) for name, leaf in local.items()}
 
     def _to_devices(self, local: np.ndarray) -> jax.Array:
-        """Makes the global array [B, ...] of which this process has `local`, its own rows in global order."""
+        """Make the global array [B, ...] from `local`, the rows of this process in global order."""
         B = self._global_batch
 
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:
@@ -172,7 +171,7 @@ class Loader:
         return NamedSharding(self._sharding.mesh, PartitionSpec(*self._sharding.spec[:ndim]))
 
     def _rows_of_this_process(self) -> np.ndarray:
-        """Which rows of each batch to read: by device, never by process index (DESIGN.md, contracts)."""
+        """Return which rows of each batch to read: by device, never by process index."""
         B = self._global_batch
         sharding = self._sharding_of(1)
         check_divides(sharding, (B,), "data.global_batch")
@@ -182,7 +181,7 @@ class Loader:
         return np.flatnonzero(held)
 
     def _until(self, row: int) -> int:
-        """A row of the endless list, or the end."""
+        """Return a row of the endless list, or the end."""
         return row if self._end is None else min(row, self._end)
 
     def _check_first_row(self) -> RowCheck:

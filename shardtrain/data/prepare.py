@@ -1,12 +1,12 @@
-"""Text is tokenised once, when a run begins, and kept in the run's directory.
+"""Text is tokenised once, when a run begins, and kept in the directory of the run.
 
-    tokens.bin, tokens.bin.json   the token file (`tokens.py`); the separator stands after each document
-    tokenizer.json                the tokenizer, where it was learnt from the text
-    source.json                   what was asked for, and digests of the texts and of the files above
+    tokens.bin, tokens.bin.json   the token file (`tokens.py`); a separator follows each document
+    tokenizer.json                the tokenizer, if it was learnt from the text
+    source.json                   the request, and digests of the texts and of the files above
 
-`source.json` is written last, so without it nothing counts as kept. From then on the kept files are the data:
-a resumed run reads them, verified against their digests, and not the text. So another Python, with another
-standard library, cannot change a run on the built-in corpus.
+`source.json` is written last, and nothing counts as kept without it. From then on the kept files are the data: a
+resumed run reads them, verified against their digests, instead of the text. So another Python, with another standard
+library, cannot change a run on the built-in corpus.
 """
 
 import dataclasses
@@ -33,7 +33,13 @@ Documents = Callable[[], Iterable[Text]]
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """What a run keeps of its text. `documents` maps the name of each text to its digest."""
+    """The part of its text that a run keeps.
+
+    Attributes:
+      tokens: the token file.
+      tokenizer: from text to ids and back.
+      documents: name of each text to its digest.
+    """
 
     tokens: TokenFile
     tokenizer: Tokenizer
@@ -51,11 +57,20 @@ def prepare(
     wait_s: float = 600,
     watch: Watch | None = None,
 ) -> Kept:
-    """Tokenises the documents into `directory`, or opens what a run has kept there.
+    """Tokenise the documents into `directory`, or open what a run has kept there.
 
-    Of several processes that share the directory, one is called with `write`; the others wait up to `wait_s`
-    seconds until it has finished, and read. No more than a few pieces of a text lie in memory at a time; `watch` is
-    polled at each.
+    Only a few pieces of a text are in memory at a time.
+
+    Args:
+      directory: where the tokens are kept.
+      documents: gives the texts, from the first one, each time it is called.
+      kind: the type of data in the config, for the record.
+      tokenizer: `bpe` or `byte`.
+      tokenizer_vocab: number of ids.
+      write: whether this process writes. Of several processes that share the directory, exactly one does; the others
+        wait until it has finished.
+      wait_s: how many seconds they wait.
+      watch: polled at each piece.
 
     Raises:
       UserError: other settings were kept, a kept file is damaged, `directory` cannot be made, the wait was in vain, or
@@ -78,7 +93,11 @@ def is_kept(directory: Path) -> bool:
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """Opens the tokenizer that `prepare` kept in `directory`. Raises UserError where it is damaged."""
+    """Open the tokenizer that `prepare` kept in `directory`.
+
+    Raises:
+      UserError: it is damaged.
+    """
     record = read_json(directory / _RECORD)
     if record.get("tokenizer") == "byte":
         return ByteTokenizer()
@@ -105,7 +124,7 @@ def _tokenise(directory: Path, documents: Documents, request: dict[str, Any], wa
 
 
 def _texts(documents: Documents, digests: dict[str, str], watch: Watch) -> Iterator[Iterator[str]]:
-    """Yields the parts of each text, and writes down its digest once they were read."""
+    """Yield the parts of each text, and note its digest once they were read."""
     total = functools.cache(lambda: sum(document.size for document in documents()))
     done = 0
 
@@ -132,7 +151,7 @@ def _open(directory: Path, request: dict[str, Any], watch: Watch) -> Kept:
     differing = [f"data.{k}: kept {record.get(k)!r}, now {v!r}" for k, v in asked.items() if record.get(k) != v]
     if differing:
         raise UserError(
-            f"{directory} keeps the data of a run that was started otherwise ({'; '.join(differing)}): "
+            f"{directory} keeps the data of a run that was started with other settings ({'; '.join(differing)}): "
             f"set these as they were, or start a new run (another run.name)"
         )
     tokens = open_tokens(directory / "tokens.bin", watch)
@@ -148,13 +167,13 @@ def _wait(record: Path, seconds: float, watch: Watch) -> None:
         if time.monotonic() > deadline:
             raise UserError(
                 f"{record} did not appear in {seconds:g} s: process 0 writes it, and the run directory must "
-                f"be on a file system that all share; see the log of process 0, or choose another run.dir"
+                f"be on a file system that all processes share; see the log of process 0, or choose another run.dir"
             )
         time.sleep(0.1)
 
 
 def _damaged(path: Path) -> UserError:
     return UserError(
-        f"{path}: damaged: its digest is not the one in source.json; copy the file back from a backup, "
+        f"{path} is damaged: its digest differs from the one in source.json; restore the file from a backup, "
         f"or start a new run (another run.name)"
     )

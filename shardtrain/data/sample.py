@@ -1,4 +1,4 @@
-"""Of how much text BPE learns: of all of it, unless its different words would take too much memory."""
+"""How much text BPE learns from: all of it, unless its distinct words would take too much memory."""
 
 import itertools
 import re
@@ -7,17 +7,18 @@ from collections.abc import Callable, Iterable
 from shardtrain.data.watch import Watch
 
 DIFFERENT_BYTES = 6_000_000
-"""Learning takes about 100 bytes of memory for each byte of the different words. In English so many are reached at
-some 20 MB of text, without spaces at once."""
+"""Learning takes about 100 bytes of memory for each byte of the distinct words. English text reaches this limit at
+about 20 MB, text without spaces at once."""
 _LONG_SPACE = re.compile(r"\s{16,}")
 
 
 def sample(pieces: Callable[[], Iterable[str]], watch: Watch, limit: int = DIFFERENT_BYTES) -> Iterable[str]:
-    """Every piece of a text; or every second, fourth, eighth, ..., so that all different words fit into `limit` bytes.
+    """Return every piece of a text, or every second, fourth, eighth, ..., so that its distinct words fit in `limit`.
 
     Args:
-      pieces: yields the text from its start.
+      pieces: gives the text from its start, each time it is called.
       watch: polled at each piece.
+      limit: most bytes of distinct words.
     """
     held, size = [], 0
     for piece in pieces():
@@ -50,5 +51,5 @@ def _fits(pieces: Iterable[str], every: int, limit: int, watch: Watch) -> bool:
 
 
 def _rough_words(piece: str) -> set[str]:
-    """About the words that a piece is cut into, faster; runs of white space among them."""
+    """Return roughly the words into which a piece is cut, long runs of white space included; faster than cutting it."""
     return {*piece.split(), *_LONG_SPACE.findall(piece)}

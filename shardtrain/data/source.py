@@ -1,4 +1,4 @@
-"""What a dataset is to the rest of the library: rows addressed by number."""
+"""A dataset as the rest of the library sees it: rows addressed by number."""
 
 import dataclasses
 from typing import Protocol
@@ -11,12 +11,12 @@ Row = dict[str, np.ndarray]
 
 
 class Source(Protocol):
-    """A fixed list of rows. `source[i]` depends on nothing but `i`, and may be called from several threads.
+    """A fixed list of rows. `source[i]` depends only on `i`, and may be called from several threads.
 
-    A language-model row of S tokens holds at least `tokens`, `targets`, `positions` (int32 [S]) and `loss_mask`
-    (float32 [S]); other models may use other names. All rows have the same names, shapes and dtypes. Tokens are in
-    `0 .. vocab_size - 1`; so are targets, or they are negative where the loss must ignore them. The name `row` is
-    taken: the loader adds it.
+    A language-model row of S tokens holds at least `tokens`, `targets`, `segment_ids`, `positions` (int32
+    [S]) and `loss_mask` (float32 [S]); other models may use other names. All rows have the same names, shapes
+    and dtypes. Tokens are in `0 .. vocab_size - 1`. So are targets, or they are negative where the loss must ignore
+    them. The name `row` is reserved for the loader, which adds it.
 
     Only rows that hold several documents have `segment_ids` (int32 [S]), which keep the documents apart. They cost
     attention a mask of [B, S, S], with which fused attention on a GPU reads far more memory.
@@ -24,7 +24,7 @@ class Source(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Sources with the same one have the same rows; written into every checkpoint."""
+        """Sources with equal fingerprints have the same rows. Stored in every checkpoint."""
         ...
 
     @property
@@ -38,7 +38,7 @@ class Source(Protocol):
 
 
 def window(ids: np.ndarray) -> Row:
-    """Turns S + 1 consecutive token ids into one row that predicts each next id."""
+    """Turn S + 1 consecutive token ids into one row that predicts each next id, in one segment."""
     size = len(ids) - 1
     return {
         "tokens": ids[:-1].astype(np.int32),
@@ -49,14 +49,24 @@ def window(ids: np.ndarray) -> Row:
 
 
 def check_row(row: int, rows: int) -> None:
-    """Raises IndexError outside of `0 .. rows - 1`, which also ends `for row in source`."""
+    """Check that a row exists.
+
+    Raises:
+      IndexError: it is not in `0 .. rows - 1`. This also ends `for row in source`.
+    """
     if not 0 <= row < rows:
         raise IndexError(f"row {row} of a source of {rows} rows")
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """The rows `start .. stop - 1` of another source."""
+    """The rows `start .. stop - 1` of another source.
+
+    Attributes:
+      source: the other source.
+      start: its first row here.
+      stop: one past its last row here.
+    """
 
     source: Source
     start: int
@@ -81,10 +91,14 @@ class Rows:
 
 
 def split(source: Source, fraction: float) -> tuple[Source, Source]:
-    """Returns (train, held out): the held-out rows are the last `fraction` of the source, at least one.
+    """Return (train, held out). The held-out rows are the last `fraction` of the source, at least one row.
 
-    A contiguous tail, so that of windows cut from one stream no target is in both parts; they share a single
-    token, the last target of the first part, which is the first input of the second.
+    They are contiguous, so that with windows cut from one stream no target is in both parts. The parts share a single
+    token: the last target of the first part is the first input of the second.
+
+    Args:
+      source: all rows.
+      fraction: share of the held-out rows, between 0 and 1.
 
     Raises:
       UserError: either part would be empty.

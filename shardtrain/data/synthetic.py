@@ -1,4 +1,4 @@
-"""Synthetic tokens: endless, stored nowhere, and with a structure that a model can learn."""
+"""Synthetic tokens: endless, not stored anywhere, and with a structure that a model can learn."""
 
 import functools
 
@@ -11,10 +11,19 @@ from shardtrain.errors import UserError
 class SyntheticTokens:
     """Rows of a random Markov chain; row i is a pure function of (seed, i).
 
-    The chain walks a ring of `vocab_size` places by one of four strides, drawn with fixed probabilities;
-    places are renamed by a random permutation. So all tokens are equally frequent (a model that knows only
-    frequencies has a loss of ln vocab_size) and each has four possible successors (one that has learnt them
-    has a loss of `entropy` nats). The seed draws the strides, the names and the rows.
+    The chain walks around a ring of `vocab_size` places. Each stride is one of four, drawn with fixed probabilities,
+    and the places are renamed by a random permutation. So all tokens are equally frequent (a model that knows only
+    frequencies has a loss of ln vocab_size), and each has four possible successors (a model that has learnt them has a
+    loss of `entropy` nats). The seed determines the strides, the names and the rows.
+
+    Args:
+      seq_len: tokens in a row.
+      vocab_size: number of tokens, at least 4.
+      seed: determines everything.
+      rows: length of the source.
+
+    Raises:
+      UserError: a number is too small.
     """
 
     PROBABILITIES = (0.7, 0.15, 0.1, 0.05)
@@ -36,13 +45,13 @@ class SyntheticTokens:
 
     @property
     def fingerprint(self) -> str:
-        """All that the rows depend on."""
+        """Everything on which the rows depend."""
         sizes = f"vocab_size={self.vocab_size} seq_len={self.seq_len} rows={self.rows}"
         return f"synthetic v1 seed={self.seed} {sizes}"
 
     @functools.cached_property
     def entropy(self) -> float:
-        """The lowest possible mean loss, in nats for each token."""
+        """The lowest possible mean loss, in nats per token."""
         return float(-sum(p * np.log(p) for p in self.PROBABILITIES))
 
     def __len__(self) -> int:
@@ -50,7 +59,7 @@ class SyntheticTokens:
 
     def __getitem__(self, row: int) -> Row:
         check_row(row, len(self))
-        # A row's entropy ends in 1, the chain's has no second word: the two streams never meet.
+        # The seed of a row has three words, that of the chain only one, so the two random streams never coincide.
         rng = np.random.default_rng([self.seed, row, 1])
         start = rng.integers(self.vocab_size)
         steps = self._strides[np.searchsorted(self._cumulative, rng.random(self.seq_len), side="right")]

@@ -14,7 +14,9 @@ _log = logging.getLogger(__name__)
 
 
 def text_documents(paths: Paths) -> Iterator[TextFile]:
-    """Yields one document for each file with text in it: UTF-8, read when the document is.
+    """Yield one document for each UTF-8 file with text in it. A file is read when its document is.
+
+    Empty files in folders and globs are left out.
 
     Raises:
       UserError: a path matches no file; a file cannot be read or is not UTF-8 (names it, and the byte offset); a file
@@ -33,41 +35,49 @@ def text_documents(paths: Paths) -> Iterator[TextFile]:
 
 
 def check_unchanged(paths: Paths, recorded: Mapping[str, str], watch: Watch | None = None) -> None:
-    """Raises UserError naming a file under `paths` whose content is not among the `recorded` ones (name: digest).
+    """Check that a run's text has not changed since it was tokenised.
 
-    What counts is the content: files may have been moved, or be gone (the run keeps its tokens; a warning names the
-    path). A file with other content, changed or new, is an error, because its text would otherwise be left out without
-    a word. What cannot be read as text could not be trained on either, and is a warning.
+    Only content counts: files may have been moved, or be gone, since the run keeps its tokens (a warning names the
+    path). A file with other content, changed or new, is an error, because its text would silently be left out. A file
+    that cannot be read as text could not have been trained on either, and causes a warning.
+
+    Args:
+      paths: as in the config.
+      recorded: name to digest of each text that was tokenised.
+      watch: polled meanwhile.
+
+    Raises:
+      UserError: the content of a file is not among the recorded ones; names the file.
     """
     watch, digests = watch or Watch(), set(recorded.values())
     for file in _present(paths):
         try:
             digest = _digest(TextFile(file), watch)
         except UnreadableError as error:
-            _log.warning(f"{error} (the run goes on with the tokens that it keeps)")
+            _log.warning(f"{error} (the run continues with the tokens that it keeps)")
             continue
         if digest is not None and digest not in digests:
             what = "has changed" if str(file) in recorded else "is new"
             raise UserError(
                 f"data.path {file}: this file {what} since the run tokenised its text, and a run trains "
-                f"on one text from start to end; put the file back as it was, or start a new run "
+                f"on one text from start to end; restore the file as it was, or start a new run "
                 f"(another run.name)"
             )
 
 
 def _present(paths: Paths) -> list[Path]:
-    """The files that there are now; a warning names a path without any."""
+    """Return the files that exist now; a warning names a path without any."""
     found = []
     for path in each(paths):
         files = expand(path, may_be_none=True)
         found += files
         if not files:
-            _log.warning(f"data.path {shown(path)}: no file is there any more; the run goes on with its kept tokens")
+            _log.warning(f"data.path {shown(path)}: no file is left there; the run continues with its kept tokens")
     return once(found)
 
 
 def _digest(file: TextFile, watch: Watch) -> str | None:
-    """The file's; None where it is empty."""
+    """Return the digest of a file; None if it is empty."""
     digest, read = hashlib.sha256(), 0
     for part in file.parts(digest):
         read += len(part)

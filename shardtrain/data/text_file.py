@@ -1,4 +1,4 @@
-"""A text file, read piece by piece: a file of any size takes the memory of one piece."""
+"""A text file, read piece by piece, so that a file of any size takes the memory of one piece."""
 
 import codecs
 import dataclasses
@@ -9,7 +9,7 @@ from typing import Any
 from shardtrain.errors import UserError
 
 _PIECE = 1 << 18
-#: Byte-order marks of what is not UTF-8; the longer ones first, for UTF-32's begins with UTF-16's.
+#: Byte-order marks of other encodings. The longer ones come first: that of UTF-32 begins with that of UTF-16.
 _OTHER = (
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -19,12 +19,16 @@ _OTHER = (
 
 
 class UnreadableError(UserError):
-    """A file that cannot be read, or is no text."""
+    """A file that cannot be read, or is not text."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TextFile:
-    """A file of UTF-8 as a document. A byte-order mark at its start is no part of the text."""
+    """A UTF-8 file as a document. A byte-order mark at its start is not part of the text.
+
+    Attributes:
+      path: of the file.
+    """
 
     path: Path
 
@@ -35,23 +39,24 @@ class TextFile:
 
     @property
     def size(self) -> int:
-        """Bytes, with those of a mark."""
+        """Bytes, including a byte-order mark."""
         return self.path.stat().st_size
 
     @property
     def text(self) -> str:
-        """All of it. Raises as `parts`."""
+        """All of it. Raises what `parts` raises."""
         return "".join(self.parts())
 
     @property
     def empty(self) -> bool:
-        """Whether there is no text in it. Raises as `parts`."""
+        """Whether it has no text. Raises what `parts` raises."""
         return next(self.parts(), None) is None
 
     def parts(self, digest: Any = None) -> Iterator[str]:
-        """Yields the text from start to end in pieces, none of them empty.
+        """Yield the text from start to end in pieces, none of them empty.
 
-        `digest`, of hashlib, is updated with the file's bytes: its sha256 is then what `sha256sum` prints.
+        Args:
+          digest: from hashlib, updated with the bytes of the file. A sha256 then equals the output of `sha256sum`.
 
         Raises:
           UnreadableError: the file cannot be read, or is not UTF-8; names it, and the byte offset.
@@ -78,7 +83,7 @@ class TextFile:
                 yield text
 
     def _read(self) -> Iterator[bytes]:
-        """The file's bytes, and nothing at the end."""
+        """Yield the bytes of the file, and an empty string at the end."""
         try:
             with open(self.path, "rb") as file:
                 while data := file.read(_PIECE):

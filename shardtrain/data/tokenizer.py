@@ -1,4 +1,4 @@
-"""Text to token ids and back: single bytes, or byte pairs merged by how often they occur.
+"""Text to token ids and back: single bytes, or byte pairs merged by frequency.
 
 Byte-level BPE: Sennrich et al. 2016 (arXiv:1508.07909) over bytes as in GPT-2, by the `tokenizers` package.
 """
@@ -21,11 +21,11 @@ from shardtrain.errors import UserError
 TokenizerName: TypeAlias = Literal["bpe", "byte"]
 SEPARATOR = "<|endoftext|>"
 BYTES = 256
-_TOGETHER = 4  # pieces that are encoded at once, in as many threads: enough to keep some cores busy for 0.1 s
+_TOGETHER = 4  # pieces encoded at once, each by its own thread: enough to keep some cores busy for 0.1 s
 
 
 class Tokenizer(Protocol):
-    """Any text to ids and exactly back. `separator` is an id that ends each document and is in no text."""
+    """Any text to ids and back, without loss. `separator` is an id that ends each document and occurs in no text."""
 
     @property
     def vocab_size(self) -> int:
@@ -39,7 +39,7 @@ class Tokenizer(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Equal for tokenizers that agree on all texts."""
+        """Equal for tokenizers that encode all texts alike."""
         ...
 
     def encode(self, text: str) -> np.ndarray:
@@ -47,11 +47,11 @@ class Tokenizer(Protocol):
         ...
 
     def encode_parts(self, parts: Iterable[str]) -> Iterator[np.ndarray]:
-        """Yields the ids of a text that comes in parts, cut anywhere: those of the whole, in pieces."""
+        """Yield the ids of a text that comes in parts, cut anywhere. They are the ids of the whole, in pieces."""
         ...
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Ids to text. Separators and ids beyond the vocabulary stand for no text."""
+        """Ids to text. Separators and ids beyond the vocabulary give no text."""
         ...
 
 
@@ -67,7 +67,7 @@ class ByteTokenizer:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 
     def encode_parts(self, parts: Iterable[str]) -> Iterator[np.ndarray]:
-        """Yields the ids of a text that comes in parts."""
+        """Yield the ids of a text that comes in parts."""
         return map(self.encode, parts)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -79,7 +79,7 @@ class BPETokenizer:
     """Byte-level BPE. Make one with `BPETokenizer.train` or `BPETokenizer.load`."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer):
-        # A text in which the separator is spelt out is text like any other. (The file does not say so.)
+        # A text that contains the spelling of the separator is text like any other. (The file does not say so.)
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
         separator = tokenizer.token_to_id(SEPARATOR)
@@ -89,12 +89,12 @@ class BPETokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, watch: Watch | None = None) -> "BPETokenizer":
-        """Learns merges until the vocabulary is full, or the text (when short) has no more pairs.
+        """Learn merges until the vocabulary is full, or until a short text has no more pairs.
 
         Args:
           texts: read once, by another thread.
-          vocab_size: bytes, merges and the separator.
-          watch: polled meanwhile; what it raises ends the wait at once.
+          vocab_size: number of bytes, merges and the separator together.
+          watch: polled meanwhile. An error that it raises ends the wait at once.
         """
         check_bpe_vocab(vocab_size)
         tokenizer = tokenizers.Tokenizer(models.BPE())
@@ -105,7 +105,7 @@ class BPETokenizer:
 
     @classmethod
     def load(cls, path: Path) -> "BPETokenizer":
-        """Reads what `to_json` gave."""
+        """Read a file with the result of `to_json`."""
         return cls(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
 
     def to_json(self) -> str:
@@ -119,16 +119,16 @@ class BPETokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """Of the JSON form."""
+        """The hash of the JSON form."""
         return f"bpe sha256={hashlib.sha256(self.to_json().encode()).hexdigest()}"
 
     def encode(self, text: str) -> np.ndarray:
         """Text to int32 ids."""
-        # The batch form is the one that does not compute character offsets: twice as fast.
+        # Only the batch form skips computing character offsets, which makes it twice as fast.
         return np.array(self._tokenizer.encode_batch_fast([text])[0].ids, np.int32)
 
     def encode_parts(self, parts: Iterable[str]) -> Iterator[np.ndarray]:
-        """Yields the ids of a text that comes in parts. A tokenizer with words other than ours gets the whole text."""
+        """Yield the ids of a text that comes in parts. A tokenizer with other words than ours gets the whole text."""
         ours = have_our_words(self._tokenizer)
         texts = pieces(parts) if ours else iter(["".join(parts)])
         while several := list(itertools.islice(texts, _TOGETHER)):
@@ -141,11 +141,11 @@ class BPETokenizer:
 
 
 def encode_documents(tokenizer: Tokenizer, texts: Iterable[str | Iterable[str]]) -> Iterator[np.ndarray]:
-    """Yields the ids of each text in turn, in pieces, the last of which is the separator.
+    """Yield the ids of each text in turn, in pieces. The last piece of a text is the separator.
 
     Args:
-      tokenizer: for all of them.
-      texts: each a string, or its parts, cut anywhere.
+      tokenizer: for all texts.
+      texts: each is a string, or its parts, cut anywhere.
     """
     for text in texts:
         yield from tokenizer.encode_parts([text] if isinstance(text, str) else text)

@@ -1,7 +1,7 @@
 """Token files: a flat array of ids on disk, read through a memory map.
 
-Layout. `<name>.bin` is the ids and nothing else: uint16 or uint32, little-endian, no header, so that any tool
-can write it (`numpy.ndarray.tofile`). Beside it `<name>.bin.json` says how to read it:
+`<name>.bin` contains only the ids: uint16 or uint32, little-endian, without a header, so that any tool can write it
+(`numpy.ndarray.tofile`). The file `<name>.bin.json` next to it says how to read it:
 
     {"format": "shardtrain-tokens", "format_version": 1,
      "dtype": "uint16", "count": 1207006, "vocab_size": 2048}
@@ -31,8 +31,12 @@ _SCAN_BYTES = 64 << 20  # part of the digest's definition: do not change
 class TokenFile:
     """An open token file, checked from end to end.
 
-    `ids` is a read-only view of a memory map, [count]. `digest` is the sha256 of the sha256 of each 64 MiB of the file
-    (hashed in parallel; for a longer file it is therefore not what `sha256sum` prints).
+    Attributes:
+      path: of the `.bin` file.
+      ids: a read-only view of a memory map, [count].
+      vocab_size: every id is below it.
+      digest: the sha256 of the sha256 of each 64 MiB of the file, which are hashed in parallel. For a longer file it
+        therefore differs from the output of `sha256sum`.
     """
 
     path: Path
@@ -43,10 +47,16 @@ class TokenFile:
 
 @dataclasses.dataclass(frozen=True)
 class TokenWindows:
-    """A source of the windows of `seq_len + 1` ids that start every `seq_len` ids of a token file.
+    """A source of windows of `seq_len + 1` ids, which start every `seq_len` ids of a token file.
 
-    Each id but the first is the target of exactly one row; a last part that does not fill a window is not
-    used. Raises UserError for a file too short for one window.
+    Each id except the first is the target of exactly one row. A last part that does not fill a window is not used.
+
+    Attributes:
+      file: the tokens.
+      seq_len: length of a row.
+
+    Raises:
+      UserError: the file is too short for one window.
     """
 
     file: TokenFile
@@ -57,18 +67,18 @@ class TokenWindows:
             raise UserError(f"data.seq_len {self.seq_len}: it must be at least 1")
         if len(self) < 1:
             raise UserError(
-                f"{self.file.path}: {len(self.file.ids)} tokens, and a window of data.seq_len {self.seq_len} "
+                f"{self.file.path}: {len(self.file.ids)} tokens, but a window of data.seq_len {self.seq_len} "
                 f"needs {self.seq_len + 1}: use more data or a shorter seq_len"
             )
 
     @property
     def fingerprint(self) -> str:
-        """The file's content and the window."""
+        """The content of the file, and the window."""
         return f"tokens sha256={self.file.digest} vocab_size={self.vocab_size} seq_len={self.seq_len}"
 
     @property
     def vocab_size(self) -> int:
-        """The file's."""
+        """That of the file."""
         return self.file.vocab_size
 
     def __len__(self) -> int:
@@ -81,15 +91,22 @@ class TokenWindows:
 
 
 def sidecar(path: Path) -> Path:
-    """The JSON file that belongs to a token file."""
+    """Return the path of the JSON file that belongs to a token file."""
     return path.with_name(path.name + ".json")
 
 
 def write_tokens(path: str | os.PathLike[str], chunks: Iterable[np.ndarray], vocab_size: int) -> int:
-    """Writes integer arrays one after the other as a token file; returns how many ids it holds.
+    """Write integer arrays one after the other as a token file, and return the number of ids.
 
-    The sidecar goes last, so that an interrupted write leaves no readable pair behind. Raises UserError for
-    an id outside of `0 .. vocab_size - 1`, naming the file and the offset at which it would stand.
+    The sidecar is written last, so that an interrupted write leaves no readable pair behind.
+
+    Args:
+      path: of the `.bin` file.
+      chunks: arrays of ids.
+      vocab_size: every id must be below it.
+
+    Raises:
+      UserError: an id is outside of `0 .. vocab_size - 1`; names the file and the offset.
     """
     path = Path(path)
     dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
@@ -107,7 +124,11 @@ def write_tokens(path: str | os.PathLike[str], chunks: Iterable[np.ndarray], voc
 
 
 def open_tokens(path: str | os.PathLike[str], watch: Watch | None = None) -> TokenFile:
-    """Opens a token file, reading it once from end to end to check every id and to fingerprint it, polling `watch`.
+    """Open a token file, and read it once from end to end to check every id and to compute its digest.
+
+    Args:
+      path: of the `.bin` file.
+      watch: polled meanwhile.
 
     Raises:
       UserError: the file or its sidecar is missing, the sidecar does not follow the format, the file is empty or of
@@ -125,7 +146,7 @@ def open_tokens(path: str | os.PathLike[str], watch: Watch | None = None) -> Tok
             f"bytes, {promised}: the file is {'truncated' if size < promised else 'too long'}, or "
             f"{sidecar(path).name} belongs to another; copy or write both again"
         )
-    ids = np.memmap(path, dtype, mode="r").view(np.ndarray)  # slices of which are made faster
+    ids = np.memmap(path, dtype, mode="r").view(np.ndarray)  # which is faster to slice
     return TokenFile(path, ids, vocab_size, _scan(path, ids, vocab_size, watch or Watch()))
 
 
@@ -135,7 +156,7 @@ def _read_sidecar(path: Path) -> tuple[np.dtype, int, int]:
     beside = sidecar(path)
     if not beside.is_file():
         raise UserError(
-            f"{path}: its sidecar {beside.name} is missing; beside each token file there must be one like "
+            f"{path}: its sidecar {beside.name} is missing; next to each token file there must be one like "
             f'{{"format": "{FORMAT}", "format_version": {FORMAT_VERSION}, "dtype": "uint16", '
             f'"count": <tokens>, "vocab_size": <largest id + 1>}}'
         )
@@ -144,7 +165,7 @@ def _read_sidecar(path: Path) -> tuple[np.dtype, int, int]:
         "format": (lambda v: v == FORMAT, repr(FORMAT)),
         "format_version": (
             lambda v: v == FORMAT_VERSION,
-            f"{FORMAT_VERSION}, the one that this version reads",
+            f"{FORMAT_VERSION}, which this version reads",
         ),
         "dtype": (lambda v: isinstance(v, str) and v in _DTYPES, " or ".join(map(repr, _DTYPES))),
         "count": (lambda v: type(v) is int and v >= 0, "the number of tokens"),
@@ -159,7 +180,7 @@ def _read_sidecar(path: Path) -> tuple[np.dtype, int, int]:
 
 
 def _scan(path: Path, ids: np.ndarray, vocab_size: int, watch: Watch) -> str:
-    """Checks every id and returns the digest, in one parallel pass at about the speed of the disk."""
+    """Check every id and return the digest, in one parallel pass at about the speed of the disk."""
     step = _SCAN_BYTES // ids.itemsize
 
     def scan(start: int) -> bytes:

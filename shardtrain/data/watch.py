@@ -1,4 +1,4 @@
-"""What long work on data says on the way, and how it is asked to stop."""
+"""Progress of long work on data, and a way to ask it to stop."""
 
 import sys
 import time
@@ -10,11 +10,11 @@ ShouldStop = Callable[[], bool]
 
 
 class Watch:
-    """Told every now and then how far the work is.
+    """A callable that long work calls every now and then with its progress.
 
     Args:
       should_stop: whether the program was asked to stop.
-      every_s: seconds before the first line, and between two: work that takes less says nothing.
+      every_s: seconds before the first line and between lines. Work that takes less prints nothing.
     """
 
     def __init__(self, should_stop: ShouldStop | None = None, every_s: float = 5.0):
@@ -22,7 +22,14 @@ class Watch:
         self._due = time.monotonic() + every_s
 
     def __call__(self, line: str | Callable[[], str]) -> None:
-        """Prints a line on standard error if it is time to. Raises UserError if the program was asked to stop."""
+        """Print a line on standard error if one is due.
+
+        Args:
+          line: the line, or a function that makes it.
+
+        Raises:
+          UserError: the program was asked to stop.
+        """
         if self._should_stop is not None and self._should_stop():
             raise UserError("stopped while preparing data; nothing was trained; the same command starts again")
         if time.monotonic() >= self._due:

@@ -1,9 +1,9 @@
-"""Into which words BPE cuts a text before it merges bytes, and where a long text may be cut in pieces.
+"""The words into which BPE cuts a text before it merges bytes, and where a long text may be cut into pieces.
 
 The words are those of GPT-2 (Radford et al. 2019): a run of letters, of digits or of other signs, each with the one
-space before it, or a run of white space. But none is longer than `LONGEST` characters: a longer run is cut after
-every `LONGEST` of them, a space before it not counted. To learn and to apply merges takes time that grows faster than
-the longest word, so without a limit a text without spaces is never done. The rule stands in `tokenizer.json`.
+space before it, or a run of white space. But none is longer than `LONGEST` characters, not counting a space before it:
+a longer run is cut after every `LONGEST` of them. The time to learn and to apply merges grows faster than the longest
+word, so without this limit a text without spaces would never be done. The rule is stored in `tokenizer.json`.
 """
 
 import functools
@@ -14,8 +14,8 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 LONGEST = 256
 PIECE = 1 << 16
-"""About so many characters go to the `tokenizers` package at a time: it takes 150 bytes for each, and nothing can
-interrupt it."""
+"""About this many characters are passed to the `tokenizers` package at a time. It takes 150 bytes for each, and cannot
+be interrupted."""
 
 _WORD = (
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}{1,N}| ?\p{N}{1,N}| ?[^\s\p{L}\p{N}]{1,N}|\s{1,N}(?!\S)|\s{1,N}"  # GPT-2 has +
@@ -25,19 +25,19 @@ _BEFORE_SPACE = re.compile(r".*\S(?=[ \t\n\r])", re.DOTALL)
 
 @functools.cache
 def words() -> pre_tokenizers.PreTokenizer:
-    """What cuts a text into words, and spells them as bytes."""
+    """Return the object that cuts a text into words and spells them as bytes."""
     split = pre_tokenizers.Split(Regex(_WORD), "isolated")
     return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def have_our_words(tokenizer: Tokenizer) -> bool:
-    """Whether a tokenizer cuts a text into words by `words`."""
+    """Whether a tokenizer cuts a text into words as `words` does."""
     theirs, ours = tokenizer.pre_tokenizer, words()
     return theirs is not None and theirs.__getstate__() == ours.__getstate__()
 
 
 def pieces(parts: Iterable[str]) -> Iterator[str]:
-    """Yields a text that comes in parts as pieces of at most `2 * PIECE` characters, which have the words of the whole.
+    """Yield a text that comes in parts as pieces of at most `2 * PIECE` characters, without cutting a word.
 
     So the ids of the pieces are those of the whole.
     """
@@ -54,9 +54,9 @@ def pieces(parts: Iterable[str]) -> Iterator[str]:
 
 
 def _last_end(text: str) -> int:
-    """Where a word of a text ends that may go on."""
+    """Return where a text may be cut: at the end of a word, though the text may continue."""
     if space := _BEFORE_SPACE.match(text):
-        return space.end()  # a word never goes on from what is no space to what is
-    # What comes next decides of the last word where it ends, and of the one before if that is an apostrophe: 'll.
+        return space.end()  # a word never continues from a non-space to a space
+    # What follows decides where the last word ends; so it does for the word before, if that is an apostrophe ('ll).
     *_, (_, (_, end)), _, _ = words().pre_tokenize_str(text)
     return end

@@ -1,4 +1,4 @@
-"""One decision for all processes: two that looked at the disk themselves might restore different steps."""
+"""One decision for all processes. If each looked at the disk itself, two might restore different steps."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -18,10 +18,10 @@ _CALM, _FOUND, _RAISED = range(3)
 
 
 def decide_on_process_zero(decide: Callable[[], int | None]) -> int | None:
-    """Runs `decide` on process 0 and returns its answer (a step, or None) on every process.
+    """Run `decide` on process 0, and return its answer (a step, or None) on every process.
 
     Raises:
-      UserError: `decide` raised it; the other processes refer to process 0's message.
+      UserError: `decide` raised it. The other processes refer to the message of process 0.
     """
     if jax.process_count() == 1:
         return decide()
@@ -36,15 +36,15 @@ def decide_on_process_zero(decide: Callable[[], int | None]) -> int | None:
     if refusal is not None:
         raise refusal
     if answer == _REFUSED:
-        raise UserError("process 0 refused to go on; see its message")
+        raise UserError("process 0 refused to continue; see its message")
     return None if answer == _NOTHING else answer
 
 
 def on_process_zero(make: Callable[[], T]) -> T | None:
-    """What `make` makes, on process 0, and None on the others, which wait until it is made.
+    """Call `make` on process 0 and return its result; on the others wait until it is done, and return None.
 
     Raises:
-      UserError: `make` raised it; then no process waits in vain for another.
+      UserError: `make` raised it. No process then waits in vain for another.
     """
     made = None
 
@@ -57,10 +57,10 @@ def on_process_zero(make: Callable[[], T]) -> T | None:
 
 
 def first_found(look: Callable[[], str | None]) -> str | None:
-    """Runs `look` on every process, and returns on each what the first of them found that found anything, or None.
+    """Run `look` on every process, and return on each the finding of the first process that has one, or None.
 
     Raises:
-      UserError: `look` raised it, on any process.
+      UserError: `look` raised it on some process.
     """
     if jax.process_count() == 1:
         return look()
@@ -68,10 +68,10 @@ def first_found(look: Callable[[], str | None]) -> str | None:
     try:
         found = look()
         mine = [_CALM if found is None else _FOUND, found or ""]
-    except Exception as error:  # whatever it is: the others wait for a word of this process
+    except Exception as error:  # whatever it is, because the others wait for an answer of this process
         failure, mine = error, [_RAISED, f"process {jax.process_index()}: {error}"]
     answers = map(json.loads, _exchange(json.dumps(mine)))
-    kind, words = max(answers, key=lambda theirs: theirs[0])  # of several, the first
+    kind, words = max(answers, key=lambda theirs: theirs[0])  # the first, if there are several
     if failure is not None:
         raise failure
     if kind == _RAISED:
@@ -80,16 +80,20 @@ def first_found(look: Callable[[], str | None]) -> str | None:
 
 
 def on_all(make: Callable[[], T], said: Callable[[T], Mapping[str, Any]]) -> T:
-    """What `make` makes, once it is made on every process and all say the same of it (see `alike.together`).
+    """Call `make` on every process, and return its result once all describe it alike (see `alike.together`).
+
+    Args:
+      make: makes the object.
+      said: describes it, as key to value.
 
     Raises:
-      UserError: `make` raised it on any process, or the processes differ.
+      UserError: `make` raised it on some process, or the processes differ.
     """
     return make() if jax.process_count() == 1 else together(make, said, _exchange)
 
 
 def _exchange(text: str) -> list[str]:
-    """The text of every process, by its number: first the lengths, then the bytes, padded to the longest."""
+    """Return the text of every process, by its number. Lengths are sent first, then bytes, padded to the longest."""
     content = np.frombuffer(text.encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.int32(content.size))
     rows = multihost_utils.process_allgather(np.pad(content, (0, int(max(lengths)) - content.size)))

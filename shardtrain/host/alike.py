@@ -1,7 +1,7 @@
-"""Whether all processes of a run do the same thing: each says what it has, and each compares what all said.
+"""Whether all processes of a run do the same thing. Each states what it has, and each compares all statements.
 
-A mesh over several processes is one program. Where one of them has another seed, another learning rate or another
-release of JAX, the run trains something that nobody asked for, or waits for ever in a collective.
+A mesh over several processes is one program. If one of them has another seed, learning rate or release of JAX, the run
+trains something that nobody asked for, or waits forever in a collective.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from shardtrain.errors import UserError
 
 T = TypeVar("T")
-#: Takes the text of this process and returns that of every process, by its number. All of them call it together.
+#: Takes the text of this process and returns that of every process, by its number. All processes call it together.
 Exchange = Callable[[str], list[str]]
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -32,10 +32,12 @@ _ABSENT, _WIDTH = "absent", 200
 
 
 def together(make: Callable[[], T], said: Callable[[T], Mapping[str, Any]], exchange: Exchange) -> T:
-    """What `make` makes, on every process, once it is made on all of them and they say the same of it.
+    """Call `make` on every process, and return its result once all processes describe it alike.
 
     Args:
-      said: key to value, as JSON can write them; mappings inside are compared key by key.
+      make: makes the object.
+      said: describes it, as key to value in JSON. Nested mappings are compared key by key.
+      exchange: passes texts between the processes.
 
     Raises:
       UserError: `make` raised it, here or on another process; or the processes differ.
@@ -46,22 +48,22 @@ def together(make: Callable[[], T], said: Callable[[T], Mapping[str, Any]], exch
     try:
         made = make()
         statement = dict(_flat(said(made)))
-    except Exception as error:  # whatever it is: the others wait for a word of this process
+    except Exception as error:  # whatever it is, because the others wait for an answer of this process
         refusal = error
     answers = [json.loads(text) for text in exchange(json.dumps([refusal is not None, statement]))]
     if refusal is not None:
         raise refusal
     if refused := [process for process, (has_refused, _) in enumerate(answers) if has_refused]:
-        raise UserError(f"{_named(refused)} refused to go on; see the message there")
+        raise UserError(f"{_named(refused)} refused to continue; see the message there")
     check_alike([statement for _, statement in answers])
     return made
 
 
 def check_alike(statements: list[dict[str, Any]]) -> None:
-    """Compare what the processes said, each a flat dict from key to value.
+    """Compare the statements of the processes, each of which is a flat dict.
 
     Raises:
-      UserError: they differ; names each key, its values, and the processes that have them.
+      UserError: they differ. Names each key, its values, and the processes that have them.
     """
     lines = []
     for key in dict.fromkeys(key for statement in statements for key in statement):
@@ -72,13 +74,13 @@ def check_alike(statements: list[dict[str, Any]]) -> None:
             lines.append(f"\n  {key}: " + "; ".join(f"{value} on {_named(who)}" for value, who in values.items()))
     if lines:
         raise UserError(
-            f"the processes of a run must all do the same, and these differ in:{''.join(lines)}\n"
+            f"the processes of a run must all do the same, but these differ in:{''.join(lines)}\n"
             "start the same command on each, with the same files, code and packages"
         )
 
 
 def software() -> dict[str, str]:
-    """Versions of Python, of the packages that a step is made with and of this one, and JAX's variables."""
+    """Return the versions of Python, of the packages behind a step and of this one, and JAX's variables."""
     found = {"Python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
     found |= {f"variable {name}": os.environ.get(name, _ABSENT) for name in VARIABLES}
     package = Path(__file__).parent
@@ -88,10 +90,11 @@ def software() -> dict[str, str]:
 
 
 def asked(config: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    """A resolved config as plain data, without what may differ, and the sources of what it names.
+    """Return a resolved config as plain data, without keys that may differ, and the sources of what it names.
 
     Args:
-      model: the model's class.
+      config: the resolved config.
+      model: the class of the model.
     """
     keys = {key: value for key, value in _flat(config) if key not in FREE}
     paths = [value for value in keys.values() if isinstance(value, str) and ":" in value]

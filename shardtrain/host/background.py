@@ -1,4 +1,4 @@
-"""Work that a training step must not wait for: a slow disk, a terminal that nobody reads."""
+"""Work for which a training step must not wait, such as a slow disk or a terminal that nobody reads."""
 
 import threading
 from collections.abc import Callable
@@ -8,19 +8,19 @@ from typing import Any, Self
 
 from shardtrain.host.closing import close_all
 
-_PAUSE_S = 0.05  # waking a thread for each call takes longer than most calls, of both threads
+_PAUSE_S = 0.05  # waking up a thread for each call takes longer than most calls
 
 
 class Background:
-    """Calls made on one thread of their own, in order. Use it in a `with` statement, which waits for all of them.
+    """Calls made in order on a separate thread. Use it in a `with` statement, which waits for all of them.
 
-    They are collected, and made every 50 ms, or at once for `flush`. The first call that fails is the last one made;
-    its error is raised here by the next `submit` or `flush`, or on leaving the block. (While another error leaves the
-    block, it is only logged.)
+    Calls are collected, and made every 50 ms, or at once on `flush`. After the first call that fails no more are made.
+    Its error is raised by the next `submit` or `flush`, or on leaving the block. (If another error leaves the block, it
+    is only logged.)
 
     Args:
       name: of the thread.
-      limit: `submit` waits while so many calls are yet to be made.
+      limit: `submit` waits while this many calls are still to be made.
     """
 
     def __init__(self, name: str, limit: int = 1024):
@@ -32,7 +32,7 @@ class Background:
         self._thread.start()
 
     def submit(self, call: Callable[..., Any], *args: Any) -> None:
-        """Have `call(*args)` made after all calls before it."""
+        """Schedule `call(*args)`, after all earlier calls."""
         self._raise()
         if self._calls.full():
             self._now.set()
@@ -58,7 +58,7 @@ class Background:
         self._thread.join()
 
     def _raise(self) -> None:
-        if self._error is not None:  # set once, so that nothing is lost between these lines
+        if self._error is not None:  # it is set only once, so nothing is lost between these lines
             error, self._error = self._error, None
             raise error
 
@@ -67,7 +67,7 @@ class Background:
         while not closed:
             self._now.wait(_PAUSE_S)
             self._now.clear()
-            closed = self._closed  # before the last calls are made, not after
+            closed = self._closed  # read before the last calls are made, not after
             self._make_all()
 
     def _make_all(self) -> None:
@@ -77,7 +77,7 @@ class Background:
             except Empty:
                 return
             try:
-                if not self._failed:  # a line after one that a full disk cut short would make the log unreadable
+                if not self._failed:  # a line after one that was cut short by a full disk would make the log unreadable
                     call(*args)
             except BaseException as error:
                 self._failed, self._error = True, error

@@ -1,4 +1,4 @@
-"""What ends together ends completely, and the first error is the one that is seen."""
+"""Closing several things completely, such that the first error is the one that is seen."""
 
 import logging
 from collections.abc import Callable
@@ -9,10 +9,11 @@ _log = logging.getLogger(__name__)
 
 
 def close_all(*closers: Callable[[], object], after: BaseException | None = None) -> None:
-    """Make every call, whichever fails. The first error is raised, later ones are logged.
+    """Make every call, even if some fail. The first error is raised, later ones are logged.
 
     Args:
-      after: the error that is being raised already, if any: then all of them are logged.
+      closers: the calls.
+      after: the error that is already being raised, if any. Then all errors are logged.
     """
     errors = [] if after is None else [after]
     for close in closers:

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent."""
+"""Files that are either complete or absent."""
 
 import contextlib
 import hashlib
@@ -12,12 +12,12 @@ from typing import Any, BinaryIO
 from shardtrain.errors import UserError
 
 TEMPORARY = ".tmp"
-"""What the name of a file that is being written ends in; after a crash it may stay, until it is written again."""
+"""Suffix of a file that is being written. After a crash such a file may remain until it is written again."""
 
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Has an error of the system name the file: what fails at a write or a flush, as on a full disk, names none."""
+    """Make an error of the system name the file. One at a write or a flush, as on a full disk, names none by itself."""
     try:
         yield
     except OSError as error:
@@ -28,7 +28,7 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
-    """Opens `path` for writing under a temporary name; it appears, synced, only if the block succeeds."""
+    """Open `path` for writing under a temporary name. It appears, synced, only if the block succeeds."""
     temporary = path.with_name(path.name + TEMPORARY)
     try:
         with naming(path), open(temporary, "wb") as file:
@@ -41,22 +41,26 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text as UTF-8, atomically."""
+    """Write a text as UTF-8, atomically."""
     with atomic(path) as file:
         file.write(text.encode())
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes one JSON object, atomically."""
+    """Write one JSON object, atomically."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads one JSON object; raises UserError naming the file and the offset of what is wrong in it."""
+    """Read one JSON object.
+
+    Raises:
+      UserError: there is no such file, or it is not a JSON object; names the file and the offset of the error.
+    """
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file; correct the path, or put it back") from None
+        raise UserError(f"{path}: there is no such file; correct the path, or restore the file") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON at byte offset {error.pos}: {error.msg}") from None
     except UnicodeDecodeError as error:
@@ -67,16 +71,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def sha256(path: Path) -> str:
-    """The digest of a file's content, in hex."""
+    """Return the digest of the content of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def require_writable(directory: Path, what: str) -> None:
-    """Makes a directory if it is missing, and tries to write there.
+    """Create a directory if it is missing, and try to write there.
+
+    Args:
+      directory: to be tried.
+      what: its future content (checkpoints, ...), for the message.
 
     Raises:
-      UserError: it cannot be written; `what` (checkpoints, ...) is what should go there.
+      UserError: it cannot be written.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -85,5 +93,5 @@ def require_writable(directory: Path, what: str) -> None:
     except OSError as error:
         raise UserError(
             f"cannot write {what} in {directory}: {error.strerror}; "
-            "choose another with run.dir, or correct its permissions"
+            "choose another one with run.dir, or correct its permissions"
         ) from error

@@ -11,14 +11,17 @@ from shardtrain.host.files import naming
 
 
 class RunLock:
-    """Holds a run directory for this process, from construction until `release` (or the end of a `with`).
+    """Lock a run directory for this process, from construction until `release` (or the end of a `with`).
 
-    An advisory `flock` on `<directory>/lock`: the kernel drops it when the process ends in any way, `kill
-    -9` included, so there is never a stale lock to remove. The file stays; its content only serves the
-    message. Of several processes of one run, process 0 takes it.
+    It is an advisory `flock` on `<directory>/lock`. The kernel releases it when the process ends in any way, including
+    `kill -9`, so there is never a stale lock to remove. The file stays; its content serves only the message. Of several
+    processes of one run, process 0 takes the lock.
+
+    Args:
+      directory: the run directory; created if it is missing.
 
     Raises:
-      UserError: another process holds it (its pid and host are named), or the directory cannot be written.
+      UserError: another process has the lock (names its pid and host), or the directory cannot be written.
     """
 
     def __init__(self, directory: Path | str):
@@ -29,14 +32,14 @@ class RunLock:
         except OSError as error:
             raise UserError(
                 f"cannot write in the run directory {self.path.parent}: {error.strerror}; "
-                "choose another with run.dir, or correct its permissions"
+                "choose another one with run.dir, or correct its permissions"
             ) from error
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self.release()
             if not isinstance(error, BlockingIOError):
-                raise UserError(f"cannot lock {self.path}: {error.strerror}; use a disk with flock") from error
+                raise UserError(f"cannot lock {self.path}: {error.strerror}; use a disk that supports flock") from error
             raise UserError(
                 f"the run directory {self.path.parent} is being written by {_holder(self.path)}; "
                 "stop that process, or choose another run.name or run.dir"
@@ -46,7 +49,7 @@ class RunLock:
             os.write(self._descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
 
     def release(self) -> None:
-        """Lets another process in. Calling it again does nothing."""
+        """Release the run directory to other processes. Calling it again does nothing."""
         if self._descriptor is not None:
             os.close(self._descriptor)  # closing the only descriptor releases the lock
             self._descriptor = None
@@ -63,4 +66,4 @@ def _holder(path: Path) -> str:
         content = json.loads(path.read_text())
         return f"process {content['pid']} on {content['host']}"
     except (OSError, ValueError, KeyError):
-        return "another process"  # caught between taking the lock and writing its name
+        return "another process"  # it has taken the lock, but not written its name yet

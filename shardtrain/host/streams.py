@@ -1,4 +1,4 @@
-"""Standard output and error that no text and no reader can break."""
+"""Standard output and error that neither a text nor a reader can break."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 
 class Output(io.FileIO):
-    """A file descriptor that may fail: its reader leaves, its disk is full, its terminal closes.
+    """A file descriptor that may fail, because its reader leaves, its disk is full, or its terminal closes.
 
-    From then on what is written goes nowhere.
+    After that, all further output is discarded.
 
     Attributes:
       lost: the first error.
@@ -22,7 +22,7 @@ class Output(io.FileIO):
     lost: OSError | None = None
 
     def write(self, content: Any, /) -> int:
-        """Write, or note that it cannot be done."""
+        """Write, or note that writing fails."""
         try:
             return super().write(content) or 0
         except OSError as error:
@@ -35,10 +35,12 @@ class Output(io.FileIO):
 
 @contextlib.contextmanager
 def safe_streams() -> Iterator[Output | None]:
-    """Within the block `sys.stdout` and `sys.stderr` take any text, and a failing output ends nothing.
+    """Make `sys.stdout` and `sys.stderr` accept any text within the block, and survive a failing output.
 
-    A character that the output's encoding does not have becomes `?`. Gives what became of standard output; `None` where
-    that is no file.
+    A character that the encoding of the output lacks becomes `?`.
+
+    Yields:
+      The standard output, with its first error; `None` if it is not a file.
     """
     _open_closed()
     saved = sys.stdout, sys.stderr
@@ -53,7 +55,7 @@ def safe_streams() -> Iterator[Output | None]:
 
 
 def _open_closed() -> None:
-    """Give 0, 1 and 2 something to be where they are closed (`>&-`): else the next file that is opened becomes it."""
+    """Open 0, 1 and 2 if they are closed (`>&-`). Otherwise the next file to be opened would take their place."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
@@ -65,7 +67,7 @@ def _open_closed() -> None:
 def _wrapped(stream: Any) -> tuple[Output | None, Any]:
     try:
         descriptor = stream.fileno()
-    except (AttributeError, OSError):  # a test's, or a notebook's
+    except (AttributeError, OSError):  # that of a test or a notebook
         return None, stream
     stream.flush()
     output = Output(descriptor, "w", closefd=False)

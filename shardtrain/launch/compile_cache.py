@@ -1,4 +1,4 @@
-"""JAX's persistent compilation cache: a program compiled once is loaded by every later process."""
+"""JAX's persistent compilation cache: a program is compiled once, and loaded by every later process."""
 
 from __future__ import annotations
 
@@ -19,11 +19,15 @@ _mine: str | None = None
 
 
 def use_cache(folder: Path | None) -> bool:
-    """Keep all compiled programs of this process in `folder`, from now on; `None` for no cache.
+    """Store all compiled programs of this process in `folder` from now on; `None` for no cache.
 
-    A cache that the program or its environment (`JAX_COMPILATION_CACHE_DIR`) has chosen is left alone. What is in a
-    cache is executed: the folder is created for its owner only, and one that others may write is not used. Where it
-    cannot be used, a warning says so and the run goes on without. Beyond 4 GiB the oldest programs are deleted.
+    A cache that the program or its environment (`JAX_COMPILATION_CACHE_DIR`) has chosen is left alone. The content of a
+    cache is executed, so the folder is created for its owner only, and one that others may write to is not used. If a
+    cache cannot be used, a warning says so and the run continues without it. Beyond 4 GiB the oldest programs are
+    deleted.
+
+    Args:
+      folder: created if it is missing.
 
     Returns:
       Whether `folder` is in use.
@@ -44,7 +48,7 @@ def use_cache(folder: Path | None) -> bool:
         _trim(Path(_mine))
     for name, value in options.items():
         config.update(name, value)
-    compilation_cache.reset_cache()  # JAX looks for a cache when it first compiles, which may have been before
+    compilation_cache.reset_cache()  # JAX looks for a cache when it first compiles, which may have happened already
     return _mine is not None
 
 
@@ -53,7 +57,7 @@ def _obstacle(folder: Path) -> str | None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         status = folder.stat()
         if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
-            return "others may write there, and what a cache holds is executed"
+            return "others may write there, and the content of a cache is executed"
         with tempfile.TemporaryFile(dir=folder):
             return None
     except OSError as error:
@@ -63,10 +67,10 @@ def _obstacle(folder: Path) -> str | None:
 def _trim(folder: Path) -> None:
     """Delete the oldest files beyond the limit.
 
-    Not by `jax_compilation_cache_max_size`: that needs another package, takes a lock for each program, and JAX 0.10
-    never writes again once a process was killed between a program and the file of its time.
+    `jax_compilation_cache_max_size` is not used, because it needs another package and takes a lock for each program,
+    and because JAX 0.10 never writes again once a process was killed between writing a program and its time stamp.
     """
-    with contextlib.suppress(OSError):  # another process trims, too
+    with contextlib.suppress(OSError):  # another process may delete them at the same time
         files = sorted((file.stat().st_mtime, file.stat().st_size, file) for file in folder.iterdir() if file.is_file())
         excess = sum(size for _, size, _ in files) - _LIMIT
         for _, size, file in files:

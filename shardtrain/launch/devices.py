@@ -1,4 +1,4 @@
-"""The devices of a process: started on the platform that a run asks for, real or emulated."""
+"""The devices of a process, real or emulated, on the platform that a run asks for."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ def check_emulate(platform: Platform, emulate: int | None) -> None:
 def select_devices(platform: Platform = "auto", emulate: int | None = None, processes: int = 1) -> list[jax.Device]:
     """Start JAX on a platform and return the devices to train on.
 
-    Where they may be several CPU devices, JAX is prepared for their collectives (`cpu_collectives.py`).
+    If these may be several CPU devices, JAX is prepared for their collectives (`cpu_collectives.py`).
 
     Args:
       platform: `cpu`, `cuda`, or `auto` for whatever JAX finds first. `emulate` implies `cpu`.
-      emulate: number of CPU devices to pretend to have, all processes together. Takes effect only before JAX's backend
+      emulate: number of CPU devices to emulate in all processes together. It takes effect only before JAX's backend
         starts.
-      processes: how many processes share them.
+      processes: number of processes that share them.
 
     Raises:
-      UserError: the platform is not there, or the backend already runs with other or fewer devices.
+      UserError: the platform is missing, or the backend already runs with other or fewer devices.
     """
     if emulate is not None:
         check_emulate(platform, emulate)
         if emulate % processes:
-            raise UserError(f"devices.emulate {emulate} does not divide over {processes} processes; use a multiple")
+            raise UserError(f"devices.emulate {emulate} is not a multiple of the {processes} processes; use a multiple")
         platform = "cpu"
-        with contextlib.suppress(RuntimeError):  # the backend already runs; what it has is checked below
+        with contextlib.suppress(RuntimeError):  # the backend already runs; its devices are checked below
             jax.config.update("jax_num_cpu_devices", emulate // processes)
     if platform != "auto":
         jax.config.update("jax_platforms", platform)

@@ -1,9 +1,9 @@
-"""Before JAX connects the processes of a run: who is there, and what each of them has to say.
+"""A roll call before JAX connects the processes of a run: which ones are there, and what each of them has.
 
-JAX would wait for a process that never comes and then end the others by an abort that does not name it; and processes
-whose packages differ may fail in its own handshake. So they first meet at the same address by plain sockets. Process 0
-listens there, on that interface alone, until all have come, then leaves the port to JAX and keeps the connections.
-Like JAX's own traffic after it, this is neither encrypted nor authenticated.
+JAX would wait for a process that never joins, and then abort the others without naming it; and processes whose packages
+differ may fail in JAX's own handshake. So they first meet at the same address through plain sockets. Process 0 listens
+there, on that interface only, until all have joined; then it leaves the port to JAX and keeps the connections. Like
+JAX's own traffic later on, this is neither encrypted nor authenticated.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from shardtrain.errors import UserError
 
 _GREETING, _MOST_BYTES = "shardtrain 1", 2**28
 _PAUSE_S, _GRACE_S = 0.2, 10.0
-#: How long one that is there may take to read its config.
+#: How long a process that has joined may take to read its config.
 _TALK_S = 300.0
 
 
 class Peer:
-    """One connection: a line of JSON at a time, from this process to another and back."""
+    """One connection, which carries a line of JSON at a time, from this process to another and back."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
@@ -35,11 +35,11 @@ class Peer:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
     def send(self, message: Any) -> None:
-        """Send what JSON can write. Raises OSError where the other has gone."""
+        """Send a value that JSON can write; an OSError if the other process has gone."""
         self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self, seconds: float, most: int = _MOST_BYTES) -> Any:
-        """What the other sent. Raises OSError when it has gone or is late, ValueError for anything but JSON."""
+        """Return a value of the other process; an OSError if that has gone or is late, a ValueError if not JSON."""
         self._socket.settimeout(max(seconds, 0.01))
         line = self._file.readline(most)
         if not line:
@@ -47,7 +47,7 @@ class Peer:
         try:
             return json.loads(line)
         except RecursionError as error:
-            raise ValueError("no JSON") from error
+            raise ValueError("not JSON") from error
 
     def has_gone(self) -> bool:
         """Whether the other has hung up while it had nothing to say."""
@@ -63,21 +63,21 @@ class Peer:
 
 
 class RollCall:
-    """The processes of a run, all present; made by `gather`.
+    """The processes of a run, all present. Made by `gather`.
 
     Args:
-      peers: on process 0 the others by their number, on the others process 0.
-      process: number of this one.
+      peers: on process 0 the others by their number; on the others only process 0.
+      process: number of this process.
     """
 
     def __init__(self, peers: dict[int, Peer], process: int) -> None:
         self._peers, self._process = peers, process
 
     def exchange(self, text: str) -> list[str]:
-        """What every process said, by its number.
+        """Send a text and return that of every process, by its number.
 
         Raises:
-          UserError: a process has gone, or says nothing for minutes.
+          UserError: a process has gone, or is silent for minutes.
         """
         if self._process:
             with _heard(0):
@@ -95,12 +95,12 @@ class RollCall:
         except UserError as error:
             _tell(self._peers.values(), str(error))
             raise
-        texts = list(dict.fromkeys(said))  # one, when all goes well: what goes out would else grow with their square
+        texts = list(dict.fromkeys(said))  # without this the traffic would grow with their square
         _tell(self._peers.values(), [texts, [texts.index(each) for each in said]])
         return said
 
     def close(self) -> None:
-        """Hang up; by now JAX has connections of its own."""
+        """Hang up. By now JAX has its own connections."""
         for peer in self._peers.values():
             peer.close()
 
@@ -110,11 +110,11 @@ def gather(address: str, processes: int, process: int, patience: float) -> RollC
 
     Args:
       address: HOST:PORT where process 0 listens, the same for all.
-      patience: seconds to wait for those that are late.
+      processes, process: their number, and the number of this one.
+      patience: seconds to wait for processes that are late.
 
     Raises:
-      UserError: a process did not come in time (on all that did); an address that cannot be used; a number that two
-        processes have, or another number of processes.
+      UserError: a process did not join in time, the address cannot be used, or numbers of processes clash.
     """
     host, _, port = address.rpartition(":")
     if not (host and port.isdecimal() and 0 < int(port) < 2**16):
@@ -126,14 +126,14 @@ def gather(address: str, processes: int, process: int, patience: float) -> RollC
 
 
 def _answer(place: tuple[str, int], processes: int, process: int, patience: float) -> Peer:
-    """Process `process` greets process 0, and hears that all are there."""
+    """Greet process 0, and wait until it says that all are there."""
     deadline = time.monotonic() + patience
     while True:
         try:
             return _greet(place, [_GREETING, process, processes], patience)
         except UserError:
             raise
-        except (OSError, ValueError) as error:  # process 0 is not there yet, or another program answers
+        except (OSError, ValueError) as error:  # process 0 is not there yet, or another program answered
             if time.monotonic() > deadline:
                 raise UserError(
                     f"process 0 did not answer at {place[0]}:{place[1]} within {patience:g} s ({error}); start it with "
@@ -156,7 +156,7 @@ def _greet(place: tuple[str, int], greeting: list[Any], patience: float) -> Peer
 
 
 def _call(place: tuple[str, int], processes: int, patience: float) -> dict[int, Peer]:
-    """Process 0 listens until all others have come, and tells them so."""
+    """Listen, as process 0, until all others have joined, and tell them so."""
     try:
         family = socket.getaddrinfo(*place, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server(place, family=family)
@@ -174,8 +174,8 @@ def _call(place: tuple[str, int], processes: int, patience: float) -> dict[int, 
         _tell(peers.values(), str(error), last=True)
         raise
     finally:
-        with contextlib.suppress(OSError):  # not every system has it for a socket that listens
-            listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts: only then is the port free for JAX
+        with contextlib.suppress(OSError):  # not every system supports this for a listening socket
+            listener.shutdown(socket.SHUT_RDWR)  # wakes up the accepting thread; only then is the port free for JAX
         listener.close()
     _tell(peers.values(), None)
     return peers
@@ -214,7 +214,7 @@ def _forget_those_who_left(peers: dict[int, Peer]) -> None:
 
 
 def _listen(listener: socket.socket, came: queue.Queue[tuple[Peer, int, int]], patience: float) -> None:
-    """Hand on each process that greets. Others that connect, such as a port scanner, are hung up on."""
+    """Pass on each process that greets. Hang up on others that connect, such as a port scanner."""
 
     def greet(connection: socket.socket) -> None:
         try:
@@ -226,7 +226,7 @@ def _listen(listener: socket.socket, came: queue.Queue[tuple[Peer, int, int]], p
         except (OSError, ValueError, TypeError):
             connection.close()
 
-    with contextlib.suppress(OSError):  # closed: all have come, or time is up
+    with contextlib.suppress(OSError):  # closed, because all have joined or time is up
         while True:
             connection, _ = listener.accept()
             threading.Thread(target=greet, args=(connection,), daemon=True).start()
@@ -234,7 +234,7 @@ def _listen(listener: socket.socket, came: queue.Queue[tuple[Peer, int, int]], p
 
 def _tell(peers: Iterable[Peer], message: Any, last: bool = False) -> None:
     for peer in peers:
-        with contextlib.suppress(OSError):  # who has gone is missed at the next exchange
+        with contextlib.suppress(OSError):  # a process that has gone is noticed at the next exchange
             peer.send(message)
         if last:
             peer.close()

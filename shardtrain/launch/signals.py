@@ -1,7 +1,8 @@
-"""Ctrl-C, SIGTERM and SIGHUP as a wish to stop, polled by the loop. The command line's business, never the library's.
+"""Ctrl-C, SIGTERM and SIGHUP as a request to stop, polled by the loop. The command line uses this, the library never.
 
-A thread listens, because Python's own handlers run between two bytecodes of the main thread, and a compilation or a
-long step is one: the first signal is acknowledged at once, and a second one ends the process at once.
+A separate thread listens, because Python's own handlers run between two bytecodes of the main thread, and a compilation
+or a long step is a single bytecode. So the first signal is acknowledged at once, and a second one ends the process at
+once.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from rich.console import Console
 
 
 class Saving(Protocol):
-    """What a stopped run would save: its step, and where it has saved before, if anywhere."""
+    """The run that would be saved: its step, and its checkpointer, if it has one."""
 
     @property
     def step(self) -> int: ...  # noqa: D102
@@ -31,10 +32,11 @@ class Saving(Protocol):
 
 
 class Stop:
-    """The wish to stop; the loop calls it with the number of a step.
+    """The request to stop, which the loop calls with the number of a step.
 
     Attributes:
-      asked: whether a signal has come to this process.
+      run: the run that would be saved, once there is one.
+      asked: whether this process has received a signal.
     """
 
     def __init__(self) -> None:
@@ -50,12 +52,12 @@ class Stop:
         return self.asked
 
     def receive(self, number: int) -> None:
-        """Act upon a signal, on the thread that listens."""
+        """Act on a signal, on the listening thread."""
         name = signal.Signals(number).name
         if not self.asked:
             self.asked = True
             print(f"{name}: {self._plan()}", file=sys.stderr, flush=True)
-        elif number != signal.SIGHUP:  # a terminal that closes may send several
+        elif number != signal.SIGHUP:  # a closing terminal may send several
             print(f"{name} again: stopped at once, losing {self._lost()}", file=sys.stderr, flush=True)
             Console().show_cursor()  # which a live display hides
             os._exit(128 + number)
@@ -73,10 +75,10 @@ class Stop:
 
 
 class StopTogether(Stop):
-    """The wish of one of several processes, which JAX's preemption service has all of them agree on.
+    """The request to stop one of several processes, on which all agree through JAX's preemption service.
 
-    It listens for SIGTERM in C++ once `jax.distributed.initialize` ran (a Python handler would silence it), so the
-    other signals are passed on as SIGTERM. Every process polls equally often; they stop at the same poll.
+    The service listens for SIGTERM in C++ once `jax.distributed.initialize` has run (a Python handler would silence
+    it), so other signals are passed on as SIGTERM. Every process polls equally often, and all stop at the same poll.
     """
 
     def __init__(self) -> None:
@@ -94,14 +96,14 @@ class StopTogether(Stop):
         return self._agreed
 
     def receive(self, number: int) -> None:
-        """Act upon a signal other than SIGTERM, on the thread that listens."""
+        """Act on a signal other than SIGTERM, on the listening thread."""
         super().receive(number)
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """Of a single process: the first signal asks the loop to save and stop, a second one ends the process."""
+    """Listen in a single process: the first signal asks the loop to save and stop, a second one ends the process."""
     stop = Stop()
     with _listening(stop.receive, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)):
         yield stop
@@ -109,7 +111,7 @@ def stop_on_signals() -> Iterator[Stop]:
 
 @contextlib.contextmanager
 def stop_together() -> Iterator[Stop]:
-    """Of several processes: the same. But SIGTERM is JAX's alone: it is acknowledged once all agree, and only asks."""
+    """Listen in each of several processes. SIGTERM is JAX's alone, and is acknowledged once all agree."""
     stop = StopTogether()
     with _listening(stop.receive, (signal.SIGINT, signal.SIGHUP)):
         yield stop
@@ -117,11 +119,11 @@ def stop_together() -> Iterator[Stop]:
 
 @contextlib.contextmanager
 def _listening(receive: Callable[[int], None], signals: tuple[signal.Signals, ...]) -> Iterator[None]:
-    """Calls `receive` with the number of each signal, on a thread of its own."""
+    """Call `receive` with the number of each signal, on a separate thread."""
     hears, tells = socket.socketpair()
     tells.setblocking(False)
     thread = threading.Thread(target=_listen, args=(hears, receive, signals), name="signals", daemon=True)
-    # `nohup` has SIGHUP ignored.
+    # `nohup` makes a process ignore SIGHUP.
     numbers = [n for n in signals if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
     old_pipe = signal.set_wakeup_fd(tells.fileno(), warn_on_full_buffer=False)
     old = {number: signal.signal(number, lambda number, frame: None) for number in numbers}

@@ -1,6 +1,6 @@
-"""A line for a run in which nothing moves: XLA ends such a process with a stack of C++, or lets it wait for ever.
+"""A message for a run in which nothing moves. XLA ends such a process with a C++ stack trace, or lets it wait forever.
 
-On CPU devices a program that runs keeps a core busy. A process that uses none, while its main thread waits for JAX,
+On CPU devices a running program keeps a core busy. A process that uses no core while its main thread waits for JAX
 waits for a collective that some device does not enter.
 """
 
@@ -18,19 +18,19 @@ from typing import Any
 
 import jax
 
-_IDLE = 0.2  # of a core; a progress bar takes a few hundredths
-#: A main thread in other code waits for something else: another thread, a disk, a process.
+_IDLE = 0.2  # share of a core; a progress bar takes a few hundredths
+#: A main thread outside of this folder waits for something else: another thread, a disk, a process.
 _JAX = Path(jax.__file__).parent
 
 
 @contextlib.contextmanager
 def explained(say: Callable[[str], object], after_s: float = 25.0) -> Iterator[None]:
-    """Within the block, say so when nothing has moved for a while; again after twice as long, and so on.
+    """Say so, within the block, if nothing has moved for a while; say it again after twice as long, and so on.
 
-    By default a little after XLA's own warning (20 s), and before it ends the process (40 s).
+    By default this is a little after XLA's own warning (20 s), and before XLA ends the process (40 s).
 
     Args:
-      say: takes the line, in a thread of its own.
+      say: takes the line, on a separate thread.
       after_s: how long this process must have been idle, in seconds.
     """
     over = threading.Event()
@@ -57,16 +57,16 @@ def _watch(say: Callable[[str], object], after_s: float, over: threading.Event) 
 
 
 def _cpu_seconds() -> float:
-    """Of all threads of this process."""
+    """Return the processor time of all threads of this process."""
     times = os.times()
     return times.user + times.system
 
 
 def _waits_at() -> str | None:
-    """Where the main thread waits for CPU devices, as far as that can be told; `None` where it does not."""
+    """Return where the main thread waits for CPU devices, as far as can be told; `None` if it does not."""
     config: Any = jax.config
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    if frame is None or config.jax_platforms != "cpu":  # which `select_devices` sets; to ask JAX would start it
+    if frame is None or config.jax_platforms != "cpu":  # set by `select_devices`; asking JAX would start it
         return None
     stack = traceback.extract_stack(frame)
     if not Path(stack[-1].filename).is_relative_to(_JAX):

@@ -1,7 +1,7 @@
-"""XLA's own flags: a preset for GPUs, options of the user's, and an error where this XLA would not heed one.
+"""XLA's own flags: a preset for GPUs, the user's options, and an error for a flag that would have no effect.
 
-Options are handed to the compiler with the train and eval step (`jax.jit(compiler_options=...)`). What XLA reads only
-from the variable `XLA_FLAGS`, when JAX starts, is `environment`.
+Options are passed to the compiler with the train and eval steps (`jax.jit(compiler_options=...)`). Flags that XLA reads
+only from the variable `XLA_FLAGS`, when JAX starts, belong in `environment`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,12 @@ Value = bool | int | float | str
 
 
 class Choice(NamedTuple):
-    """One line of a preset: why, and how releases of XLA spell it, newest first."""
+    """One line of a preset.
+
+    Attributes:
+      why: what it is good for.
+      spellings: flag and value in different releases of XLA, newest first.
+    """
 
     why: str
     spellings: tuple[tuple[str, Value], ...]
@@ -65,20 +70,20 @@ GPU_DEFAULT: tuple[Choice, ...] = (
         (("xla_gpu_reduce_scatter_combine_threshold_bytes", 2**30),),
     ),
     Choice(
-        "large messages for gradients over `data`, and yet several, so that the first leave early",
+        "large messages for gradients over `data`, but still several, so that the first ones leave early",
         (("xla_gpu_all_reduce_combine_threshold_bytes", 2**27),),
     ),
 )
 
-#: Accepted as an option by every XLA and read only when JAX starts.
+#: Accepted as an option by every XLA, but read only when JAX starts.
 _START_ONLY = {"xla_force_host_platform_device_count": "use devices.emulate"}
 
 
 def cuda_capability(device: jax.Device) -> float | None:
-    """Compute capability of an NVIDIA GPU, such as 9.0; `None` of any other device.
+    """Return the compute capability of an NVIDIA GPU, such as 9.0; `None` for any other device.
 
-    AMD's GPUs have names there (`gfx942`). The client's version would not do: that of compile-only devices
-    (`jax.experimental.topologies`) does not say CUDA.
+    GPUs of AMD have names there (`gfx942`). The version of the client is no substitute: for compile-only devices
+    (`jax.experimental.topologies`) it does not mention CUDA.
     """
     capability = str(getattr(device, "compute_capability", ""))
     is_gpu = device.platform in ("gpu", "cuda")
@@ -88,18 +93,18 @@ def cuda_capability(device: jax.Device) -> float | None:
 def compiler_options(
     preset: Preset = "none", options: Mapping[str, Value] | None = None, device: jax.Device | None = None
 ) -> dict[str, Value]:
-    """What to compile a step with: the preset for the device, `options` over it; each known to this XLA.
+    """Return the options for compiling a step: the preset for the device, overridden by `options`.
 
-    Lines of a preset that this XLA knows under no spelling are left out.
+    This XLA knows all of them. Lines of a preset that it does not know under any spelling are left out.
 
     Args:
       preset: `gpu-default`, `none`, or `auto`: `gpu-default` on NVIDIA GPUs and `none` elsewhere.
       options: flag, as in `XLA_FLAGS` without dashes, to value: bool, number or text.
-      device: one of those that will run the program; default: JAX's first.
+      device: one of those that will run the program; by default JAX's first.
 
     Raises:
-      UserError: a flag that this XLA does not know, or knows otherwise; that is for another kind of device; that is
-        read only from the environment; a GPU preset for other devices.
+      UserError: a flag is unknown to this XLA, has a wrong value, is for another kind of device, or is read only from
+        the environment; or a GPU preset is used for other devices.
     """
     device = jax.devices()[0] if device is None else device
     kind, nvidia = "gpu" if device.platform == "cuda" else device.platform, cuda_capability(device) is not None
@@ -119,7 +124,7 @@ def check_preset(preset: Preset, platform: str) -> None:
 
 
 def _known(choices: tuple[Choice, ...], device: jax.Device) -> dict[str, Value]:
-    """Of each choice the first spelling that this XLA takes."""
+    """Return the first spelling of each choice that this XLA accepts."""
     found = (next((s for s in choice.spellings if _refusal(*s, device) is None), None) for choice in choices)
     return dict(spelling for spelling in found if spelling is not None)
 
@@ -149,22 +154,25 @@ def _require(flag: str, value: Value, kind: str, device: jax.Device) -> None:
 
 
 def _refusal(flag: str, value: Any, device: jax.Device) -> str | None:
-    """What XLA has against compiling with an option, by a program that does nothing."""
+    """Return XLA's objection to an option, tried on a program that does nothing; None if it has none."""
     nothing = jax.ShapeDtypeStruct((), "int32", sharding=jax.sharding.SingleDeviceSharding(device))
     try:
         jax.jit(lambda x: x).lower(nothing).compile(compiler_options={flag: value})
-    except Exception as error:  # JaxRuntimeError, and for a value of another kind whatever the binding raises
+    except Exception as error:  # JaxRuntimeError or, for a value of another kind, whatever the binding raises
         return str(error).removeprefix("INVALID_ARGUMENT: ").partition("\n")[0]
     return None
 
 
 def set_environment(flags: Mapping[str, Value]) -> None:
-    """Append flags to the variable `XLA_FLAGS`, which XLA reads when JAX starts a backend; once.
+    """Append flags to the variable `XLA_FLAGS`, which XLA reads once, when JAX starts a backend.
 
-    Each is first tried in a process of its own: a flag that XLA does not know would end this one.
+    Each is first tried in a separate process, because an unknown flag would end this one.
+
+    Args:
+      flags: name, without dashes, to value.
 
     Raises:
-      UserError: an unknown flag; or JAX has started already, without them.
+      UserError: a flag is unknown; or JAX has already started without them.
     """
     words = [_word(flag, value) for flag, value in flags.items()]
     given = os.environ.get("XLA_FLAGS", "").split()
@@ -185,10 +193,10 @@ def set_environment(flags: Mapping[str, Value]) -> None:
 
 
 def has_started() -> bool:
-    """Whether a backend of JAX runs already, so that what is read only at its start is too late."""
+    """Whether a backend of JAX runs already, so that it is too late for settings that are read at its start."""
     config: Any = jax.config
     count = config.jax_num_cpu_devices
-    try:  # refused with an error once a backend has started, which is the only public sign of it
+    try:  # this fails once a backend has started, which is the only public sign of it
         config.update("jax_num_cpu_devices", count + 1)
     except RuntimeError:
         return True
@@ -207,13 +215,13 @@ def _word(flag: str, value: Value) -> str:
 
 
 def _near(flag: str, known: Callable[[str], bool]) -> str:
-    """The flag most like it that XLA knows. XLA tells the names of its options nowhere but in its binary."""
+    """Suggest the most similar flag that XLA knows. The names of its options can only be found in its binary."""
     library = next(Path(jaxlib.__file__).parent.glob("libjax_common*"), None)
     names: set[str] = set()
     if library is not None:
         with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             names = {name.decode() for name in re.findall(rb"xla_[a-z0-9_]{4,80}", content)}
-    for _ in range(5):  # some of the strings are names of the past, or none
+    for _ in range(5):  # some of the strings are old names, or no names at all
         near = nearest(flag, names, cutoff=0.75)
         if near is None:
             break

@@ -1,4 +1,4 @@
-"""What a run reports: its log, its share of the hardware's speed, its memory, its display, its loss curve."""
+"""Reports of a run: its log, its speed as a share of the hardware's, its memory, its display and its loss curve."""
 
 from shardtrain.host.background import Background
 from shardtrain.metrics.flops import mfu, peak_flops, transformer_flops_per_token

@@ -1,9 +1,8 @@
-"""How fast training is, as a share of what the hardware could do: model FLOP/s utilisation (MFU).
+"""The speed of training as a share of the hardware's peak: model FLOP/s utilisation (MFU).
 
-MFU counts the FLOPs that the model's maths needs, not those of recomputation (PaLM, Chowdhery et al. 2022,
-arXiv:2204.02311, section 4.1 and appendix B). Two choices differ between papers; ours: causal attention
-counts only the pairs that are not masked (half of PaLM's count), and the peak is the dense one, without
-NVIDIA's "with sparsity".
+MFU counts the FLOPs that the maths of the model needs, without recomputation (PaLM, Chowdhery et al. 2022,
+arXiv:2204.02311, section 4.1 and appendix B). Papers differ in two choices. Ours are: causal attention counts only the
+pairs that are not masked (half of PaLM's count), and the peak is the dense one, not NVIDIA's "with sparsity".
 """
 
 import re
@@ -13,7 +12,7 @@ from jax.typing import DTypeLike
 
 PEAK: dict[str, dict[str, float]] = {
     # Dense FLOP/s of one GPU. float32 means TF32 tensor cores, which JAX's default matmul precision uses; the
-    # others accumulate in float32. NVIDIA prints most of them "with sparsity", doubled: halved here.
+    # others accumulate in float32. NVIDIA states most of them doubled, "with sparsity"; here they are halved.
     # "A100 Tensor Core GPU" datasheet, 2021 (SXM and PCIe agree). No float8.
     "A100": {"float32": 156e12, "bfloat16": 312e12},
     # "H100 Tensor Core GPU" datasheet, 2023, column SXM.
@@ -27,7 +26,7 @@ PEAK: dict[str, dict[str, float]] = {
     # "Ada GPU Architecture" whitepaper, 2022, appendix A (float32 accumulation, half of the float16 rate).
     "RTX 4090": {"float32": 82.6e12, "bfloat16": 165.2e12, "float8": 330.3e12},
 }
-# `device.device_kind` in full: a slower namesake (H100 PCIe, H200 NVL, 4090 Laptop, a MIG slice) is unknown.
+# The whole `device.device_kind`, so that a slower namesake (H100 PCIe, H200 NVL, 4090 Laptop, a MIG slice) is unknown.
 _KINDS = {
     "A100": r"NVIDIA A100-(SXM4|PCIE)-(40|80)GB|NVIDIA A100 80GB PCIe",
     "H100": r"NVIDIA H100 80GB HBM3",
@@ -39,10 +38,13 @@ _KINDS = {
 
 
 def peak_flops(device_kind: str, dtype: DTypeLike) -> float | None:
-    """Dense FLOP/s of one device for matrix products in `dtype`; None where the table has no figure.
+    """Return the dense FLOP/s of one device for matrix products; None if the table has no figure.
 
-    `device_kind` is JAX's `device.device_kind`. None means that no MFU can be stated: on CPU, on a GPU that
-    is not in `PEAK`, in float64. float16 runs as fast as bfloat16, and all 8-bit floats alike.
+    None means that no MFU can be stated: on a CPU, on a GPU that is not in `PEAK`, or in float64.
+
+    Args:
+      device_kind: JAX's `device.device_kind`.
+      dtype: of the operands. float16 is as fast as bfloat16, and all 8-bit floats are equally fast.
     """
     name = jnp.dtype(dtype).name
     column = "float8" if name.startswith("float8") else "bfloat16" if name == "float16" else name
@@ -55,13 +57,19 @@ def peak_flops(device_kind: str, dtype: DTypeLike) -> float | None:
 def transformer_flops_per_token(
     n_params_matmul: int, n_layers: int, n_heads: int, head_dim: int, seq_len: int, causal: bool = True
 ) -> float:
-    """FLOPs of a training step (forward and backward) per token, for a decoder on sequences of `seq_len`.
+    """Return the FLOPs per token of a training step (forward and backward) of a decoder.
 
-    6 per parameter in a matrix product: 2 forward and twice that backward. `n_params_matmul` counts the block
-    matrices and the output head (tied or not), but no embedding lookup, norm or bias; of experts, only those
-    that a token visits. Attention adds, per layer, query and attended key, 4 H D forward (scores and weighted
-    sum) and twice that backward; a causal query attends (seq_len + 1) / 2 keys on average, any other all of
-    them.
+    There are 6 per parameter in a matrix product: 2 forward, and twice that backward. Attention adds, per layer, query
+    and attended key, 4 H D forward (scores and weighted sum) and twice that backward.
+
+    Args:
+      n_params_matmul: parameters of the block matrices and of the output head (tied or not), without embedding
+        lookups, norms and biases; of experts, only those that a token visits.
+      n_layers: number of layers.
+      n_heads: H, number of query heads.
+      head_dim: D, size of a head.
+      seq_len: length of a sequence.
+      causal: whether a query attends (seq_len + 1) / 2 keys on average, instead of all.
     """
     keys = (seq_len + 1) / 2 if causal else seq_len
     return 6.0 * n_params_matmul + 12.0 * n_layers * n_heads * head_dim * keys

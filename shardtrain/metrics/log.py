@@ -1,8 +1,8 @@
 """`metrics.jsonl`: one JSON object per step; the same numbers go to TensorBoard.
 
-Floats are written so that reading gives back the same bits. JSON has no NaN or infinity: they are the
-strings "NaN", "Infinity" and "-Infinity", as in protobuf's JSON mapping, and `read` turns them back into
-floats. (`null` would not tell an overflow from a NaN.)
+Floats are written so that reading them returns the same bits. JSON has no NaN or infinity. They are written as the
+strings "NaN", "Infinity" and "-Infinity", as in the JSON mapping of protobuf, and `read` turns them back into floats.
+(`null` would not distinguish an overflow from a NaN.)
 """
 
 import json
@@ -22,19 +22,23 @@ from shardtrain.errors import UserError
 from shardtrain.host.files import atomic, naming
 
 FILE = "metrics.jsonl"
-_FLUSH_S = 1.0  # what a kill may cost TensorBoard, at the most
+_FLUSH_S = 1.0  # at most this much of TensorBoard's events is lost by a kill
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class MetricsLog:
-    """The metrics of one run directory, appended to step by step and readable after a `kill -9` at any time.
+    """The metrics of one run directory, appended step by step and readable after a `kill -9` at any time.
 
-    Each line goes to the operating system before `write` returns; TensorBoard's events follow within a second, or with
-    `flush`. A last line that a kill tore is dropped on opening. One writer per directory: the caller's lock sees to
-    that.
+    Each line is passed to the operating system before `write` returns. TensorBoard's events follow within a second, or
+    on `flush`. A last line that a kill left incomplete is dropped on opening. There must be only one writer per
+    directory, which the caller's lock ensures.
+
+    Args:
+      directory: the run directory.
+      tensorboard: whether to write events for TensorBoard as well.
 
     Attributes:
-      last: the last line; its `step` is -1 when there is none.
+      last: the last line; its `step` is -1 if there is none.
     """
 
     def __init__(self, directory: Path | str, *, tensorboard: bool = True):
@@ -45,10 +49,14 @@ class MetricsLog:
         self._events = _Events(self._path.parent / "tensorboard") if tensorboard else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one line, `step` first. Values are Python, NumPy or JAX scalars; integers stay integers.
+        """Append one line, with `step` first.
+
+        Args:
+          step: above that of the last line.
+          values: Python, NumPy or JAX scalars. Integers stay integers.
 
         Raises:
-          ValueError: `step` is not above the last line's (see `truncate`), or is also among the values.
+          ValueError: `step` is not above that of the last line (see `truncate`), or is also among the values.
         """
         if step <= self.last["step"]:
             raise ValueError(f"step {step} after step {self.last['step']} in {self._path}: truncate({step - 1}) first")
@@ -64,9 +72,9 @@ class MetricsLog:
             self._events.write(step, {key: float(value) for key, value in plain.items()})
 
     def truncate(self, step: int) -> None:
-        """Drop what was written after `step`: a run resumed from `step` writes the next ones again.
+        """Drop the lines after `step`. A run that resumes from `step` writes them again.
 
-        The file is replaced whole or not at all; TensorBoard is told to forget those steps.
+        The file is replaced completely or not at all, and TensorBoard is told to forget those steps.
         """
         with naming(self._path):
             self._file.close()
@@ -75,12 +83,12 @@ class MetricsLog:
             self._events.forget_from(step + 1)
 
     def flush(self) -> None:
-        """Bring TensorBoard's events to the disk too."""
+        """Write TensorBoard's events to the disk as well."""
         if self._events:
             self._events.flush()
 
     def close(self) -> None:
-        """Close the files; the log is of no use afterwards."""
+        """Close the files. The log cannot be used afterwards."""
         with naming(self._path):
             self._file.close()
         if self._events:
@@ -93,7 +101,7 @@ class MetricsLog:
         self.close()
 
     def _open(self, step: int | None) -> tuple[dict[str, Any], TextIO]:
-        """Keep only whole lines up to `step` (None: all); return the last one and the file to append to."""
+        """Keep only complete lines up to `step` (None: all); return the last one and the file to append to."""
         lines = [(row, line) for row, line in _lines(self._path) if step is None or row["step"] <= step]
         kept = b"".join(line for _, line in lines)
         if kept != self._path.read_bytes():
@@ -103,7 +111,7 @@ class MetricsLog:
 
 
 def read(directory: Path | str) -> list[dict[str, float]]:
-    """The lines of a run directory's `metrics.jsonl`, oldest first; a torn last line is left out.
+    """Return the lines of `metrics.jsonl` in a run directory, oldest first, without an incomplete last line.
 
     Raises:
       UserError: there is no such file, or a line before the last is damaged.
@@ -115,7 +123,7 @@ def read(directory: Path | str) -> list[dict[str, float]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """Each whole line, parsed and as bytes."""
+    """Yield each complete line, parsed and as bytes."""
     lines = path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         try:
@@ -141,13 +149,13 @@ def _number(value: Any) -> float | int | str:
 class _Events:
     """A TensorBoard event file, one event per step.
 
-    tensorboardX's `SummaryWriter` would queue each scalar to a thread, through a pipe: slower, and lost on a
-    kill.
+    The `SummaryWriter` of tensorboardX would pass each scalar to a thread through a pipe, which is slower, and loses
+    them on a kill.
     """
 
     def __init__(self, directory: Path):
         directory.mkdir(parents=True, exist_ok=True)
-        # The name holds the time in whole seconds, and an existing file would be overwritten.
+        # By itself the name has the time in whole seconds only, and an existing file would be overwritten.
         self._directory = directory
         self._writer = EventsWriter(str(directory / "events"), f".{os.getpid()}.{time.time_ns()}")
         self._flushed = 0.0
@@ -161,7 +169,7 @@ class _Events:
 
     def flush(self) -> None:
         with naming(self._directory):
-            self._writer.flush()  # which also calls fsync: milliseconds, or many on a disk that is shared
+            self._writer.flush()  # which also calls fsync: milliseconds, or many of them on a shared disk
         self._flushed = time.monotonic()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""How much memory training takes."""
+"""The memory that training takes."""
 
 import functools
 
@@ -7,9 +7,9 @@ import psutil
 
 
 def memory_bytes() -> int | None:
-    """The peak bytes in use of the fullest local device; on CPU, the bytes that the process holds now (RSS).
+    """Return the peak bytes in use of the fullest local device; on CPU, the bytes that the process has now (RSS).
 
-    None on a device that keeps no statistics.
+    None on a device without statistics.
     """
     devices = jax.local_devices()
     peaks = [s["peak_bytes_in_use"] for d in devices if "peak_bytes_in_use" in (s := d.memory_stats() or {})]
@@ -20,4 +20,4 @@ def memory_bytes() -> int | None:
 
 @functools.cache
 def _this_process() -> psutil.Process:
-    return psutil.Process()  # finding itself takes longer than the question
+    return psutil.Process()  # finding the process takes longer than asking it

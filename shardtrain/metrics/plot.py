@@ -1,4 +1,4 @@
-"""The loss curve of a run, as a picture."""
+"""A picture of the loss curve of a run."""
 
 import itertools
 import math
@@ -12,14 +12,17 @@ _RAW, _SMOOTH, _HELD_OUT = "#a9c4e4", "#1f5fa8", "#d1571f"
 
 
 def plot_loss(directory: Path | str) -> Path:
-    """Draw a run directory's `loss` (each step, and smoothed) and `eval_loss` by step into its `loss.png`.
+    """Draw `loss` (of each step, and smoothed) and `eval_loss` into the `loss.png` of a run directory.
 
-    Steps whose value is not finite are left out.
+    Steps with a value that is not finite are left out.
+
+    Returns:
+      The path of the picture.
 
     Raises:
-      UserError: no metrics, or not one finite loss among them.
+      UserError: there are no metrics, or none of the losses is finite.
     """
-    # Only here: matplotlib is slower to import than all else in this room, and a run draws once, at its end.
+    # Only here: matplotlib takes longer to import than everything else in this room, and a run draws only once.
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -66,9 +69,9 @@ def _series(rows: list[dict[str, float]], key: str) -> tuple[list[float], list[f
 
 
 def _smooth(values: list[float]) -> list[float]:
-    """Mean over about a thirtieth of the points around each: centred, so that a falling curve does not lag.
+    """Return the mean over about a thirtieth of the points around each point, so that a falling curve does not lag.
 
-    The window shrinks towards both ends, where it is the point itself.
+    The window shrinks to the point itself at both ends.
     """
     sums = [0.0, *itertools.accumulate(values)]
     last, reach = len(values) - 1, len(values) // 60

@@ -1,6 +1,6 @@
-"""How training is going, for somebody watching: a live display in a terminal, plain lines anywhere else.
+"""The progress of training for people to watch: a live display in a terminal, plain lines anywhere else.
 
-Both show the values that they are given and know a name for; what is absent (MFU on CPU) is not shown.
+Both show the values that they are given and know by name. Absent values (MFU on CPU) are not shown.
 """
 
 import math
@@ -17,14 +17,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-_QUIET_S = 30.0  # plain output never stays silent for longer than this
+_QUIET_S = 30.0  # plain output is never silent for longer than this
 
 
 class Progress(Protocol):
-    """A display: enter it, `update` it after each step, leave it."""
+    """A display. Enter it, `update` it after each step, and leave it."""
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
-        """Show the numbers of a finished `step` (counted from 1, so that the last is the total).
+        """Show the numbers of a finished `step`, counted from 1, so that the last is the total.
 
         Known names: loss, eval_loss, grad_norm, lr, tokens_per_s, mfu (a share of 1), memory_bytes, skipped.
         """
@@ -33,20 +33,24 @@ class Progress(Protocol):
         """Print a line that stays, above the display."""
 
     def __enter__(self) -> Self:
-        """Start showing."""
+        """Start the display."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop, leaving the last numbers in view."""
+        """Stop the display, leaving the last numbers in view."""
 
 
 def progress(
     total: int, start: int, *, console: Console | None = None, clock: Callable[[], float] = time.monotonic
 ) -> Progress:
-    """A display of the steps from `start` (those done before, 0 at first) to `total`, suited to the console.
+    """Return a display that suits the console, to be used as a context manager.
 
-    Use it as a context manager. `console` defaults to standard output; `clock` gives seconds.
+    Args:
+      total: number of steps of the whole run.
+      start: number of steps done before, 0 at first.
+      console: standard output by default.
+      clock: returns seconds.
     """
     console = console or _Console(highlight=False)
     eta = _Eta(total, clock)
@@ -54,16 +58,16 @@ def progress(
 
 
 class _Console(Console):
-    """Standard output whose reader may leave (`| head`): the run goes on, and still saves."""
+    """Standard output whose reader may leave (`| head`). The run continues, and still saves."""
 
     def on_broken_pipe(self) -> None:
-        """Say the rest to nobody."""
+        """Discard all further output."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Plain:
-    """One line for the first step, every so many, the last, and each held-out loss."""
+    """One line for the first step, for the last, for each held-out loss, and at regular intervals."""
 
     def __init__(self, total: int, console: Console, eta: "_Eta", clock: Callable[[], float]):
         self._total, self._console, self._eta, self._clock = total, console, eta, clock
@@ -94,7 +98,7 @@ class _Plain:
 
 
 class _Live:
-    """A bar with the steps and the time left; below it, the numbers."""
+    """A bar with the steps and the remaining time, and the numbers below it."""
 
     def __init__(self, total: int, start: int, console: Console, eta: "_Eta"):
         self._total, self._eta = total, eta
@@ -131,7 +135,7 @@ class _Live:
 
 
 class _Eta:
-    """The time left at the mean pace since the first step was seen: its compilation does not count."""
+    """The remaining time at the mean pace since the end of the first step, so that compilation does not count."""
 
     def __init__(self, total: int, clock: Callable[[], float]):
         self._total, self._clock = total, clock
@@ -172,7 +176,7 @@ def _worth(key: str, value: float) -> bool:
 
 def _si(value: float) -> str:
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= 0.9995 * size:  # what rounds to 1000 of the smaller unit
+        if value >= 0.9995 * size:  # this would round to 1000 of the smaller unit
             return f"{value / size:.3g}{unit}"
     return f"{value:.3g}"
 
@@ -191,6 +195,6 @@ def _duration(seconds: float) -> str:
 
 
 def _round(x: float) -> int:
-    """The largest of 1, 2, 5, 10, 20, 50, ... that is not above `x`, at least 1."""
+    """Return the largest of 1, 2, 5, 10, 20, 50, ... that is not above `x`, at least 1."""
     unit = 10 ** max(0, math.floor(math.log10(max(x, 1))))
     return next(k * unit for k in (5, 2, 1) if k * unit <= max(x, 1))

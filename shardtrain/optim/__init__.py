@@ -1,4 +1,4 @@
-"""Gradients to updates: optimizers, their schedules and moments, and which weights each rule is for."""
+"""From gradients to updates: optimizers, their schedules and moments, and the weights to which each rule applies."""
 
 from shardtrain.optim.optimizers import OPTIMIZERS, Clipped, global_norm, optimizer, state_shardings, updates_made
 

@@ -29,8 +29,8 @@ def schedule(
 ) -> optax.Schedule:
     """Make the learning rate, a function of the number of updates made so far.
 
-    The warm-up is linear and never zero: update s gets `lr * (s + 1) / (warmup_steps + 1)`, so the peak is
-    reached at s = `warmup_steps`. From `decay_steps` on the rate stays at `lr * final_ratio`.
+    The warm-up is linear and never zero: update s gets `lr * (s + 1) / (warmup_steps + 1)`, so that the peak is reached
+    at s = `warmup_steps`. From `decay_steps` on, the rate stays at `lr * final_ratio`.
 
     Args:
       type: `constant` (no decay: `decay_steps` and `final_ratio` are ignored), `linear` or `cosine` (from the
@@ -38,13 +38,14 @@ def schedule(
         arXiv:2405.18392).
       lr: the peak.
       decay_steps: the update at which the decay ends, counted from the start of the run, warm-up included.
+      warmup_steps: number of updates of the warm-up.
       final_ratio: final rate / peak.
       stable_ratio: wsd only: the share of `decay_steps`, warm-up included, before the decay starts; default
         `STABLE_RATIO`.
       decay_start: wsd only, instead of `stable_ratio`: the update at which the decay starts.
 
     Raises:
-      UserError: an unknown type, or a number outside of its range.
+      UserError: the type is unknown, or a number is out of range.
     """
     if not (lr > 0 and math.isfinite(lr)):
         raise UserError("optimizer.lr", lr, "must be a positive number", "for example 1.0e-3")

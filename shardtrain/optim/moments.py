@@ -1,9 +1,9 @@
-"""The moments of any optax optimizer, stored in fewer bits: bfloat16, or 8-bit codes with a scale for each block.
+"""The moments of any optax optimizer, stored in fewer bits: bfloat16, or 8-bit codes with a scale per block.
 
     Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", arXiv:2110.02861: blocks, section 2.1.
     Li et al. 2023, "Memory Efficient Optimizers with 4-bit States", arXiv:2309.01507: no zero for second moments.
 
-A block lies within one dim of its weight, so codes and scales are laid out, packed and stored as the weight is.
+A block is part of one dim of its weight, so codes and scales are sharded, packed and stored like the weight.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from shardtrain.weights.weight import Weight
 
 Moments: TypeAlias = Literal["float32", "bfloat16", "int8"]
 
-#: Fields of optax's states that hold moments, and whether of the second order: never negative, and slow to change.
+#: Fields of optax's states that contain moments, and whether these are second moments: never negative, slow to change.
 _FIELDS = {"mu": False, "trace": False, "nu": True, "v": True}
-#: Elements of one layer's weight below which its moments stay float32, as in bitsandbytes: norms and biases.
+#: Moments of weights with fewer elements per layer stay float32, as in bitsandbytes: norms and biases.
 _SMALL = 4096
-#: Sizes of a block, and into how many parts its dim shall divide wherever it can: the devices that split it.
+#: Sizes of a block, and the number of parts into which its dim is divided if possible, for the devices that split it.
 _LEAST, _MOST, _PARTS = 32, 256, 64
 
 
@@ -39,7 +39,7 @@ class Quantized(NamedTuple):
 
     Attributes:
       code: int8, or uint8 for second moments, in the weight's shape; float32 where the weight is small.
-      scale: float32, largest absolute value of each block; nothing where the weight is small.
+      scale: float32, the largest absolute value of each block; nothing where the weight is small.
     """
 
     code: Any
@@ -47,25 +47,30 @@ class Quantized(NamedTuple):
 
 
 def with_moments(tx: optax.GradientTransformation, weights: Any, moments: Moments) -> optax.GradientTransformation:
-    """The same optimizer, computing in float32, with its moments stored as `moments`.
+    """Return the same optimizer, computing in float32, with its moments stored as `moments`.
 
     - `float32`: whatever the dtype of the weights (optax takes theirs).
-    - `bfloat16`: 2 bytes each. Second moments are rounded at random in proportion to the distance: a step moves them by
-      less than half of the last place, which rounding to nearest would undo each time.
-    - `int8`: 1 byte each and 4 for each block of 32 to 256. Codes count the square root of a first moment's share of
-      its block's largest, and the fourth root of a second one's (rounded at random, never down to 0).
+    - `bfloat16`: 2 bytes each. Second moments are rounded at random, in proportion to the distance: a step changes them
+      by less than half of the last place, which rounding to nearest would undo each time.
+    - `int8`: 1 byte each, and 4 for each block of 32 to 256. A code is the square root of a first moment's share of the
+      largest one in its block, or the fourth root for a second moment (rounded at random, never down to 0).
 
-    State is as `tx` has it, but for dtypes, and a `Quantized` for each int8 field.
+    The state is that of `tx`, except for dtypes, and for a `Quantized` in place of each int8 field.
+
+    Args:
+      tx: the optimizer.
+      weights: nested dicts of `Weight`, congruent with the params.
+      moments: one of the three.
 
     Raises:
-      UserError: another word, or an optimizer whose state holds no moments in a form that is known.
+      UserError: `moments` is something else, or the state of the optimizer has no moments in a known form.
     """
     if moments not in (known := get_args(Moments)):
         rule = f"must be one of {', '.join(known)}"
         raise UserError("optimizer.moments", moments, rule, did_you_mean(str(moments), known))
 
     def init(params: Any) -> Any:
-        # Behind a barrier, or XLA works out the codes of all the zeros while it compiles.
+        # Behind a barrier. Otherwise XLA computes the codes of all the zeros while it compiles.
         state, count = jax.lax.optimization_barrier((tx.init(jax.tree.map(_wide, params)), jnp.zeros((), jnp.int32)))
         return _fields(functools.partial(_store, moments, count), state, weights)
 
@@ -78,18 +83,18 @@ def with_moments(tx: optax.GradientTransformation, weights: Any, moments: Moment
     found = {name for path, _ in tree_leaves_with_path(state) for name in map(_field, path) if name}
     if moments != "float32" and (not found or (any(map(_FIELDS.get, found)) and _count(state) is None)):
         raise UserError(
-            f"this optimizer keeps no {' or '.join(_FIELDS)} beside a count of its updates, so its moments cannot be "
+            f"this optimizer keeps no {' or '.join(_FIELDS)} with a count of its updates, so its moments cannot be "
             f"{moments}; drop moments, or take another optimizer"
         )
     return optax.GradientTransformation(init, update)
 
 
 def blocks(weight: Weight) -> tuple[int, int] | None:
-    """Return the dim of a weight that is cut into blocks, and their size; `None` if the weight has no blocks.
+    """Return which dim of a weight is cut into blocks, and their size; `None` if the weight has no blocks.
 
-    A small weight has none, nor has a dim without a fitting divisor. The choice depends on the shape of one layer
-    alone, so checkpoints fit any mesh and any pipeline. Tokens differ in scale by their frequency, so no block spans
-    several: the dim is the longest one that is not the vocabulary.
+    A small weight has none, and neither has a dim without a suitable divisor. The result follows from the shape of one
+    layer only, so checkpoints fit any mesh and any pipeline. Tokens differ in scale by their frequency, so no block
+    spans several: the dim is the longest one that is not the vocabulary.
     """
     dims = [dim for dim in range(weight.stack, len(weight.shape)) if weight.axes[dim] != "vocab"]
     if not dims or math.prod(weight.shape[weight.stack :]) < _SMALL:
@@ -98,13 +103,16 @@ def blocks(weight: Weight) -> tuple[int, int] | None:
     size = weight.shape[dim]
     parts = next((math.gcd(size, p) for p in (_PARTS, 32, 16, 8, 4, 2) if size // math.gcd(size, p) >= _LEAST), 1)
     block = next(n for n in range(min(_MOST, size // parts), 0, -1) if (size // parts) % n == 0)
-    return None if block < _LEAST // 2 else (dim, block)  # a prime number, or nearly: scales would outweigh codes
+    return None if block < _LEAST // 2 else (dim, block)  # nearly a prime number: scales would outweigh codes
 
 
 def encode(x: jax.Array, dim: int, block: int, noise: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Codes in the shape of `x`, and the scale of each block, `x.shape` with dim `dim` divided by `block`.
+    """Return codes in the shape of `x`, and the scale of each block: `x.shape` with dim `dim` divided by `block`.
 
     Args:
+      x: moments.
+      dim: the dim that is cut into blocks.
+      block: size of a block.
       noise: for second moments, uniform in [0, 1) and of a shape that broadcasts to that of `x`; `None` for first
         moments, which are rounded to nearest.
     """
@@ -122,21 +130,21 @@ def encode(x: jax.Array, dim: int, block: int, noise: jax.Array | None) -> tuple
 
 
 def decode(code: jax.Array, scale: jax.Array, dim: int) -> jax.Array:
-    """The float32 values of codes."""
+    """Return the float32 values of codes."""
     root = code.astype(jnp.float32) / (255 if code.dtype == jnp.uint8 else 127)
     share = jnp.square(jnp.square(root)) if code.dtype == jnp.uint8 else root * jnp.abs(root)
     return _uncut(_cut(share, dim, code.shape[dim] // scale.shape[dim]) * jnp.expand_dims(scale, dim + 1), dim)
 
 
 def round_at_random(x: jax.Array, noise: jax.Array) -> jax.Array:
-    """float32 to bfloat16, up or down so that the mean is exact; `noise` is uniform in [0, 1)."""
+    """Round float32 to bfloat16, up or down, so that the mean is exact. `noise` is uniform in [0, 1)."""
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     bits = bits + (noise * 2**16).astype(jnp.uint32)
     return jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32).astype(jnp.bfloat16)
 
 
 def _store(moments: Moments, count: jax.Array, path: Path, tree: Any, of: Any) -> Any:
-    """One field of the state, as it is kept."""
+    """Return one field of the state as it is stored."""
     second = _FIELDS[_field(path[-1]) or ""]
 
     def one(leaf_path: Path, x: jax.Array, weight: Weight | None) -> Any:
@@ -144,7 +152,7 @@ def _store(moments: Moments, count: jax.Array, path: Path, tree: Any, of: Any) -
             return x, optax.MaskedNode()
         cut, noise = blocks(weight), None
         if second and (cut or moments == "bfloat16"):
-            # The same for all layers of a stack, and so whatever the layout of a pipeline.
+            # The same for all layers of a stack, and so independent of the layout of a pipeline.
             key = jax.random.fold_in(jax.random.key(zlib.crc32(dotted((*path, *leaf_path)).encode())), count)
             noise = jax.random.uniform(key, x.shape[weight.stack :])
         if moments == "bfloat16":
@@ -157,7 +165,7 @@ def _store(moments: Moments, count: jax.Array, path: Path, tree: Any, of: Any) -
 
 
 def _load(path: Path, tree: Any, of: Any) -> Any:
-    """One field of the state, as the optimizer wants it."""
+    """Return one field of the state as the optimizer needs it."""
     if not isinstance(tree, Quantized):
         return jax.tree.map(_wide, tree)
 
@@ -169,7 +177,7 @@ def _load(path: Path, tree: Any, of: Any) -> Any:
 
 
 def _fields(fn: Callable[[Path, Any, Any], Any], state: Any, weights: Any) -> Any:
-    """`state` with `fn(path, field, weights of its leaves)` in place of each field that holds moments."""
+    """Return `state` with `fn(path, field, weights of its leaves)` in place of each field of moments."""
 
     def is_field(path: Path, _: Any) -> bool:
         return bool(path) and _field(path[-1]) is not None
@@ -185,7 +193,7 @@ def _field(entry: Any) -> str | None:
 
 
 def _count(state: Any) -> Any:
-    """How many updates were made, as optax itself counts them."""
+    """Return the number of updates made so far, as optax itself counts them."""
     return next((leaf for path, leaf in tree_leaves_with_path(state) if keystr(path[-1:]) == ".count"), None)
 
 

@@ -1,4 +1,4 @@
-"""Optimizers by name: roles say what decays and what muon takes; stacked layers update as if apart."""
+"""Optimizers by name. Roles say what decays and what muon takes; stacked layers are updated as if separate."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ OPTIMIZERS: dict[str, Callable[..., Transform]] = {
     "adafactor": optax.adafactor,
     "muon": optax.contrib.muon,
 }
-# No statistic of these spans a tensor, so stacking cannot change them.
+# None of their statistics spans a tensor, so stacking cannot change them.
 _ELEMENTWISE = (optax.adamw, optax.lion, optax.sgd)
 _MASKS = ("mask", "weight_decay_mask")
-# Options of optax that follow from our own arguments, and which.
+# Options of optax that follow from our own arguments, and from which ones.
 _DERIVED = {
     "learning_rate": "lr",
     "muon_weight_dimension_numbers": "the roles and dims of the weights",
@@ -52,27 +52,28 @@ def optimizer(
     moments: Moments | None = None,
     **options: Any,
 ) -> Transform:
-    """An optimizer over a tree of weights. Its state mirrors the params, each leaf laid out like its weight.
+    """Return an optimizer over a tree of weights. Its state mirrors the params; each leaf is laid out like its weight.
 
-    In order: clip by the global norm, the optimizer, decay. Weight decay is decoupled, the same for all
-    optimizers: an update also subtracts `lr * weight_decay * w`. (A factory that takes both `weight_decay`
-    and a mask gives it its own meaning: lamb decays within the trust ratio.)
+    The order is: clipping by the global norm, the optimizer, decay. Weight decay is decoupled, and the same for all
+    optimizers: an update also subtracts `lr * weight_decay * w`. (A factory that takes both `weight_decay` and a mask
+    gives it its own meaning: lamb decays within the trust ratio.)
 
     Args:
       type: `adamw`, `lion`, `sgd`, `adafactor`, `muon` (arXiv:2502.16982; matrices by role, AdamW for the
         rest), or the import path of an optax-like factory: `optax.lamb`, `package.module:factory`.
       weights: nested dicts of `Weight`, congruent with the params.
-      lr: learning rate, or a schedule over the number of updates made.
-      clip_norm: largest norm of the whole gradient, all weights together.
+      lr: learning rate, or a schedule over the number of updates made so far.
+      clip_norm: largest norm of the whole gradient, over all weights together.
+      weight_decay: 0 means none.
       decay_roles: roles of the weights that decay.
-      per_layer: treat each slice of a stacked weight as a weight of its own. By default so wherever it
-        matters; False is for a factory that couples weights on purpose.
-      moments: how the state keeps them, see `with_moments`; by default as optax does, in the dtype of the weights.
+      per_layer: treat each slice of a stacked weight as a separate weight. This is the default wherever it matters;
+        False is for a factory that couples weights on purpose.
+      moments: how they are stored, see `with_moments`; by default as in optax, in the dtype of the weights.
       options: passed on to the optax factory.
 
     Raises:
-      UserError: an unknown type, role or option (with the nearest known one), a number out of range, or a
-        factory that cannot work on these weights, or not on one layer at a time.
+      UserError: a type, role or option is unknown (names the nearest known one); a number is out of range; or the
+        factory cannot work on these weights, or not on one layer at a time.
     """
     require_kind("optimizer type", type, str, "give a name such as adamw, or an import path such as 'optax.lamb'")
     for weight in jax.tree.leaves(weights) or [None]:
@@ -106,7 +107,7 @@ def optimizer(
 
 
 def state_shardings(tx: Transform, params: Any, weights: Any) -> Any:
-    """How the state of an optimizer is laid out: like the weights that it belongs to (see `shardings_like`).
+    """Return the layout of the state of an optimizer: that of the weights to which it belongs (see `shardings_like`).
 
     Args:
       tx: from `optimizer`, or any optax transform.
@@ -117,7 +118,7 @@ def state_shardings(tx: Transform, params: Any, weights: Any) -> Any:
       Tree of `NamedSharding`, congruent with `tx.init(params)`.
 
     Raises:
-      UserError: a leaf whose dims cannot be traced to its weight's. Nothing large is ever replicated.
+      UserError: the dims of a leaf cannot be traced to those of its weight. Nothing large is ever replicated.
     """
     return shardings_like(jax.eval_shape(tx.init, abstract(weights)), params, weights)
 
@@ -160,7 +161,7 @@ def _build(type: str, weights: Any, lr: Rate, weight_decay: float, decays: Any, 
     given = {"learning_rate": lr} | options
     groups = [(lr, decays)]
     if factory is optax.contrib.muon:
-        # Decayed here: optax decays its AdamW half without a mask, and that half may have a rate of its own.
+        # Decayed here, because optax decays its AdamW half without a mask, and that half may have its own rate.
         given["muon_weight_dimension_numbers"] = tree_map_with_path(_muon_dims, weights)
         is_matrix = jax.tree.map(lambda w: w.role == "matrix", weights)
         if (other := options.get("adam_learning_rate")) is not None:
@@ -198,7 +199,7 @@ def _muon_dims(path: Path, weight: Weight) -> optax.contrib.MuonDimensionNumbers
 
 
 def global_norm(grads: Any) -> jax.Array:
-    """The norm of all gradients together, added up in float32 at least, whatever dtype they have."""
+    """Return the norm of all gradients together, computed in float32 at least, whatever their dtype."""
     return optax.tree.norm(jax.tree.map(_widened, grads))
 
 
@@ -207,23 +208,24 @@ def _widened(g: jax.Array) -> jax.Array:
 
 
 def updates_made(opt_state: Any, otherwise: jax.Array) -> jax.Array:
-    """How many updates an optimizer has made, by its own count, which is what its schedule goes by.
+    """Return how many updates an optimizer has made, by its own count, which its schedule uses.
 
     Args:
-      otherwise: for a state that counts nothing.
+      opt_state: its state.
+      otherwise: the result for a state without a count.
     """
     leaves = jax.tree_util.tree_leaves_with_path(opt_state)
     return next((leaf for path, leaf in leaves if dotted(path[-1:]) == "count" and leaf.shape == ()), otherwise)
 
 
 class Clipped(optax.GradientTransformationExtraArgs):
-    """Clips the gradient first; `update` takes its `grad_norm` from a caller who knows it."""
+    """A transform that clips the gradient first. Its `update` accepts the `grad_norm` from a caller who knows it."""
 
 
 def _clipped(tx: Transform, clip_norm: float) -> Clipped:
-    """As `optax.chain(optax.clip_by_global_norm(clip_norm), tx)`, without computing a norm twice.
+    """Return `optax.chain(optax.clip_by_global_norm(clip_norm), tx)`, without computing a norm twice.
 
-    The clip has no state, so that of `tx` keeps its paths with or without it.
+    Clipping has no state, so the state of `tx` keeps its paths with or without it.
     """
 
     def update(grads: Any, state: Any, params: Any = None, *, grad_norm: Any = None, **_: Any) -> tuple[Any, Any]:

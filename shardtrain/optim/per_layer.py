@@ -1,4 +1,4 @@
-"""Any optax transform, one layer at a time: each slice of a stacked weight is a weight of its own."""
+"""Any optax transform, applied one layer at a time: each slice of a stacked weight is a separate weight."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shardtrain.weights.weight import Weight
 
 
 def slices(weights: Any) -> Any:
-    """The weights of one layer: all stack dims taken away."""
+    """Return the weights of one layer, without any stack dims."""
 
     def one(w: Weight) -> Weight:
         return dataclasses.replace(w, shape=w.shape[w.stack :], axes=w.axes[w.stack :], stack=0)
@@ -25,23 +25,23 @@ def slices(weights: Any) -> Any:
 
 
 def abstract(weights: Any) -> Any:
-    """The params as `jax.ShapeDtypeStruct`s."""
+    """Return the params as `jax.ShapeDtypeStruct`s."""
     return jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype), weights)
 
 
 def over_layers(
     tx: optax.GradientTransformation, weights: Any, group: Callable[[Weight], Hashable] | None = None
 ) -> optax.GradientTransformation:
-    """Apply `tx`, made for `slices(weights)`, to stacked weights: `vmap` over one stack dim after another.
+    """Apply `tx`, made for `slices(weights)`, to stacked weights, by `vmap` over one stack dim after another.
 
-    So dims that the mesh splits are never flattened together. State of a stacked weight has its stack dims in
-    front; state of no weight (a count) stays single.
+    So dims that the mesh splits are never flattened together. The state of a stacked weight has the stack dims in
+    front; state of no weight (a count) exists once.
 
     Args:
       tx: a transform in which no weight's update depends on another weight.
       weights: the stacked weights.
-      group: weights of one group share a `vmap`; by default those with equal stack dims. `vmap` raises a
-        ValueError on a transform that lets weights of different groups meet.
+      group: weights of one group share a `vmap`; by default those with equal stack dims. `vmap` raises a ValueError
+        on a transform that combines weights of different groups.
     """
     key: Callable[[Weight], Hashable] = group or (lambda w: w.shape[: w.stack])
     state = jax.eval_shape(tx.init, abstract(slices(weights)))
@@ -60,20 +60,20 @@ def over_layers(
 
 
 def probe(name: str, tx: optax.GradientTransformation, weights: Any, apart: bool) -> None:
-    """Trace a transform that we do not know, without arrays, to see that it works on these weights.
+    """Trace an unknown transform, without arrays, to see that it works on these weights.
 
     Args:
-      name: what errors call it.
+      name: its name in errors.
       tx: made for `slices(weights)` if `apart`, else for `weights`.
-      apart: whether `over_layers` is to be applied to it.
+      apart: whether `over_layers` will be applied to it.
 
     Raises:
-      UserError: it fails; or it cannot be applied to the layers of a stack apart.
+      UserError: it fails; or it cannot be applied to the layers of a stack separately.
     """
     params = abstract(weights)
     try:
         if apart:
-            weights = jax.tree.map(dataclasses.replace, weights)  # distinct objects: each a group of its own
+            weights = jax.tree.map(dataclasses.replace, weights)  # distinct objects, so that each is its own group
             tx = over_layers(tx, weights, group=id)
         state = jax.eval_shape(tx.init, params)
         jax.eval_shape(tx.update, params, state, params)
@@ -81,8 +81,8 @@ def probe(name: str, tx: optax.GradientTransformation, weights: Any, apart: bool
         if not (apart and "out_axes" in str(error)):
             raise UserError(f"{name} fails on this model: {error}") from error
         raise UserError(
-            f"{name} lets weights meet (in a global norm, say), so it cannot update the layers of a stack "
-            "apart; set per_layer to false if a whole stacked weight may count as one"
+            f"{name} combines weights (in a global norm, say), so it cannot update the layers of a stack separately; "
+            "set per_layer to false if a whole stacked weight may count as one"
         ) from error
     unmatched = jax.tree.map(lambda x, w: () if w else x, state, match_weights(state, weights))
     keys = [x for x in jax.tree.leaves(unmatched) if _is_key(x.dtype)]

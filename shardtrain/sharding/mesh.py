@@ -24,8 +24,12 @@ class MeshSpec:
     """Sizes of the mesh axes. At most one may be -1, which takes the devices that the others leave.
 
     Attributes:
-      slow: for hybrid meshes, how much of an axis lies across the slow network (between hosts or pods); the rest
-        of it, `size / slow`, stays within the fast one. Axes that are not named lie wholly within the fast one.
+      island, pipe, data, fsdp, expert, context, tensor: sizes of the axes, 1 by default.
+      slow: for hybrid meshes, the part of an axis that spans the slow network (between hosts or pods). The rest,
+        `size / slow`, stays within the fast network, as do axes that are not named.
+
+    Raises:
+      UserError: a size is 0 or below -1, several are -1, or a slow part does not divide its axis.
     """
 
     island: int = 1
@@ -82,10 +86,10 @@ class MeshSpec:
         raise UserError("mesh", shown or {"data": 1}, rule, fix)
 
     def nearest(self, devices: int) -> str:
-        """The mesh for `devices` devices that changes this one least, as `{axis: size}` text."""
+        """Return the mesh for `devices` devices that differs least from this one, as `{axis: size}` text."""
         fit: dict[str, int] = {}
         left = devices
-        # The fastest axes keep their size first: they are the ones chosen to match the model's shapes.
+        # The fastest axes keep their size first, because they were chosen to match the shapes of the model.
         for axis, size in reversed(self.sizes.items()):
             fit[axis] = max(d for d in divisors(left) if d <= max(size, 1))
             left //= fit[axis]
@@ -97,10 +101,13 @@ class MeshSpec:
         return "{" + ", ".join(chosen) + "}"
 
     def build(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
-        """The `jax.sharding.Mesh` over `devices` (default: all of the process group), all axes of type Auto.
+        """Build the `jax.sharding.Mesh`, with all axes of type Auto.
+
+        Args:
+          devices: by default those of all processes.
 
         Raises:
-          UserError: the sizes do not multiply to the number of devices.
+          UserError: the product of the sizes is not the number of devices.
         """
         devices = list(jax.devices() if devices is None else devices)
         spec = self.resolve(len(devices))
@@ -112,7 +119,7 @@ class MeshSpec:
         slow = tuple(self.slow.get(axis, 1) for axis in AXES)
         fast = tuple(size // factor for size, factor in zip(shape, slow, strict=True))
         if devices[0].platform == "cpu":
-            # Emulated devices know no network: consecutive devices count as one fast group.
+            # Emulated devices have no network; consecutive devices count as one fast group.
             return interleave(np.array(devices).reshape(slow + fast))
         if math.prod(slow) == 1:
             return mesh_utils.create_device_mesh(shape, devices)
@@ -147,6 +154,6 @@ def interleave(devices: np.ndarray) -> np.ndarray:
 
 
 def divisors(n: int) -> list[int]:
-    """All positive divisors of `n`, ascending; above 10**12 those up to a million, and what they leave."""
+    """Return all positive divisors of `n`, ascending; above 10**12 only those up to a million, and their quotients."""
     low = [d for d in range(1, min(math.isqrt(n), 10**6) + 1) if n % d == 0]
     return sorted({*low, *(n // d for d in low)})

@@ -1,1 +1,1 @@
-"""What is known of weights before any array exists: their declarations, names, dtypes and layouts."""
+"""Weights before any array exists: their declarations, names, dtypes and layouts."""

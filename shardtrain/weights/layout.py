@@ -1,4 +1,4 @@
-"""Trees that follow the weights (params, optimizer state): which leaf is whose, and how each is laid out."""
+"""Trees that follow the weights (params, optimizer state): the weight of each leaf, and the layout of each leaf."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from shardtrain.sharding import count_shards
 from shardtrain.weights.paths import Path, dotted
 from shardtrain.weights.weight import Weight
 
-# What the dims that replace `layers` are called. Only the middle one, the pipeline rank, may be sharded.
+# The logical axes of the dims that replace `layers`. Only the middle one, the pipeline rank, may be sharded.
 _LEAD_AXES: dict[int, tuple[str | None, ...]] = {1: ("layers",), 3: (None, "stages", None)}
-_SMALL = 1024  # elements up to which a leaf of no weight (a count, coefficients, a key) is kept on every device
+_SMALL = 1024  # a leaf of no weight (a count, coefficients, a key) is kept on every device up to this many elements
 
 
 def match_weights(tree: Any, weights: Any) -> Any:
-    """For each leaf of a tree, the weight that it belongs to, or `None`.
+    """Return, for each leaf of a tree, the weight to which it belongs, or `None`.
 
     Args:
       tree: any tree (params, gradients, the state of any optax transform).
-      weights: nested dicts with `Weight` leaves. (Other leaves do: given shardings, it finds those.)
+      weights: nested dicts with `Weight` leaves. (Other leaves work too: given shardings, it finds shardings.)
 
     Returns:
-      A tree like `tree`. A leaf belongs to the weight whose dict keys end the leaf's own path; of several, to
-      the one with the most keys. So `state[0].mu["blocks"]["w"]` belongs to `blocks.w`, a `count` to none.
+      A tree like `tree`. A leaf belongs to the weight whose dict keys are the end of the leaf's own path or, if there
+      are several, to the one with the most keys. So `state[0].mu["blocks"]["w"]` belongs to `blocks.w`, and a `count`
+      to none.
     """
     by_keys = {tuple(entry.key for entry in path): leaf for path, leaf in tree_flatten_with_path(weights)[0]}
 
@@ -48,7 +49,7 @@ def match_weights(tree: Any, weights: Any) -> Any:
 
 
 def shardings_like(tree: Any, params: Any, weights: Any) -> Any:
-    """The shardings of a tree that follows the weights, such as optimizer state.
+    """Return the shardings of a tree that follows the weights, such as optimizer state.
 
     Args:
       tree: arrays or `jax.ShapeDtypeStruct`s.
@@ -56,12 +57,12 @@ def shardings_like(tree: Any, params: Any, weights: Any) -> Any:
       weights: tree of `Weight`, congruent with `params`.
 
     Returns:
-      Tree of `NamedSharding`, congruent with `tree`. A leaf of its weight's shape takes the weight's
-      sharding; one of another shape (Adafactor's rows and columns, one value for each block) dim by dim; small
-      leaves of no weight are replicated.
+      Tree of `NamedSharding`, congruent with `tree`. A leaf with the shape of its weight takes the sharding of the
+      weight. For a leaf of another shape (Adafactor's rows and columns, one value per block) it is derived dim by dim.
+      Small leaves of no weight are replicated.
 
     Raises:
-      UserError: a leaf whose dims cannot be traced to its weight's. Nothing large is ever replicated.
+      UserError: the dims of a leaf cannot be traced to those of its weight. Nothing large is ever replicated.
     """
     shardings = jax.tree.map(lambda p: p.sharding, params)
     mesh = jax.tree.leaves(shardings)[0].mesh
@@ -78,7 +79,7 @@ def shardings_like(tree: Any, params: Any, weights: Any) -> Any:
             return sharding
         spec = (*sharding.spec, *(None,) * (len(weight.shape) - len(sharding.spec)))
         if len(leaf.shape) == len(spec) and all(n % k == 0 for n, k in zip(weight.shape, leaf.shape, strict=True)):
-            # One element stands for several of a dim: split alike, unless there are fewer than devices.
+            # One element represents several of a dim. They are split alike, unless there are fewer than devices.
             dims = [s if k % count_shards(mesh, s) == 0 else None for k, s in zip(leaf.shape, spec, strict=True)]
             kept = PartitionSpec(*dims[: len(sharding.spec)])
         else:
@@ -89,16 +90,16 @@ def shardings_like(tree: Any, params: Any, weights: Any) -> Any:
 
 
 def _kept_dims(path: Path, shape: tuple[int, ...], weight: Weight, spec: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The partition of a leaf that lacks some dims of its weight."""
+    """Return the partition of a leaf that lacks some dims of its weight."""
     k = weight.stack if shape[: weight.stack] == weight.shape[: weight.stack] else 0
     rest, size = shape[k:], weight.shape[k:]
-    if math.prod(rest) == 1:  # a scalar for each weight, or a placeholder
+    if math.prod(rest) == 1:  # a scalar per weight, or a placeholder
         return (*spec[:k], *(None,) * len(rest))
     choices = [c for c in itertools.combinations(range(len(size)), len(rest)) if tuple(size[d] for d in c) == rest]
     field = next((entry.name for entry in reversed(path) if isinstance(entry, GetAttrKey)), None)
     if len(choices) > 1 and field in ("v_row", "v_col"):
-        # Adafactor averages v_row over the largest dim and v_col over the second largest. Equal sizes are
-        # told apart by the sort that optax uses.
+        # Adafactor averages v_row over the largest dim and v_col over the second largest. For equal sizes, the sort
+        # that optax uses decides.
         averaged = np.argsort(size)[-1 if field == "v_row" else -2]
         choices = [c for c in choices if averaged not in c]
     found = {tuple(spec[k + dim] for dim in c) for c in choices}
@@ -113,16 +114,15 @@ def _kept_dims(path: Path, shape: tuple[int, ...], weight: Weight, spec: tuple[A
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where each layer lives: canonical `[layers, ...]` to live `[chunks, pipe, k, ...]` and back.
+    """The place of each layer: from canonical `[layers, ...]` to live `[chunks, pipe, k, ...]` and back.
 
     Attributes:
       n_layers: number of layers in the canonical `[layers, ...]`.
-      lead: the dims that replace `layers` in the live tree: `(n_layers,)`, or `(chunks, pipe, k)` in a
-        pipeline.
-      slots: for each layer, its flat index within `lead`. Slots of no layer hold zeros.
+      lead: the dims that replace `layers` in the live tree: `(n_layers,)`, or `(chunks, pipe, k)` in a pipeline.
+      slots: for each layer, its flat index within `lead`. Slots without a layer contain zeros.
 
     Raises:
-      UserError: more layers than `lead` has slots.
+      UserError: there are more layers than slots in `lead`.
     """
 
     n_layers: int
@@ -138,11 +138,11 @@ class Layout:
                 "or more chunks or layers per stage"
             )
         assert len(self.lead) in _LEAD_AXES, self.lead
-        assert len(self.slots) == self.n_layers == len(set(self.slots)), "one slot for each layer, none shared"
-        assert all(0 <= slot < room for slot in self.slots), "slots lie within lead"
+        assert len(self.slots) == self.n_layers == len(set(self.slots)), "one slot per layer, none shared"
+        assert all(0 <= slot < room for slot in self.slots), "slots are within lead"
 
     def live_weight(self, weight: Weight) -> Weight:
-        """A weight as it is in the live tree; weights without a `layers` dim stay as they are."""
+        """Return a weight as it is in the live tree. Weights without a `layers` dim stay as they are."""
         if not _has_layers(weight):
             return weight
         return dataclasses.replace(
@@ -153,18 +153,18 @@ class Layout:
         )
 
     def live_weights(self, weights: Any) -> Any:
-        """`live_weight` of a whole tree."""
+        """Return `live_weight` of each weight of a tree."""
         return jax.tree.map(self.live_weight, weights)
 
     def pack(self, tree: Any, weights: Any) -> Any:
-        """Canonical to live, inside or outside of jit.
+        """Convert from canonical to live, inside or outside of jit.
 
         Args:
           tree: params, gradients or optimizer state with `[layers, ...]` leaves.
           weights: the canonical weights; they say which leaves have a `layers` dim.
 
         Raises:
-          UserError: a leaf of a stacked weight that has no `layers` dim of this layout's size.
+          UserError: a leaf of a stacked weight has no `layers` dim of the size of this layout.
         """
         source = [self.n_layers] * math.prod(self.lead)  # beyond the end: filled with zero
         for layer, slot in enumerate(self.slots):
@@ -177,7 +177,7 @@ class Layout:
         return self._map(pack, (self.n_layers,), tree, weights)
 
     def unpack(self, tree: Any, weights: Any) -> Any:
-        """Live to canonical, padding dropped: the inverse of `pack`, with the same arguments and errors."""
+        """Convert from live to canonical, without padding: the inverse of `pack`, with its arguments and errors."""
 
         def unpack(x: Any) -> Any:
             rest = x.shape[len(self.lead) :]
@@ -191,7 +191,7 @@ class Layout:
                 return x
             if tuple(x.shape[: len(lead)]) != lead:
                 raise UserError(
-                    f"{dotted(path)} has shape {tuple(x.shape)}, but the layout wants leading dims {lead}; "
+                    f"{dotted(path)} has shape {tuple(x.shape)}, but the layout needs leading dims {lead}; "
                     "only one stack of layers can be laid out, and optimizer state must keep its layers "
                     "apart (per_layer)"
                 )

@@ -10,10 +10,10 @@ Path = tuple[Any, ...]
 
 
 def dotted(path: Path) -> str:
-    """A tree path in words: `blocks.layer.attn.query`."""
+    """Return a tree path as text: `blocks.layer.attn.query`."""
     return keystr(path, simple=True, separator=".")
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """Nested dicts as one dict from dotted path to leaf, in key order."""
+    """Turn nested dicts into one dict from dotted path to leaf, in key order."""
     return {dotted(path): leaf for path, leaf in tree_leaves_with_path(tree)}

@@ -1,4 +1,4 @@
-"""Which dtype is used where."""
+"""The dtypes of a training step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Matmul: TypeAlias = Literal["compute", "float8"]
 
 
 def at_least_float32(dtype: Any) -> Any:
-    """The dtype for softmaxes, losses, norms and angles of values in `dtype`."""
+    """Return the dtype for softmaxes, losses, norms and angles of values in `dtype`."""
     return jnp.dtype(dtype) if jnp.finfo(dtype).bits > 32 else jnp.dtype(jnp.float32)
 
 
@@ -22,17 +22,14 @@ class Precision:
     """The dtypes of a training step.
 
     Attributes:
-      params: stored (master) weights, and with them the optimizer state.
-      compute: activations, and weights where they are used.
-      reduce: weight gradients, from the matmul that makes them through their reduction over devices and microbatches.
+      params: dtype of the stored (master) weights and, with them, of the optimizer state.
+      compute: dtype of activations, and of weights where they are used.
+      reduce: dtype of weight gradients, from the matmul that makes them to their reduction over devices and
+        microbatches.
       matmul: `compute`, or `float8` for the matmuls of the blocks (see `nn/float8.py`).
 
     Raises:
-      UserError: `matmul` is another word.
-
-    Example:
-      >>> nn.Precision(compute=jnp.bfloat16).softmax
-      dtype('float32')
+      UserError: `matmul` is something else.
     """
 
     params: Any = jnp.float32
@@ -46,10 +43,10 @@ class Precision:
 
     @property
     def softmax(self) -> Any:
-        """dtype of softmaxes and losses: at least float32, and never below the compute dtype."""
+        """The dtype of softmaxes and losses: at least float32, and never below the compute dtype."""
         return at_least_float32(self.compute)
 
     @property
     def gradient(self) -> Any:
-        """dtype in which a weight's gradient is made: `reduce`, but float64 stays float64."""
+        """The dtype in which the gradient of a weight is made: `reduce`, but float64 stays float64."""
         return self.compute if jnp.dtype(self.compute) == jnp.float64 else self.reduce

@@ -1,4 +1,4 @@
-"""How much of a model is actually sharded, weight by weight."""
+"""A report of how much of a model is actually sharded, weight by weight."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ _WEIGHT_AXES = ("pipe", "fsdp", "expert", "tensor")
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One weight: its dotted path, declaration, partition, and in how many pieces it lies."""
+    """One weight.
+
+    Attributes:
+      path: its dotted path.
+      weight: its declaration.
+      spec: its partition.
+      pieces: into how many pieces it is split.
+    """
 
     path: str
     weight: Weight
@@ -29,13 +36,14 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class ShardingReport:
-    """Where every weight lies.
+    """The partition of every weight.
 
     Attributes:
-      rows: one per weight, largest first.
-      total_bytes: of all parameters.
-      device_bytes: of the parameters on one device.
-      replicated_bytes: of the parameters that every device keeps whole.
+      rows: one per weight, the largest first.
+      total_bytes: bytes of all parameters.
+      device_bytes: bytes of the parameters on one device.
+      replicated_bytes: bytes of the parameters that every device keeps whole.
+      splits_weights: whether the mesh has an axis, larger than 1, that could split weights.
     """
 
     rows: tuple[Row, ...]
@@ -51,11 +59,14 @@ class ShardingReport:
 
     @property
     def unannotated(self) -> list[str]:
-        """Paths of weights without logical axes, whole on every device because the model opted in."""
+        """Paths of weights without logical axes. They are whole on every device because the model opted in."""
         return [row.path for row in self.rows if not row.weight.annotated]
 
     def check(self, max_replicated: float) -> None:
         """Refuse a layout that leaves too much of the model whole on a mesh that could split it.
+
+        Args:
+          max_replicated: largest share of replicated bytes, in [0, 1].
 
         Raises:
           UserError: more than `max_replicated` of the bytes are replicated; names the largest such weights.
@@ -71,7 +82,7 @@ class ShardingReport:
 
 
 def sharding_report(weights: Any, partitioner: Partitioner) -> ShardingReport:
-    """The report for a tree of `Weight` under a partitioner; needs no arrays."""
+    """Make the report for a tree of `Weight` under a partitioner, without any array."""
     rows = []
     for path, weight in flatten(weights).items():
         spec = partitioner.sharding(weight.axes, weight.shape, f"weight {path}").spec

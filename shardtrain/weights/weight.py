@@ -13,7 +13,7 @@ Role = Literal["matrix", "embedding", "head", "norm", "bias", "router"]
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """The declaration of one weight, which is known before any array exists.
+    """The declaration of one weight, known before any array exists.
 
     Attributes:
       shape: sizes of its dims, stack dims included.
@@ -23,12 +23,7 @@ class Weight:
       stack: leading dims that enumerate equal layers (0, or 1 inside a `Stack`, or 3 under a pipeline).
       inputs: dims after the stack dims that a matmul contracts; all further dims are outputs.
       annotated: False for a parameter that came from a plain Flax layer without logical axes.
-      compute: dtype that its layer casts it to before anything else; `None` where it does not, or does not say.
-
-    Example:
-      >>> weight = nn.Weight((4, 8), jnp.float32, ("embed", "mlp"), "matrix", inputs=1)
-      >>> weight.nbytes, weight.output_dims
-      (128, (1,))
+      compute: dtype to which its layer casts it before anything else; `None` if it does not, or does not say.
     """
 
     shape: tuple[int, ...]

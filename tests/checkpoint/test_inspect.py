@@ -76,7 +76,7 @@ def test_a_foreign_folder_is_no_run_without_steps(tmp_path):
         (tmp_path / str(number)).touch()
     (tmp_path / "20240/photos").mkdir(parents=True)
     for look in (list_steps, verify):
-        with pytest.raises(UserError, match="is no run directory; name one that holds a folder checkpoints/"):
+        with pytest.raises(UserError, match="is not a run directory; name one that has a folder checkpoints/"):
             look(tmp_path)
     (tmp_path / "checkpoints").mkdir()
     assert list_steps(tmp_path) == []

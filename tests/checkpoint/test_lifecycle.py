@@ -175,7 +175,7 @@ def test_weights_fall_back_without_touching_the_other_run(run, make_state, make_
 def test_a_step_is_never_overwritten_or_saved_below_a_newer_one(run, make_state):
     with Checkpointer(run) as checkpointer:
         for step in (2, 3):
-            with pytest.raises(UserError, match=rf"cannot save step {step} .*: step 3 is there already"):
+            with pytest.raises(UserError, match=rf"cannot save step {step} .*: step 3 already exists there"):
                 checkpointer.save(step, make_state(step), {})
         checkpointer.save(4, make_state(4), {})
 
@@ -200,7 +200,9 @@ def test_an_old_step_outlives_a_newer_one_that_does_not_read_back(run, make_stat
     monkeypatch.setattr(manifest, "write", write_on_a_failing_disk)
     checkpointer = Checkpointer(run, keep=1)
     checkpointer.save(4, make_state(4), {})
-    with pytest.raises(UserError, match=r"saving step 4 .* does not read back: 4/state/_METADATA .* step 3, is intact"):
+    with pytest.raises(
+        UserError, match=r"saving step 4 .* cannot be read back: 4/state/_METADATA .* step 3, is intact"
+    ):
         checkpointer.close()
     assert listing(run)[:2] == ["1", "1.manifest.json"]
     assert listing(run)[-2:] == ["4.corrupt", "4.corrupt.manifest.json"]

@@ -44,5 +44,5 @@ def test_two_processes_save_fall_back_and_refuse_together(tmp_path):
     decided = [[line for line in each if not line.startswith("hashed ")] for each in lines]
     assert decided[0][:2] == decided[1][:2] == ["restored 2", "restored 1"]
     assert "no intact checkpoint is left" in decided[0][2]
-    assert "process 0 refused to go on" in decided[1][2]
+    assert "process 0 refused to continue" in decided[1][2]
     assert verify(steps) == []

@@ -50,7 +50,7 @@ def test_the_end_of_a_program_waits_for_its_save(tmp_path, how, code):
     program = end(how, tmp_path)
     if sys.version_info[:2] == (3, 12) and "can't create new thread at interpreter shutdown" in program.stderr:
         assert program.returncode == 1, "its first releases cannot save, and must say so"
-        assert "call Checkpointer.close before" in program.stderr
+        assert "call Checkpointer.close first" in program.stderr
         return
     assert program.returncode == code, program.stderr
     assert [(record.step, record.status) for record in verify(tmp_path)] == [(1, "verified")]
@@ -61,6 +61,6 @@ def test_where_that_save_fails_the_program_does(tmp_path):
     program = end("disk", tmp_path)
     assert program.returncode == 1
     assert f"error: saving step 1 in {tmp_path} failed: " in program.stderr
-    assert "call Checkpointer.close before" in program.stderr
+    assert "call Checkpointer.close first" in program.stderr
     assert "Traceback" not in program.stderr
     assert verify(tmp_path) == []

@@ -194,7 +194,7 @@ def test_other_data_is_refused():
     train, held_out = split(SyntheticTokens(seq_len=4, vocab_size=8, seed=0, rows=20), 0.25)
     with Loader(train, global_batch=4, seed=0, sharding=sharding()) as loader:
         state = loader.state
-    with pytest.raises(UserError, match=r"(?s)this run was trained on: .*rows=0:15\n.*rows=15:20\nput the data"):
+    with pytest.raises(UserError, match=r"(?s)this run was trained on: .*rows=0:15\n.*rows=15:20\nrestore the data"):
         Loader(held_out, global_batch=4, seed=0, sharding=sharding(), state=state)
 
 
@@ -226,7 +226,7 @@ def test_a_damaged_state_is_refused(state, message):
         ({"global_batch": 10, "mesh": (1, 2, 2, 2, 1)}, r"batch has shape \(10,\): dim 0"),
         (
             {"source": SyntheticTokens(seq_len=5, vocab_size=8, seed=0), "mesh": (1, 2, 2, 2, 1)},
-            r"rows' 'tokens', a batch of which has shape \(4, 5\): dim 1 of size 5 must divide by the mesh "
+            r"rows' 'tokens', a batch of which has shape \(4, 5\): dim 1 of size 5 must be divisible by the mesh "
             r"axes context 2 = 2; use a multiple of 2, or a smaller mesh axis",
         ),
     ],
@@ -243,5 +243,5 @@ def test_a_source_must_leave_the_name_row_to_the_loader():
         def __getitem__(self, row):
             return {"row": np.int32(row)}
 
-    with pytest.raises(UserError, match="must not have the name 'row': the loader adds it; rename it"):
+    with pytest.raises(UserError, match="must not have a leaf 'row', because the loader adds it; rename it"):
         Loader(Named(9), global_batch=4, seed=0, sharding=sharding())

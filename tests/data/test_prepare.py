@@ -86,7 +86,7 @@ def test_text_files_may_move_or_go_but_not_change(texts, kept):
         opened(kept, path=texts)
     (texts / "d.txt").unlink()
     (texts / "a.txt").write_text(TEXT + "!")
-    with pytest.raises(UserError, match=rf"data.path {texts}/a.txt: this file has changed since .* put the file back"):
+    with pytest.raises(UserError, match=rf"data.path {texts}/a.txt: this file has changed since .* restore the file"):
         opened(kept, path=texts)
     (texts / "a.txt").unlink()
     assert opened(kept, path=texts)[0].fingerprint == first.fingerprint
@@ -101,7 +101,7 @@ def test_what_a_run_has_kept_needs_no_text(texts, kept, caplog):
         caplog.clear()
         assert opened(kept, path=path)[0].fingerprint == first.fingerprint
         missing = gone if isinstance(path, list) else path
-        warning = f"data.path {missing}: no file is there any more; the run goes on with its kept tokens"
+        warning = f"data.path {missing}: no file is left there; the run continues with its kept tokens"
         assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [warning]
     assert opened(kept, path=None)[0].fingerprint == first.fingerprint
     caplog.clear()
@@ -118,10 +118,10 @@ def test_a_damaged_kept_file_is_named(texts, kept, name):
     data = bytearray((kept / name).read_bytes())
     data[len(data) // 2] ^= 1
     (kept / name).write_bytes(data)
-    with pytest.raises(UserError, match=rf"{name}: damaged: its digest is not .*; copy the file back|token id"):
+    with pytest.raises(UserError, match=rf"{name} is damaged: its digest differs .*; restore the file|token id"):
         opened(kept, path=texts)
     (kept / name).unlink()
-    with pytest.raises(UserError, match=rf"{name}: (damaged|there is no such token file)"):
+    with pytest.raises(UserError, match=rf"{name}( is damaged|: there is no such token file)"):
         opened(kept, path=texts)
 
 
@@ -170,7 +170,7 @@ def test_a_directory_that_cannot_be_written(texts, tmp_path):
 def test_text_shorter_than_a_window(texts, kept):
     (texts / "a.txt").write_text("ab")
     (texts / "b.txt").unlink()
-    with pytest.raises(UserError, match=r"tokens.bin: 3 tokens, and a window of .* 8 needs 9: use"):
+    with pytest.raises(UserError, match=r"tokens.bin: 3 tokens, but a window of .* 8 needs 9: use"):
         opened(kept, path=texts, tokenizer="byte")
 
 

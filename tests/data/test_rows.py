@@ -47,10 +47,10 @@ BAD = {
     "empty": (lambda row: {}, "is an empty dict; it must be a dict of NumPy arrays by name"),
     "list": (put("tokens", np.ndarray.tolist), "'tokens' is of type list; it must be a NumPy array"),
     "none": (put("tokens", None), "'tokens' is of type NoneType; it must be a NumPy array"),
-    "0-d": (put("tokens", np.int32(3)), "'tokens' has shape (); it must have one entry for each position"),
+    "0-d": (put("tokens", np.int32(3)), "'tokens' has shape (); it must have one entry per position"),
     "int64": (put("tokens", np.int64), "'tokens' is int64; it must be int32; use .astype(np.int32)"),
     "float64": (put("loss_mask", np.float64), "'loss_mask' is float64; it must be float32; use .astype(np.float32)"),
-    "length": (put("positions", np.zeros(3, np.int32)), "'positions' has shape (3,); it must have one entry for each"),
+    "length": (put("positions", np.zeros(3, np.int32)), "'positions' has shape (3,); it must have one entry per"),
     "id": (put("tokens", np.int32([0, 63, 64, 0])), "'tokens' holds 64 at position 2; ids must be in 0 .. 63 for its"),
     "negative": (put("tokens", np.int32([0, -1, 0, 0])), "'tokens' holds -1 at position 1; ids must be in 0 .. 63"),
     "target": (put("targets", np.int32([0, 0, 0, 99])), "'targets' holds 99 at position 3; targets must be below its"),
@@ -104,8 +104,8 @@ def test_rows_without_tokens_may_hold_what_they_like_but_what_jax_would_change()
     images = Images()
     load(images)
     for images.wrong, message in (
-        (np.float64(1), "'label' is float64; JAX would cut it to float32 without a word; use .astype(np.float32)"),
-        (np.zeros(2, np.uint64), "'label' is uint64; JAX would cut it to uint32"),
+        (np.float64(1), "'label' is float64; JAX would silently convert it to float32; use .astype(np.float32)"),
+        (np.zeros(2, np.uint64), "'label' is uint64; JAX would silently convert it to uint32"),
         (1.0, "'label' is of type float; it must be a NumPy array"),
         (np.array("x"), "'label' is <U1; it must hold numbers"),
     ):
@@ -153,7 +153,7 @@ def test_a_part_of_a_source_is_named_as_the_source():
         ({"seed": None}, "seed None: it must be a whole number"),
         ({"sharding": P("data")}, "it must be a jax.sharding.NamedSharding, such as"),
         ({"sharding": None}, "sharding None: it must be a jax.sharding.NamedSharding, such as"),
-        ({"state": 3}, "data state 3: it must be what a loader's `state` gave, not int"),
+        ({"state": 3}, "data state 3 is of type int; give the `state` of a loader"),
     ],
 )
 def test_what_else_a_loader_is_handed(changes, message):

@@ -126,7 +126,7 @@ def test_sizes_that_disagree(path):
     ("field", "value", "rule"),
     [
         ("format", "other", "'shardtrain-tokens'"),
-        ("format_version", 2, "1, the one that this version reads"),
+        ("format_version", 2, "1, which this version reads"),
         ("dtype", "int64", "'uint16' or 'uint32'"),
         ("dtype", ["uint16"], "'uint16' or 'uint32'"),
         ("count", -1, "the number of tokens"),
