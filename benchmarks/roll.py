@@ -49,7 +49,7 @@ def mean_loss(model: ModelDef, params: Tree, batch: Tree, key: jax.Array, place:
     pipelined = model.execution
     assert isinstance(pipelined, PipelinedModel)
     R, M = pipelined.program.schedule.ranks, pipelined.program.schedule.microbatches
-    cut = model.cut(lambda x: x)
+    parts = model.parts(lambda x: x)
     stacked, shared = split_layers(params)
     stages_R = jax.tree.map(lambda a: a[0], stacked)  # [1, R, k, ...]
     layers_Rk = jnp.asarray(pipelined.layers_CRk[0])
@@ -63,7 +63,7 @@ def mean_loss(model: ModelDef, params: Tree, batch: Tree, key: jax.Array, place:
 
     def embed(m: jax.Array) -> jax.Array:
         ctx = context(m)
-        return cut.embed(shared, ctx.inputs, ctx)
+        return parts.embed(shared, ctx.inputs, ctx)
 
     @partial(jax.vmap, spmd_axis_name="pipe")
     @jax.checkpoint
@@ -72,15 +72,15 @@ def mean_loss(model: ModelDef, params: Tree, batch: Tree, key: jax.Array, place:
 
         def layer(x: jax.Array, one: tuple[Tree, jax.Array]) -> tuple[jax.Array, None]:
             params, index = one
-            y, _ = cut.block(params, x, ctx.at_layer(index))
+            y, _ = parts.block(params, x, ctx.at_layer(index))
             return jnp.where(index >= 0, y, x), None
 
-        return jax.lax.scan(cut.remat(layer), x, (params, layers_k))[0]
+        return jax.lax.scan(parts.remat(layer), x, (params, layers_k))[0]
 
     @jax.checkpoint
     def head(y: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array]:
         ctx = context(m)
-        return cut.head(shared, y, ctx.inputs, ctx)[:2]
+        return parts.head(shared, y, ctx.inputs, ctx)[:2]
 
     def pin(x_R: jax.Array) -> jax.Array:
         return place.constrain(x_R, "stages", "batch", "seq", None)

@@ -57,6 +57,7 @@ def parts() -> SimpleNamespace:
     state = jax.device_get(init_state(model, tx, place))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, tx, place))
     batch = tiny.batch(place, rows=8)
+    del batch["segment_ids"]  # which the source does not have
     step = make_train_step(model, tx, place).lower(jax.device_put(state, shardings), batch).compile()
     return SimpleNamespace(place=place, source=source, state=state, shardings=shardings, step=step)
 

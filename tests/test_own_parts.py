@@ -45,7 +45,7 @@ def test_a_source_replaces_the_type_of_a_config(tmp_path):
     assert run.loop.batches.state["fingerprint"] == "counting rows=0:392"
     assert len(losses(tmp_path / "run")) == 3
     assert fit(tmp_path / "run", "run.steps=4", source=Counting()).resumed_from == 3
-    with pytest.raises(UserError, match="the data is not what this run was trained on"):
+    with pytest.raises(UserError, match="the data differs from what this run was trained on"):
         fit(tmp_path / "run", "run.steps=5")
 
 

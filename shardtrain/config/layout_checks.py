@@ -87,7 +87,7 @@ def check_gathering(mesh: MeshSizes, pipeline: Pipeline) -> None:
 def check_layers(model: Model, mesh: MeshSizes, pipeline: Pipeline) -> None:
     """Layers against the stages of a pipeline."""
     if mesh.pipe > 1 and (layers := model.size("layers")):
-        layers_per_stage(layers, mesh.pipe * pipeline.chunks)
+        layers_per_stage(layers, mesh.pipe * pipeline.chunks, f"model.{model.size_options()['layers']}")
 
 
 def check_pipeline_rows(
@@ -120,7 +120,7 @@ def _split(logical: str, mesh: MeshSizes, rules: RuleTable) -> dict[str, int]:
     A size that is not known yet (-1) counts as 1: the others must divide the dim in any case.
     """
     known = make_rules({name: [axis for axis in axes if axis in AXES] for name, axes in rules.items()})
-    return {axis: size for axis in known[logical] if (size := getattr(mesh, axis)) > 1}
+    return {axis: size for axis in known.get(logical, ()) if (size := getattr(mesh, axis)) > 1}
 
 
 def _check_dim(key: str, size: int, logical: str, mesh: MeshSizes, rules: RuleTable) -> None:

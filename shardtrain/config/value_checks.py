@@ -88,7 +88,7 @@ def check_vocabulary(data: Data, model: Model) -> Iterator[UserError]:
         fix = f"give the class a keyword parameter {option}: int, or state another name in its size_options"
         yield UserError(f"model.{option}", rows, rule, fix)
     elif rows > 0:
-        yield from vocabulary_problems(rows, data.tokenizer, data.vocab_size)
+        yield from vocabulary_problems(rows, data.tokenizer, data.vocab_size, f"model.{option}")
 
 
 def check_optimizer(optimizer: Optimizer) -> Iterator[UserError]:

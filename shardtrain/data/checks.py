@@ -49,7 +49,7 @@ def setting_problems(
 
 
 def vocabulary_problems(
-    vocab_size: int, tokenizer: str | None, tokenizer_vocab: int | None = None
+    vocab_size: int, tokenizer: str | None, tokenizer_vocab: int | None = None, key: str = "model.vocab_size"
 ) -> Iterator[UserError]:
     """Find the mistakes in sizes of vocabularies: a tokenizer has a least number of ids, and each needs a row.
 
@@ -57,6 +57,7 @@ def vocabulary_problems(
       vocab_size: of the model: the rows of its embedding.
       tokenizer: its name; `None` where there is none.
       tokenizer_vocab: the ids that a bpe tokenizer shall have; the model's when not given.
+      key: the setting of `vocab_size`.
 
     Raises:
       UserError: too few ids for a bpe tokenizer.
@@ -67,14 +68,14 @@ def vocabulary_problems(
     elif tokenizer == "bpe":
         ids = vocab_size if tokenizer_vocab is None else tokenizer_vocab
         if ids > vocab_size:
-            rule = f"each of the data's {ids} token ids needs a row in the model, and model.vocab_size is {vocab_size}"
-            fix = f"set model.vocab_size={ids}, or a smaller data.vocab_size"
+            rule = f"each of the data's {ids} token ids needs a row in the model, and {key} is {vocab_size}"
+            fix = f"set {key}={ids}, or a smaller data.vocab_size"
             yield UserError("data.vocab_size", ids, rule, fix)
-        check_bpe_vocab(ids, "model.vocab_size" if ids == vocab_size else "data.vocab_size")
+        check_bpe_vocab(ids, key if ids == vocab_size else "data.vocab_size")
     else:
         if tokenizer == "byte" and vocab_size < byte_ids:
             rule = f"the byte tokenizer has {byte_ids} ids: 256 bytes and a separator"
-            yield UserError("model.vocab_size", vocab_size, rule, f"use model.vocab_size={byte_ids} or more")
+            yield UserError(key, vocab_size, rule, f"use {key}={byte_ids} or more")
         if tokenizer_vocab not in (None, byte_ids if tokenizer else None):
             rule = "only a bpe tokenizer has a vocabulary to choose"
             yield UserError("data.vocab_size", tokenizer_vocab, rule, "set data.vocab_size=null")

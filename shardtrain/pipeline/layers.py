@@ -9,19 +9,20 @@ from shardtrain.errors import UserError
 from shardtrain.pipeline.schedules import Schedule
 
 
-def layers_per_stage(n_layers: int, stages: int) -> list[int]:
+def layers_per_stage(n_layers: int, stages: int, key: str = "model.n_layers") -> list[int]:
     """Return the number of layers of each stage, as equal as possible, with fewer at the ends, which do more work.
 
     Args:
       n_layers: layers of the model.
       stages: stages of the pipeline.
+      key: the setting of `n_layers`, for messages.
 
     Raises:
       UserError: fewer layers than stages.
     """
     if n_layers < stages:
         rule = f"{stages} pipeline stages (mesh.pipe x pipeline.chunks) need a layer each"
-        raise UserError("model.n_layers", n_layers, rule, f"use {stages} layers or more, or fewer ranks or chunks")
+        raise UserError(key, n_layers, rule, f"use {stages} layers or more, or fewer ranks or chunks")
     counts = [n_layers // stages] * stages
     middle_first = sorted(range(stages), key=lambda stage: abs(stage - (stages - 1) / 2))
     for stage in middle_first[: n_layers % stages]:

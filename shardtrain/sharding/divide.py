@@ -14,6 +14,7 @@ def check_dim(key: str, size: int, logical: str, split: Mapping[str, int], *, us
 
     Args:
       key: the setting, or the tensor and its dim, for messages.
+      size: of the dim.
       logical: the dim's logical axis.
       split: the mesh axes that split it, and their sizes.
       use: how the fix writes a size, before the number: `model.d_ff=`.

@@ -30,6 +30,10 @@ class Precision:
 
     Raises:
       UserError: `matmul` is something else.
+
+    Example:
+      >>> nn.Precision(compute=jnp.bfloat16).softmax
+      dtype('float32')
     """
 
     params: Any = jnp.float32

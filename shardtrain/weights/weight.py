@@ -24,6 +24,11 @@ class Weight:
       inputs: dims after the stack dims that a matmul contracts; all further dims are outputs.
       annotated: False for a parameter that came from a plain Flax layer without logical axes.
       compute: dtype to which its layer casts it before anything else; `None` if it does not, or does not say.
+
+    Example:
+      >>> weight = nn.Weight((8, 16), jnp.float32, ("embed", "mlp"), "matrix", inputs=1)
+      >>> weight.input_dims, weight.output_dims, weight.size
+      ((0,), (1,), 128)
     """
 
     shape: tuple[int, ...]
