@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from test_parity import MESHES as PARITY
 
 import tiny
 from shardtrain.hlo import in_flight
@@ -70,15 +71,8 @@ def test_a_process_of_several_has_them_with_one_device_too():
 
 
 QUICK = {"data x fsdp x tensor accumulate", "zb_h1"}
-MESHES = {
-    "data": {"data": 8},
-    "fsdp": {"fsdp": 8},
-    "tensor": {"tensor": 2},
-    "data x fsdp": {"data": 4, "fsdp": 2},
-    "fsdp x tensor": {"fsdp": 4, "tensor": 2},
-    "data x fsdp x tensor": {"data": 2, "fsdp": 2, "tensor": 2},
-    "island x data x expert": {"island": 2, "data": 2, "expert": 2},
-    "fsdp x context x tensor": {"fsdp": 2, "context": 2, "tensor": 2},
+MESHES = {name: mesh for name, mesh in PARITY.items() if mesh} | {
+    "fsdp x context x tensor": {"fsdp": 2, "context": 2, "tensor": 2}
 }
 SCHEDULES = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zb_h1": 1, "zb_v": 2}
 
