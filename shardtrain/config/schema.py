@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    model_serializer,
-)
+from pydantic import BaseModel, ConfigDict, Field, model_serializer
 
 from shardtrain.collectives.fsdp import Gather
-from shardtrain.config.frozen import FrozenDict, freeze, thaw
+from shardtrain.config.frozen import FrozenDict, thaw
 from shardtrain.config.model_type import ModelType
 from shardtrain.config.strict_yaml import dump
+from shardtrain.config.types import AxisSize, Count, Dtype, Flags, Fraction, Natural, Options, Rules, SlowSizes
 from shardtrain.data.tokenizer import TokenizerName
 from shardtrain.launch.devices import Platform
 from shardtrain.launch.xla_flags import Preset
@@ -29,32 +22,6 @@ from shardtrain.pipeline.idle import Idle
 from shardtrain.pipeline.phases import BackwardName
 from shardtrain.weights.precision import Matmul
 from shardtrain.weights.weight import Role
-
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-AxisSize = Annotated[int, Field(ge=-1)]
-Dtype = Literal["float32", "bfloat16", "float64"]
-
-_frozen = (AfterValidator(freeze), PlainSerializer(thaw))
-Options = Annotated[Mapping[str, Any], *_frozen]
-Flags = Annotated[Mapping[str, bool | int | float | str], *_frozen]
-
-
-def _as_tuple(value: Any) -> Any:
-    """One mesh axis, several, or null for none."""
-    return (
-        ()
-        if value is None
-        else (value,)
-        if isinstance(value, str)
-        else tuple(value)
-        if isinstance(value, list)
-        else value
-    )
-
-
-Rules = Annotated[Mapping[str, Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]], *_frozen]
 
 
 class Section(BaseModel):
@@ -93,7 +60,7 @@ class MeshSizes(Section):
     context: AxisSize = 1
     tensor: AxisSize = 1
     #: Hybrid meshes: the part of an axis that is across the slow network.
-    slow: Annotated[Mapping[str, Count], *_frozen] = FrozenDict()
+    slow: SlowSizes = FrozenDict()
     #: Largest fraction of the parameter bytes that every device may hold, on a mesh that splits weights.
     max_replicated: Fraction = 0.1
 

@@ -1,0 +1,34 @@
+"""The types of values in a config: numbers within bounds, and mappings that nothing can change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
+
+from shardtrain.config.frozen import freeze, thaw
+
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+AxisSize = Annotated[int, Field(ge=-1)]
+Dtype = Literal["float32", "bfloat16", "float64"]
+
+_frozen = (AfterValidator(freeze), PlainSerializer(thaw))
+Options = Annotated[Mapping[str, Any], *_frozen]
+Flags = Annotated[Mapping[str, bool | int | float | str], *_frozen]
+#: How much of each mesh axis is across the slow network.
+SlowSizes = Annotated[Mapping[str, Count], *_frozen]
+
+
+def _as_tuple(value: Any) -> Any:
+    """One mesh axis, several, or null for none."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+Rules = Annotated[Mapping[str, Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]], *_frozen]
