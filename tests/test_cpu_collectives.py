@@ -27,7 +27,7 @@ MEMORY = "xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
 
 
 #: This process has chosen, for itself and its children.
-UNCHOSEN = {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"} | {"XLA_FLAGS": ""}
+UNCHOSEN = {name: value for name, value in os.environ.items() if "PJRT_NPROC" not in name} | {"XLA_FLAGS": ""}
 
 
 def fresh(code: str, flags: str = "") -> list[str]:
@@ -60,6 +60,16 @@ def test_the_pool_has_threads_for_all_that_the_devices_can_wait_for():
     assert threads("st.select_devices('cpu')", XLA_FLAGS="--xla_force_host_platform_device_count=3") == 3 * THREADS
     assert threads("st.select_devices(emulate=4)", PJRT_NPROC="5") == 5  # the user's choice
     assert threads("st.select_devices('cpu')") < THREADS  # a single device waits for nobody
+
+
+def test_a_child_with_more_devices_has_threads_of_its_own():
+    parent = """
+import subprocess, sys, shardtrain as st
+st.select_devices(emulate=2)
+child = "import os, shardtrain as st; st.select_devices(emulate=8); print(os.environ['PJRT_NPROC'])"
+subprocess.run([sys.executable, "-c", child], check=True)
+"""
+    assert fresh(parent) == [str(8 * THREADS)]
 
 
 def test_a_process_of_several_has_them_with_one_device_too():

@@ -26,7 +26,8 @@ import jax
 from shardtrain.launch.xla_flags import has_started
 
 FLAG, _VALUE = "xla_cpu_scheduler_type", "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
-_POOL = "PJRT_NPROC"
+#: The variable that XLA reads, and one that tells our own value, which children inherit, from the user's.
+_POOL, _OURS = "PJRT_NPROC", "SHARDTRAIN_PJRT_NPROC"
 #: If one of these is in `XLA_FLAGS`, the user has chosen, and the choice stays.
 _SPELLINGS = (FLAG, "xla_cpu_enable_concurrency_optimized_scheduler")
 
@@ -45,8 +46,9 @@ def order_collectives() -> None:
         return
     if not _chosen():
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{FLAG}={_VALUE}".lstrip()
-    if (devices := _local_devices()) > 1 or jax.distributed.is_initialized():
-        os.environ.setdefault(_POOL, str(_threads(devices)))
+    devices, free = _local_devices(), os.environ.get(_POOL) == os.environ.get(_OURS)
+    if free and (devices > 1 or jax.distributed.is_initialized()):
+        os.environ[_POOL] = os.environ[_OURS] = str(_threads(devices))
 
 
 def ordered(devices: Sequence[jax.Device], options: Mapping[str, Any] | None = None) -> dict[str, Any]:
