@@ -85,11 +85,7 @@ def optimizer(
     for role in decay_roles:
         if role not in get_args(Role):
             raise UserError("optimizer.decay_roles", role, "there is no such role", did_you_mean(role, get_args(Role)))
-    for name, value, example in (("lr", lr, 1.0e-3), ("clip_norm", clip_norm, 1.0)):
-        if isinstance(value, float | int) and not (value > 0 and math.isfinite(value)):
-            raise UserError(f"optimizer.{name}", value, "must be a positive number", f"for example {example}")
-    if not (weight_decay >= 0 and math.isfinite(weight_decay)):
-        raise UserError("optimizer.weight_decay", weight_decay, "must be a number of 0 or more", "use 0 for no decay")
+    _check_numbers(lr, clip_norm, weight_decay)
     if per_layer is False and factory in OPTIMIZERS.values() and factory not in _ELEMENTWISE:
         rule = f"{type} would then mix the layers of a stack"
         raise UserError("optimizer.per_layer", per_layer, rule, "drop it, or set it to true")
@@ -104,6 +100,14 @@ def optimizer(
     if moments is not None:
         tx = with_moments(tx, weights, moments)
     return tx if clip_norm is None else _clipped(tx, clip_norm)
+
+
+def _check_numbers(lr: float | optax.Schedule, clip_norm: float | None, weight_decay: float) -> None:
+    for name, value, example in (("lr", lr, 1.0e-3), ("clip_norm", clip_norm, 1.0)):
+        if isinstance(value, float | int) and not (value > 0 and math.isfinite(value)):
+            raise UserError(f"optimizer.{name}", value, "must be a positive number", f"for example {example}")
+    if not (weight_decay >= 0 and math.isfinite(weight_decay)):
+        raise UserError("optimizer.weight_decay", weight_decay, "must be a number of 0 or more", "use 0 for no decay")
 
 
 def state_shardings(tx: Transform, params: Any, weights: Any) -> Any:

@@ -45,9 +45,8 @@ def make_train_step(
 ) -> JittedStep[tuple[TrainState, Metrics]]:
     """The jitted `(state, batch) -> (state, metrics)`; the state is donated.
 
-    A step whose loss or gradient is not finite leaves parameters and optimizer as they were and counts in
-    `metrics["skipped"]` (total) and `metrics["skipped_in_row"]`. So does a batch without a target that counts, but
-    it is not counted there: its `loss` and `weight` are 0.
+    A step whose loss or gradient is not finite changes no weight, and counts in `metrics["skipped"]` (total) and
+    `metrics["skipped_in_row"]`. A batch without a target changes none either; its `loss` and `weight` are 0.
 
     Args:
       model: the definition of the model.
