@@ -7,6 +7,7 @@ import threading
 import time
 
 import jax
+import pytest
 
 from shardtrain.launch import stuck
 
@@ -55,3 +56,9 @@ def test_what_works_or_waits_for_a_thread_is_no_hang():
             jax.block_until_ready(jax.numpy.ones(4) + 1)
         threading.Event().wait(1.0)  # idle, but not in JAX
     assert said == []
+
+
+@pytest.mark.parametrize(("set_to", "proposed"), [("48", 96), ("many", 64), ("", 64)])
+def test_the_explanation_proposes_more_threads_whatever_the_environment_holds(monkeypatch, set_to, proposed):
+    monkeypatch.setenv("PJRT_NPROC", set_to)
+    assert f"PJRT_NPROC={proposed};" in stuck._explanation(30.0, "here")

@@ -86,5 +86,11 @@ def _explanation(idle: float, place: str) -> str:
     return (
         f"{here}: the CPU devices wait for each other in a collective, called at {place}. XLA's CPU backend is known "
         "to do so where its threads are all taken, and ends the process after 40 s; that is no fault of the model. "
-        f"Start again with more threads: PJRT_NPROC={2 * int(os.environ.get('PJRT_NPROC', 32))}; the run resumes"
+        f"Start again with more threads: PJRT_NPROC={_more_threads()}; the run resumes"
     )
+
+
+def _more_threads() -> int:
+    """Return twice the threads that the environment gives XLA now; it may hold anything."""
+    now = os.environ.get("PJRT_NPROC", "")
+    return 2 * int(now) if now.isdecimal() else 64
