@@ -50,6 +50,12 @@ def test_arguments_on_other_devices_are_refused(parts, compiled):
         steps[compiled](elsewhere, tiny.batch(place))
 
 
+def test_a_mistake_within_another_trace_is_explained_too(parts):
+    place, model, step, _ = parts
+    with pytest.raises(UserError, match="the model reads 'tokens' from the batch"):
+        jax.jit(step)(init_state(model, TX, place), {"positions": tiny.batch(place)["positions"]})
+
+
 @pytest.mark.parametrize("pipe", [1, 2])
 @pytest.mark.parametrize("leaf", ["tokens", "positions", "targets"])
 def test_a_batch_that_lacks_what_the_model_reads_is_refused(pipe, leaf):

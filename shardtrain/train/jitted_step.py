@@ -147,7 +147,9 @@ def check_batch(batch: Any, partitioner: Partitioner) -> None:
 
 def _explain_devices(error: Exception, arguments: Any, devices: set[jax.Device]) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(arguments):
-        if isinstance(leaf, jax.Array) and getattr(leaf, "committed", False) and leaf.sharding.device_set != devices:
+        if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):  # which is on no device
+            continue
+        if getattr(leaf, "committed", False) and leaf.sharding.device_set != devices:
             name = dotted(path)
             raise UserError(
                 f"{name} is on {_named(leaf.sharding.device_set)}, but the step runs on a mesh of "
