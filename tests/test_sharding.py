@@ -114,6 +114,11 @@ def test_an_override_names_an_existing_mesh_axis():
         make_rules({"mlp": "tensr"})
 
 
+def test_a_row_names_a_mesh_axis_once():
+    with pytest.raises(UserError, match=r"rules.mlp = .*: .* tensor is named 2 times; name tensor once"):
+        make_rules({"mlp": ["tensor", "fsdp", "tensor"]})
+
+
 def test_drop_leaves_mesh_axes_out(cube):
     assert cube.spec("batch", "mlp", drop=("fsdp",)) == P("data", "tensor")
     assert cube.sharding(("embed", "mlp"), (3, 4), drop=("fsdp",)).spec == P(None, "tensor")

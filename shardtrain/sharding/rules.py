@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 
@@ -41,7 +42,7 @@ def make_rules(overrides: Mapping[str, str | Sequence[str] | None] = MappingProx
       overrides: for each logical axis, a mesh axis, several, or `None` for none. New names become new rows.
 
     Raises:
-      UserError: a mesh axis does not exist; suggests the nearest.
+      UserError: a mesh axis does not exist (suggests the nearest), or a row names it twice.
     """
     table = dict(DEFAULT_RULES)
     for name, value in overrides.items():
@@ -54,7 +55,10 @@ def make_rules(overrides: Mapping[str, str | Sequence[str] | None] = MappingProx
 
 
 def row_problems(name: str, axes: Sequence[str]) -> Iterator[UserError]:
-    """Find the names in a row of the rules that are not mesh axes."""
-    for axis in axes:
+    """Find the names in a row of the rules that are not mesh axes, or stand there twice."""
+    for axis, times in Counter(axes).items():
         if axis not in AXES:
             yield UserError(f"rules.{name}", axis, "there is no such mesh axis", did_you_mean(axis, AXES))
+        elif times > 1:
+            rule = f"a mesh axis can split a dim once, and {axis} is named {times} times"
+            yield UserError(f"rules.{name}", list(axes), rule, f"name {axis} once")
