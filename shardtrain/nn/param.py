@@ -37,7 +37,7 @@ def param(
       compute: dtype that the layer casts the weight to before anything else, so that it may be sent in that.
 
     Raises:
-      UserError: the number of axes is not that of dims, or the role is unknown.
+      UserError: the number of axes is not that of dims, a dim is empty, or the role is unknown.
 
     Example:
       >>> zeros = jax.nn.initializers.zeros
@@ -47,6 +47,8 @@ def param(
     """
     if len(axes) != len(shape):
         raise UserError(f"a weight of shape {tuple(shape)} needs {len(shape)} logical axes, not {tuple(axes)}")
+    if any(size < 1 for size in shape):
+        raise UserError(f"a weight of shape {tuple(shape)} has no elements; give each of its dims {axes} 1 or more")
     if role not in get_args(Role):
         raise UserError(f"weight role {role!r} is not one of {', '.join(get_args(Role))}; choose one of them")
     value = init(key, tuple(shape), dtype)

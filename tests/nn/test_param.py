@@ -45,6 +45,9 @@ def test_mistakes_are_named():
         declared((4, 2), ("embed",))
     with pytest.raises(UserError, match="role 'kernel' is not one of matrix, embedding, head, norm, bias, router"):
         declared(role="kernel")
+    for size in (0, -2):
+        with pytest.raises(UserError, match=rf"shape \(4, {size}, 3\) has no elements; give each of its dims"):
+            declared((4, size, 3))
 
 
 def test_plain_flax_layers():
