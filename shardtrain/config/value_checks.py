@@ -23,6 +23,7 @@ from shardtrain.launch.devices import check_emulate
 from shardtrain.launch.xla_flags import check_preset
 from shardtrain.nn.attention import head_problems
 from shardtrain.nn.dropout import check_dropout
+from shardtrain.nn.ranges import check_z_loss, positive_problems
 from shardtrain.nn.remat import ACTIVATIONS, check_remat
 from shardtrain.optim.lr_schedules import schedule_problems
 from shardtrain.optim.optimizers import option_problems
@@ -46,12 +47,12 @@ def check_model_numbers(model: Model) -> Iterator[UserError]:
     """Numbers that no model can have."""
     options = model.options
     for name in (*model.size_options().values(), *POSITIVE):
-        if isinstance(value := options.get(name), int | float) and not value > 0:
-            yield UserError(f"model.{name}", value, "must be greater than 0", f"give model.{name} a positive value")
+        if isinstance(value := options.get(name), int | float):
+            yield from _of_model(positive_problems, {name: value})
     if isinstance(dropout := options.get("dropout"), int | float):
         yield from _of_model(check_dropout, dropout)
-    if isinstance(z_loss := options.get("z_loss"), int | float) and not 0 <= z_loss <= 1:
-        yield UserError("model.z_loss", z_loss, "must be from 0 to 1", "0 for none, or for example model.z_loss=1e-4")
+    if isinstance(z_loss := options.get("z_loss"), int | float):
+        yield from _of_model(check_z_loss, z_loss)
 
 
 def check_model_remat(model: Model) -> Iterator[UserError]:
@@ -65,7 +66,7 @@ def check_heads(model: Model) -> Iterator[UserError]:
     """Heads against the width of the model and the key-value heads."""
     names = model.size_options()
     dim, heads, groups = map(model.size, ("embed", "heads", "kv_heads"))
-    if heads:
+    if heads and min(heads, groups or heads) > 0:  # `check_model_numbers` reports others
         if dim is None or model.options.get(names["head_dim"], 1):
             dim = heads  # the width does not limit the heads
         own = {"model.n_heads": names["heads"], "model.n_kv_heads": names["kv_heads"]}

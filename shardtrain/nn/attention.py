@@ -18,6 +18,7 @@ from shardtrain.nn.context import Context
 from shardtrain.nn.dropout import Dropout
 from shardtrain.nn.linear import Linear, together
 from shardtrain.nn.norm import RMSNorm
+from shardtrain.nn.ranges import positive_problems
 from shardtrain.nn.rope import rope_frequencies, rotate
 from shardtrain.sharding import constrain, gather_residual
 from shardtrain.sharding.mesh import divisors
@@ -26,10 +27,14 @@ from shardtrain.weights.precision import Precision
 
 def head_problems(dim: int, n_heads: int, n_kv_heads: int | None, head_dim: int | None) -> Iterator[UserError]:
     """Find the mistakes in the sizes of heads; `n_kv_heads` and `head_dim` are `None` where they follow from others."""
+    empty = [*positive_problems({"n_heads": n_heads, "n_kv_heads": n_kv_heads, "head_dim": head_dim})]
+    if empty:
+        yield from empty
+        return
     if head_dim is None and dim % n_heads:
         rule = f"without head_dim, a head has {dim} / {n_heads} dims, which is not a whole number"
         yield UserError("n_heads", n_heads, rule, f"use a divisor of {dim}, or set head_dim")
-    if n_kv_heads is not None and (n_kv_heads < 1 or n_heads % n_kv_heads):
+    if n_kv_heads is not None and n_heads % n_kv_heads:
         yield UserError("n_kv_heads", n_kv_heads, f"must divide n_heads = {n_heads}", f"use one of {divisors(n_heads)}")
 
 
@@ -54,8 +59,8 @@ class Attention(nnx.Module):
       rngs: seeds of the weights.
 
     Raises:
-      UserError: the query heads are not a multiple of the key and value heads, the width is not a multiple of the heads
-        and no head_dim is given, the window is empty, or rotary embedding refuses the sizes.
+      UserError: a number is out of range, the query heads are not a multiple of the key and value heads, the width is
+        not a multiple of the heads and no head_dim is given, or rotary embedding refuses the sizes.
 
     Example:
       >>> layer = nn.Attention(8, n_heads=4, n_kv_heads=2, rngs=nnx.Rngs(0))
@@ -84,6 +89,8 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         refuse(head_problems(dim, n_heads, n_kv_heads, head_dim))
+        positive = {"norm_eps": norm_eps, "rope_theta": rope_theta, "logit_soft_cap": logit_soft_cap}
+        refuse(positive_problems(positive))
         groups = n_heads if n_kv_heads is None else n_kv_heads
         if window is not None and window < 1:
             raise UserError(f"sliding window {window} leaves nothing for a token to see; use 1 or more, or null")

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from shardtrain.nn.ranges import check_z_loss
 from shardtrain.sharding import constrain
 from shardtrain.weights.precision import at_least_float32
 
@@ -30,6 +31,9 @@ def cross_entropy(logits_BSV: jax.Array, targets_BS: jax.Array, mask_BS: jax.Arr
       mask_BS: weight of each token, 0 to ignore it.
       z_loss: coefficient of `logsumexp^2` (Chowdhery et al. 2022, section 5), which is part of the loss sum.
 
+    Raises:
+      UserError: `z_loss` is not from 0 to 1.
+
     Returns:
       The scalars `loss_sum` and `weight_sum`, and `{"cross_entropy": (sum, weight)}` without the z-loss.
 
@@ -46,6 +50,7 @@ def loss_sums(
     log_z_BS: jax.Array, target_BS: jax.Array, targets_BS: jax.Array, mask_BS: jax.Array, z_loss: float
 ) -> Loss:
     """The sums that `cross_entropy` returns, from what `softmax_terms` returns."""
+    check_z_loss(z_loss)
     mask_BS = jnp.where(targets_BS < 0, jnp.zeros((), log_z_BS.dtype), mask_BS.astype(log_z_BS.dtype))
     entropy, weight = ((log_z_BS - target_BS) * mask_BS).sum(), mask_BS.sum()
     loss = entropy

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from shardtrain.errors import refuse
 from shardtrain.nn.param import param
+from shardtrain.nn.ranges import positive_problems
 from shardtrain.weights.precision import Precision
 
 #: For the backward pass a norm keeps its input in its own dtype, and nothing in float32.
@@ -25,6 +27,9 @@ class RMSNorm(nnx.Module):
       precision: dtypes.
       rngs: seeds of the weights.
 
+    Raises:
+      UserError: `eps` is not positive.
+
     Example:
       >>> norm = nn.RMSNorm(4, rngs=nnx.Rngs(0))
       >>> norm(jnp.full((1, 4), 3.0)).round(3).tolist()
@@ -32,6 +37,7 @@ class RMSNorm(nnx.Module):
     """
 
     def __init__(self, dim: int, *, eps: float = 1e-5, precision: Precision = Precision(), rngs: nnx.Rngs):
+        refuse(positive_problems({"eps": eps}))
         self.eps, self.precision = eps, precision
         self.scale = param(rngs.params(), (dim,), ("norm",), _ONES, precision.params, "norm")
 
@@ -55,6 +61,9 @@ class LayerNorm(nnx.Module):
       precision: dtypes.
       rngs: seeds of the weights.
 
+    Raises:
+      UserError: `eps` is not positive.
+
     Example:
       >>> norm = nn.LayerNorm(2, rngs=nnx.Rngs(0))
       >>> norm(jnp.array([[1.0, 3.0]])).round(3).tolist()
@@ -62,6 +71,7 @@ class LayerNorm(nnx.Module):
     """
 
     def __init__(self, dim: int, *, eps: float = 1e-5, precision: Precision = Precision(), rngs: nnx.Rngs):
+        refuse(positive_problems({"eps": eps}))
         self.eps, self.precision = eps, precision
         self.scale = param(rngs.params(), (dim,), ("norm",), _ONES, precision.params, "norm")
         self.bias = param(rngs.params(), (dim,), ("norm",), _ZEROS, precision.params, "bias")

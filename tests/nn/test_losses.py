@@ -221,3 +221,9 @@ def test_a_negative_target_counts_for_nothing(chunk):
     masked = TARGETS, np.where(ignored, 0, np.ones((B, S))).astype("f4")
     jax.tree.map(np.testing.assert_array_equal, run(x, *negative), run(x, *masked))
     jax.tree.map(np.testing.assert_array_equal, quick(loss)(x, *negative), quick(loss)(x, *masked))
+
+
+@pytest.mark.parametrize("z_loss", [-1.0, 2.0, float("nan")])
+def test_a_z_loss_is_a_fraction(z_loss):
+    with pytest.raises(UserError, match="z_loss = .*: must be from 0 to 1; 0 for none"):
+        nn.cross_entropy(jnp.zeros((1, 3, 8)), jnp.zeros((1, 3), "i4"), jnp.ones((1, 3)), z_loss=z_loss)

@@ -8,6 +8,7 @@ from flax import nnx
 
 from helpers import filled
 from shardtrain import nn
+from shardtrain.errors import UserError
 
 F32 = nn.Precision()
 EPS = 1e-3
@@ -80,3 +81,9 @@ def test_scale_gradients_are_made_in_float32(pair):
     x = jnp.tile(jnp.asarray([1.0, -1.0], jnp.bfloat16), (1, 4099, 1))  # normalises to itself
     grads = jax.grad(lambda s: (nnx.merge(graph, s)(x) * x).astype(jnp.float32).sum())(state)
     assert np.array_equal(grads.scale[...], [4099.0, 4099.0])
+
+
+@pytest.mark.parametrize("norm", [nn.RMSNorm, nn.LayerNorm])
+def test_the_epsilon_is_positive(norm):
+    with pytest.raises(UserError, match="eps = 0.0: must be greater than 0"):
+        norm(4, eps=0.0, rngs=nnx.Rngs(0))
