@@ -115,8 +115,14 @@ def test_two_processes_train_as_one_and_stop_at_the_same_step(undisturbed, tmp_p
     directory = tmp_path / "run"
     with start(*pair(directory, ENDLESS), folder=tmp_path) as processes:
         processes[0].until(lambda: len(metrics(directory)) >= 5)
+        others = [process for i, process in enumerate(processes) if i not in who]
+        for process in others:
+            process.send(signal.SIGSTOP)  # so that they cannot agree yet
         for i in who:
             processes[i].send(number)
+            processes[i].until(lambda i=i: f"{number.name}: saving after this step" in processes[i].output)
+        for process in others:
+            process.send(signal.SIGCONT)
         assert [process.end() for process in processes] == [0, 0], [process.output for process in processes]
         outputs = [process.output for process in processes]
     step = len(losses(directory))

@@ -137,7 +137,7 @@ def test_two_processes_leave_an_evaluation_together(tmp_path, number):
         outputs = [process.output for process in processes]
     assert "one of the processes is to stop: saving after this step, then stopping" in outputs[0]
     assert "stopped and saved after step 5; to resume:" in outputs[0]
-    assert f"{'SIGHUP' if number == signal.SIGHUP else 'one of the processes is to stop'}: saving after" in outputs[1]
+    assert f"{number.name}: saving after" in outputs[1]
     assert (saved(directory), len(metrics(directory))) == ([5], 5)
 
 

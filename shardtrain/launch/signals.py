@@ -8,6 +8,7 @@ once.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import os
 import signal
@@ -19,6 +20,8 @@ from typing import Any, Protocol
 
 from jax.experimental import multihost_utils
 from rich.console import Console
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Saving(Protocol):
@@ -77,12 +80,15 @@ class Stop:
 class StopTogether(Stop):
     """The request to stop one of several processes, on which all agree through JAX's preemption service.
 
-    The service listens for SIGTERM in C++ once `jax.distributed.initialize` has run (a Python handler would silence
-    it), so other signals are passed on as SIGTERM. Every process polls equally often, and all stop at the same poll.
+    Every process polls equally often, and all stop at the same poll.
+
+    Args:
+      tell: tells the service of a signal.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[], object]) -> None:
         super().__init__()
+        self._tell = tell
         self._polls = itertools.count(1)
         self._agreed = False
 
@@ -96,35 +102,54 @@ class StopTogether(Stop):
         return self._agreed
 
     def receive(self, number: int) -> None:
-        """Act on a signal other than SIGTERM, on the listening thread."""
+        """Act on a signal, on the listening thread: acknowledge it here, and have all processes agree."""
         super().receive(number)
-        os.kill(os.getpid(), signal.SIGTERM)
+        self._tell()
 
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[Stop]:
     """Listen in a single process: the first signal asks the loop to save and stop, a second one ends the process."""
     stop = Stop()
-    with _listening(stop.receive, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)):
+    with _listening(stop.receive):
         yield stop
 
 
 @contextlib.contextmanager
 def stop_together() -> Iterator[Stop]:
-    """Listen in each of several processes. SIGTERM is JAX's alone, and is acknowledged once all agree."""
-    stop = StopTogether()
-    with _listening(stop.receive, (signal.SIGINT, signal.SIGHUP)):
-        yield stop
+    """Listen in each of several processes, after `jax.distributed.initialize`: all stop where one gets a signal."""
+    with _preemption_service() as tell:
+        stop = StopTogether(tell)
+        with _listening(stop.receive):
+            yield stop
 
 
 @contextlib.contextmanager
-def _listening(receive: Callable[[int], None], signals: tuple[signal.Signals, ...]) -> Iterator[None]:
+def _preemption_service() -> Iterator[Callable[[], object]]:
+    """Take SIGTERM from JAX's preemption service, and yield a function that tells the service of one.
+
+    The service handles SIGTERM in C++, silently. Python cannot read that handler, and would only replace it; so libc
+    hands it out, and it is called by hand. It sets a flag, which is safe on any thread.
+    """
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    handler = libc.signal(signal.SIGTERM, None)
+    assert handler, "jax.distributed.initialize has started the service"
+    tell = ctypes.CFUNCTYPE(None, ctypes.c_int)(handler)
+    try:
+        yield lambda: tell(signal.SIGTERM)
+    finally:
+        libc.signal(signal.SIGTERM, handler)
+
+
+@contextlib.contextmanager
+def _listening(receive: Callable[[int], None]) -> Iterator[None]:
     """Call `receive` with the number of each signal, on a separate thread."""
     hears, tells = socket.socketpair()
     tells.setblocking(False)
-    thread = threading.Thread(target=_listen, args=(hears, receive, signals), name="signals", daemon=True)
+    thread = threading.Thread(target=_listen, args=(hears, receive), name="signals", daemon=True)
     # `nohup` makes a process ignore SIGHUP.
-    numbers = [n for n in signals if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+    numbers = [n for n in _SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
     old_pipe = signal.set_wakeup_fd(tells.fileno(), warn_on_full_buffer=False)
     old = {number: signal.signal(number, lambda number, frame: None) for number in numbers}
     thread.start()
@@ -139,8 +164,8 @@ def _listening(receive: Callable[[int], None], signals: tuple[signal.Signals, ..
         hears.close()
 
 
-def _listen(hears: socket.socket, receive: Callable[[int], None], signals: tuple[signal.Signals, ...]) -> None:
+def _listen(hears: socket.socket, receive: Callable[[int], None]) -> None:
     while numbers := hears.recv(16):
         for number in numbers:
-            if number in signals:
+            if number in _SIGNALS:
                 receive(number)
