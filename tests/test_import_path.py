@@ -23,5 +23,6 @@ def test_what_is_not_there_is_named_with_what_is():
 def test_an_error_of_the_module_itself_is_not_taken_for_one_of_the_path(code, error, tmp_path, monkeypatch):
     (tmp_path / "broken_by_itself.py").write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(error):
+    with pytest.raises(error) as raised:
         find("broken_by_itself:f", "function", "model.type")
+    assert raised.value.__notes__[0].startswith("model.type = broken_by_itself:f: this error comes from there")

@@ -326,6 +326,13 @@ def test_state_that_does_not_follow_its_weight_is_refused(placed):
         ),
         ("muon", {"muon_weight_dimension_numbers": None}, "follows from the roles"),
         ("muon", {"ns_coeffs": "fast"}, "optimizer muon with options .*fast"),
+        (
+            "adamw",
+            {"b1": "abc"},
+            "optimizer.options.b1 = abc: must be a number, not 'abc'; its default in optax is 0.9",
+        ),
+        ("adamw", {"b1": None}, "optimizer.options.b1: must be a number, not None"),
+        ("adamw", {"clip_norm": "a"}, "clip_norm = a: must be a number or None, not 'a'"),
         ("sgd", {"lr": -0.1}, "lr = -0.1: must be a positive number"),
         ("sgd", {"clip_norm": 0.0}, "clip_norm = 0.0: must be a positive number"),
         ("sgd", {"weight_decay": -1.0}, "weight_decay = -1.0: must be a number of 0 or more"),
@@ -391,14 +398,17 @@ def test_what_an_optimizer_is_given():
     for call, message in (
         (
             lambda: optimizer(optax.adamw, weights, lr=0.1),
-            "optimizer type is a function, but must be a str; give a name",
+            "type = .*: must be text, not a function; give one",
         ),
         (
             lambda: optimizer("adamw", object(), lr=0.1),
             "weights is an object, but must be a Weight; pass model.weights",
         ),
         (lambda: optimizer("adamw", {}, lr=0.1), "weights is None, but must be a Weight; pass model.weights"),
-        (lambda: optimizer("adamw", weights, lr="0.1"), "optimizer lr is '0.1', but must be a float or an int"),
+        (
+            lambda: optimizer("adamw", weights, lr="0.1"),
+            "lr = 0.1: must be .*a function.* or a number, not '0.1'; give one",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             call()

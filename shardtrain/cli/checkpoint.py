@@ -14,6 +14,8 @@ from shardtrain.errors import UserError
 checkpoint_app = typer.Typer(no_args_is_help=True, help="Look at a run's checkpoints.")
 
 Directory = Annotated[Path, typer.Argument(help="Run directory, such as runs/quickstart.", show_default=False)]
+OnlyStep = Annotated[int | None, typer.Option("--step", help="Only this step.")]
+NewestStep = Annotated[int | None, typer.Option("--step", help="Default: the newest.")]
 
 
 @checkpoint_app.command("list")
@@ -42,7 +44,7 @@ def checkpoint_list(directory: Directory, debug: Debug = False) -> None:
 @checkpoint_app.command("verify")
 def checkpoint_verify(
     directory: Directory,
-    step: Annotated[int | None, typer.Option(help="Only this step.")] = None,
+    step: OnlyStep = None,
     debug: Debug = False,
 ) -> None:
     """Hash every file of every step against its manifest; exit code 2 if one does not match."""
@@ -60,7 +62,7 @@ def checkpoint_verify(
 @checkpoint_app.command("show")
 def checkpoint_show(
     directory: Directory,
-    step: Annotated[int | None, typer.Option(help="Default: the newest.")] = None,
+    step: NewestStep = None,
     debug: Debug = False,
 ) -> None:
     """Parameters of a step, its data position and mesh, and how its config differs from the run directory's."""

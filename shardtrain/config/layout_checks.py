@@ -68,13 +68,7 @@ def check_schedule(mesh: MeshSizes, pipeline: Pipeline) -> None:
     """Whether there is such a schedule for these sizes, and whether it can go backward as asked."""
     if mesh.pipe <= 1:
         return
-    try:
-        schedule = schedules.make(pipeline.schedule, mesh.pipe, pipeline.microbatches, pipeline.chunks)
-    except UserError as error:
-        if error.key:
-            raise
-        fix = f"choose among {', '.join(schedules.registered)}, or other sizes"
-        raise UserError("pipeline.schedule", pipeline.schedule, str(error), fix) from error
+    schedule = schedules.make(pipeline.schedule, mesh.pipe, pipeline.microbatches, pipeline.chunks)
     check_backward(schedule, pipeline.backward)
 
 

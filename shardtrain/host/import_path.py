@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -28,7 +29,8 @@ def find(path: str, noun: str, key: str, is_one: Callable[[Any], bool] = callabl
     if not all(part.isidentifier() for part in module_name.split(".")):
         raise UserError(key, path, f"{module_name!r} is not the name of a module", f"write {shape}")
     try:
-        module = importlib.import_module(module_name)
+        with blamed_on(key, path):
+            module = importlib.import_module(module_name)
     except (ImportError, SyntaxError) as error:
         fix = f"install it, or put its folder on PYTHONPATH; write {shape}"
         raise UserError(key, path, f"importing module {module_name!r} fails: {error}", fix) from error
@@ -39,7 +41,29 @@ def find(path: str, noun: str, key: str, is_one: Callable[[Any], bool] = callabl
     return found
 
 
+def import_path(function: Any) -> str:
+    """The path of a function or class, `package.module:name`; of another object, that of its class."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}:{named.__qualname__}"
+
+
+@contextlib.contextmanager
+def blamed_on(key: str, path: object) -> Iterator[None]:
+    """Add a line below the traceback of an exception in code of the user's own: which setting names that code."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        error.add_note(f"{key} = {path}: this error comes from there; correct it, or name another")
+        raise
+
+
+def module_names(package: ModuleType) -> list[str]:
+    """The names of all modules of a package, which a file in its folder is enough to be; none is imported."""
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+
+
 def modules_of(package: ModuleType) -> dict[str, ModuleType]:
-    """All modules of a package by their names, imported: a file in its folder is enough to be one of them."""
-    names = [module.name for module in pkgutil.iter_modules(package.__path__)]
-    return {name: importlib.import_module(f"{package.__name__}.{name}") for name in names}
+    """All modules of a package by their names, imported."""
+    return {name: importlib.import_module(f"{package.__name__}.{name}") for name in module_names(package)}

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from shardtrain.errors import UserError, refuse
+from shardtrain.host.typed import typed
 from shardtrain.nn.attention_kernels import Implementation, attend
 from shardtrain.nn.context import Context
 from shardtrain.nn.dropout import Dropout
@@ -69,6 +70,7 @@ class Attention(nnx.Module):
       (1, 5, 8)
     """
 
+    @typed
     def __init__(
         self,
         dim: int,

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from shardtrain.errors import UserError
+from shardtrain.host.typed import typed
 from shardtrain.nn.matmul import added, einsum, gathered, scattered
 from shardtrain.nn.param import param
 from shardtrain.sharding import constrain, shards
@@ -38,6 +39,7 @@ class Embedding(nnx.Module):
       ((1, 3, 4), (1, 3, 16))
     """
 
+    @typed
     def __init__(self, vocab_size: int, dim: int, *, precision: Precision = Precision(), rngs: nnx.Rngs):
         self.axes, self.precision = _AXES, precision
         init = jax.nn.initializers.normal(dim**-0.5)
@@ -72,6 +74,7 @@ class PositionEmbedding(nnx.Module):
       (1, 5, 4)
     """
 
+    @typed
     def __init__(self, max_len: int, dim: int, *, precision: Precision = Precision(), rngs: nnx.Rngs):
         if max_len < 1:
             raise UserError(f"a position table of {max_len} positions (max_len); use the longest sequence, 1 or more")

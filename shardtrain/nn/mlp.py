@@ -6,6 +6,7 @@ import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from shardtrain.host.typed import typed
 from shardtrain.nn.context import Context
 from shardtrain.nn.dropout import Dropout
 from shardtrain.nn.linear import Linear, together
@@ -29,6 +30,7 @@ class GatedMLP(nnx.Module):
       (1, 5, 8)
     """
 
+    @typed
     def __init__(
         self, dim: int, hidden: int, *, dropout: float = 0.0, precision: Precision = Precision(), rngs: nnx.Rngs
     ):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from shardtrain.errors import refuse
+from shardtrain.host.typed import typed
 from shardtrain.nn.param import param
 from shardtrain.nn.ranges import positive_problems
 from shardtrain.weights.precision import Precision
@@ -36,6 +37,7 @@ class RMSNorm(nnx.Module):
       [[1.0, 1.0, 1.0, 1.0]]
     """
 
+    @typed
     def __init__(self, dim: int, *, eps: float = 1e-5, precision: Precision = Precision(), rngs: nnx.Rngs):
         refuse(positive_problems({"eps": eps}))
         self.eps, self.precision = eps, precision
@@ -70,6 +72,7 @@ class LayerNorm(nnx.Module):
       [[-1.0, 1.0]]
     """
 
+    @typed
     def __init__(self, dim: int, *, eps: float = 1e-5, precision: Precision = Precision(), rngs: nnx.Rngs):
         refuse(positive_problems({"eps": eps}))
         self.eps, self.precision = eps, precision

@@ -38,17 +38,15 @@ def size_options(cls: type) -> dict[str, str]:
     """
     stated = getattr(cls, "size_options", {})
     if not isinstance(stated, Mapping):
-        raise UserError(
-            f"{cls.__name__}.size_options is {described(stated)}, but must map logical axes to options of the class; "
-            'write size_options = {"embed": "hidden_size"}'
-        )
+        rule = f"{cls.__name__}.size_options is {described(stated)}, but must map logical axes to options of the class"
+        raise UserError("model.type", cls.__name__, rule, 'write size_options = {"embed": "hidden_size"}')
     known = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
     for axis, option in stated.items():
         if option not in known:
-            raise UserError(
-                f"{cls.__name__}.size_options names {option!r} as the size of {axis!r}, but the class has no such "
-                f"option; {did_you_mean(str(option), known)}"
+            rule = (
+                f"{cls.__name__}.size_options names {option!r} as the size of {axis!r}, which is no option of the class"
             )
+            raise UserError("model.type", cls.__name__, rule, did_you_mean(str(option), known))
     return {**SIZE_OPTIONS, **stated}
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from shardtrain.errors import UserError
+from shardtrain.host.typed import typed
 from shardtrain.nn.context import Context
 from shardtrain.nn.param import describe, stacked
 from shardtrain.nn.remat import Remat, remat_policy, rematerialized
@@ -65,6 +66,7 @@ class Stack(nnx.Module):
       ((2, 5, 4), (3, 4, 8))
     """
 
+    @typed
     def __init__(
         self,
         make_block: Callable[[nnx.Rngs], nnx.Module],

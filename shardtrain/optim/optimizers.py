@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, get_args
 
 import jax
+import numpy as np
 import optax
 from jax.tree_util import tree_map_with_path
 
-from shardtrain.errors import UserError, did_you_mean, refuse, require_kind
+from shardtrain.errors import UserError, described, did_you_mean, refuse, require_kind
 from shardtrain.host.import_path import find
+from shardtrain.host.typed import is_number, typed
 from shardtrain.optim.moments import Moments, with_moments
 from shardtrain.optim.per_layer import abstract, over_layers, probe, slices
 from shardtrain.weights.layout import shardings_like
@@ -40,6 +42,7 @@ _DERIVED = {
 } | dict.fromkeys(("weight_decay", "weight_decay_rate", "adam_weight_decay", *_MASKS), "weight_decay and decay_roles")
 
 
+@typed
 def optimizer(
     type: str,
     weights: Any,
@@ -75,11 +78,8 @@ def optimizer(
       UserError: a type, role or option is unknown (names the nearest known one); a number is out of range; or the
         factory cannot work on these weights, or not on one layer at a time.
     """
-    require_kind("optimizer type", type, str, "give a name such as adamw, or an import path such as 'optax.lamb'")
     for weight in jax.tree.leaves(weights) or [None]:
         require_kind("what optimizer is given as weights", weight, Weight, "pass model.weights of your ModelDef")
-    if not callable(lr):
-        require_kind("optimizer lr", lr, (float, int), "give a positive number, or a schedule of the step")
     factory = _factory(type)
     refuse(option_problems(type, options))
     for role in decay_roles:
@@ -156,6 +156,11 @@ def option_problems(type: str, options: Mapping[str, Any]) -> Iterator[UserError
         elif name not in accepted and not anything:
             fix = did_you_mean(name, sorted({*accepted} - {*_DERIVED}))
             yield UserError(key, value, f"{type} has no such option", fix)
+        elif name in accepted and is_number(default := accepted[name].default):
+            may_be_none = value is None and "None" in str(accepted[name].annotation)
+            if not (is_number(value) or isinstance(value, jax.Array | np.ndarray) or may_be_none):
+                rule = f"must be a number, not {described(value)}"
+                yield UserError(key, value, rule, f"its default in optax is {default}")
 
 
 def _build(type: str, weights: Any, lr: Rate, weight_decay: float, decays: Any, options: dict[str, Any]) -> Transform:

@@ -37,6 +37,7 @@ from shardtrain.pipeline.phases import Carry, Phase, TableRow, backward_mode
 from shardtrain.pipeline.schedules import Program, Segment
 from shardtrain.pipeline.slots import buffer, microbatch, select, write, zeros_like
 from shardtrain.pipeline.stage import MicrobatchAtStage, StageFunctions
+from shardtrain.weights.precision import at_least_float32
 
 _AXIS = "pipe"
 #: The most loops over ticks. The built-in schedules make two to four, whatever their size.
@@ -219,4 +220,4 @@ def _zero_sums(stage: StageFunctions, x: Tree, mb: MicrobatchAtStage) -> dict[st
 
 
 def _wide_zeros(weight: jax.Array) -> jax.Array:
-    return jnp.zeros(weight.shape, jnp.promote_types(weight.dtype, jnp.float32))
+    return jnp.zeros(weight.shape, at_least_float32(weight.dtype))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +54,6 @@ def stage_output(
     y, aux = stage.forward(stage.params(mb), x, mb)
 
     def of_last_stage() -> Tree:
-        return output(stage.shared, y, mb.batch, dataclasses.replace(stage.ctx, inputs=mb.batch))
+        return output(stage.shared, y, mb.batch, stage.context(mb))
 
     return y, (stage.when(mb.last, of_last_stage, zeros_like(jax.eval_shape(of_last_stage))), masked(mb.active, aux))

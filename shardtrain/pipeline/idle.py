@@ -42,16 +42,18 @@ def check_branches(text: str, mesh: Mesh) -> None:
     try:
         inside = [c for c in collectives(text, mesh) if c.conditional and f"/{UNIFORM}/cond/" not in c.op_name]
     except UnknownHLOError as error:
-        raise UserError(f"pipeline.idle skip cannot be shown to be safe for this program ({error}); {fix}") from error
+        rule = f"it cannot be shown to be safe for this program ({error})"
+        raise UserError("pipeline.idle", "skip", rule, fix) from error
     wrong = [c for c in inside if c.kind == "collective-permute" or "pipe" in c.axes]
     if wrong:
         c = wrong[0]
         what = " and ".join(f"{a.dtype}[{','.join(map(str, a.shape))}]" for a in c.results[:2])
-        raise UserError(
-            f"pipeline.idle skip: collectives in branches that only some ranks of pipe take wait for other ranks "
-            f"({len(wrong)} found); one is a {c.kind} of {what} over {', '.join(sorted(c.axes)) or 'no axis'} "
-            f"({c.name}, {c.op_name or 'inserted by the partitioner'}); {fix}"
+        rule = (
+            f"collectives in branches that only some ranks of pipe take wait for other ranks ({len(wrong)} found); one "
+            f"is a {c.kind} of {what} over {', '.join(sorted(c.axes)) or 'no axis'} "
+            f"({c.name}, {c.op_name or 'inserted by the partitioner'})"
         )
+        raise UserError("pipeline.idle", "skip", rule, fix)
 
 
 @dataclasses.dataclass(frozen=True)

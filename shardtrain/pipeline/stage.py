@@ -113,11 +113,11 @@ class StageFunctions:
 
     def embed(self, mb: MicrobatchAtStage, shared: Tree | None = None) -> Tree:
         """Compute the input of the first stage, with the parameters `shared` if they are given."""
-        return self.model.constrain(self.model.embed(shared or self.shared, mb.batch, self._context(mb)))
+        return self.model.constrain(self.model.embed(shared or self.shared, mb.batch, self.context(mb)))
 
     def layer(self, params: Tree, x: Tree, index: jax.Array, mb: MicrobatchAtStage) -> tuple[Tree, Aux]:
         """Apply one layer; return `x` and its auxiliary terms. With index -1 nothing changes."""
-        y, aux = self.model.block(params, x, self._context(mb).at_layer(index))
+        y, aux = self.model.block(params, x, self.context(mb).at_layer(index))
         return select(index >= 0, (y, aux), (x, jax.tree.map(jnp.zeros_like, aux)))
 
     def forward(self, params: Tree, x: Tree, mb: MicrobatchAtStage) -> tuple[Tree, Aux]:
@@ -131,7 +131,7 @@ class StageFunctions:
 
     def head(self, shared: Tree, y: Tree, mb: MicrobatchAtStage) -> dict[str, tuple[jax.Array, jax.Array]]:
         """Compute the loss and the metrics from the last stage's output `y`, as `{name: (sum, weight)}`."""
-        loss, weight, metrics = self.model.head(shared, y, mb.batch, self._context(mb))
+        loss, weight, metrics = self.model.head(shared, y, mb.batch, self.context(mb))
         return {"loss": (loss, weight), **metrics}
 
     def loss(self, y: Tree, g: Tree, mb: MicrobatchAtStage, totals: Totals) -> tuple[Tree, Totals]:
@@ -204,7 +204,8 @@ class StageFunctions:
         x = jax.eval_shape(self.embed, example)
         return split_function(both, self.params(example), (x, example), x)
 
-    def _context(self, mb: MicrobatchAtStage) -> Context:
+    def context(self, mb: MicrobatchAtStage) -> Context:
+        """Return the context of a microbatch, before it is at a layer."""
         return dataclasses.replace(self.ctx, inputs=mb.batch)
 
 

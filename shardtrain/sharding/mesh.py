@@ -13,6 +13,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from shardtrain.errors import UserError, did_you_mean, refuse
+from shardtrain.host.typed import require_fields
 from shardtrain.launch.cpu_collectives import warn_if_late
 
 #: Every mesh axis, from the slowest network to the fastest.
@@ -42,6 +43,7 @@ class MeshSpec:
     slow: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        require_fields(self)
         refuse(mesh_problems(self.sizes, self.slow))
 
     @property

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 from shardtrain.errors import UserError, did_you_mean, refuse
+from shardtrain.host.typed import typed
 from shardtrain.sharding.mesh import AXES
 
 LogicalAxes = Sequence[str | None]
@@ -35,6 +36,7 @@ DEFAULT_RULES: Rules = MappingProxyType(
 )
 
 
+@typed
 def make_rules(overrides: Mapping[str, str | Sequence[str] | None] = MappingProxyType({})) -> Rules:
     """Make the default table with some rows replaced.
 
@@ -58,7 +60,7 @@ def row_problems(name: str, axes: Sequence[str]) -> Iterator[UserError]:
     """Find the names in a row of the rules that are not mesh axes, or stand there twice."""
     for axis, times in Counter(axes).items():
         if axis not in AXES:
-            yield UserError(f"rules.{name}", axis, "there is no such mesh axis", did_you_mean(axis, AXES))
+            yield UserError(f"rules.{name}", axis, "there is no such mesh axis", did_you_mean(str(axis), AXES))
         elif times > 1:
             rule = f"a mesh axis can split a dim once, and {axis} is named {times} times"
             yield UserError(f"rules.{name}", list(axes), rule, f"name {axis} once")

@@ -6,6 +6,8 @@ over microbatches and devices however many rows each of them has.
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -13,12 +15,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from shardtrain.errors import UserError, described
 from shardtrain.nn.context import Context
 from shardtrain.nn.losses import Loss
 from shardtrain.nn.model import Batch
 from shardtrain.nn.returned import Sums
 from shardtrain.sharding import Partitioner
 from shardtrain.sharding.divide import check_microbatches
+from shardtrain.weights.precision import at_least_float32
 from shardtrain.weights.weight import Weight
 
 Tree = Any
@@ -26,6 +30,22 @@ Tree = Any
 LossFunction = Callable[[nnx.Module, Batch, Context], Loss]
 #: Adds a pytree over the devices that have rows of their own.
 Total = Callable[[Any], Any]
+
+
+def check_loss(loss: Any) -> None:
+    """Refuse what cannot be called as a loss function.
+
+    Raises:
+      UserError: it is no function of three arguments.
+    """
+    shape = "a function (module, batch, ctx) -> (loss_sum, weight_sum, metrics)"
+    if not callable(loss):
+        raise UserError(f"loss is {described(loss)}, but must be {shape}")
+    with contextlib.suppress(ValueError):  # one written in C has no signature
+        try:
+            inspect.signature(loss).bind(None, None, None)
+        except TypeError as error:
+            raise UserError(f"loss cannot be called with (module, batch, ctx): {error}; it must be {shape}") from error
 
 
 def row_axes(partitioner: Partitioner) -> tuple[str, ...]:
@@ -66,7 +86,7 @@ def widened(grads: Tree, weights: Tree, partitioner: Partitioner) -> Tree:
     """Gradients as they are added up: in at least float32, each sharded as its weight."""
 
     def one(grad: jax.Array, weight: Weight) -> jax.Array:
-        return partitioner.constrain(grad.astype(jnp.promote_types(grad.dtype, jnp.float32)), *weight.axes)
+        return partitioner.constrain(grad.astype(at_least_float32(grad.dtype)), *weight.axes)
 
     return jax.tree.map(one, grads, weights)
 

@@ -56,7 +56,8 @@ class ModelDef(SplitModule):
     ):
         super().__init__(make, replicate_unannotated=replicate_unannotated)
         if idle not in get_args(Idle):
-            raise UserError(f"idle {idle!r} does not exist (pipeline.idle); {did_you_mean(idle, get_args(Idle))}")
+            fix = did_you_mean(idle, get_args(Idle))
+            raise UserError("pipeline.idle", idle, "there is no such thing for idle ranks to do", fix)
         if schedule is None:
             self.execution = UnpipelinedModel(self)
         else:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from shardtrain.collectives.fsdp import Gather
-from shardtrain.errors import UserError, described
+from shardtrain.errors import UserError
+from shardtrain.host.typed import typed
 from shardtrain.launch.cpu_collectives import ordered
 from shardtrain.nn.model import Batch, Model
 from shardtrain.nn.returned import Sums
@@ -21,14 +22,16 @@ from shardtrain.sharding import Partitioner, use
 from shardtrain.train.gradients import Gradients
 from shardtrain.train.ids import IdCheck
 from shardtrain.train.jitted_step import JittedStep, Metrics, check_batch
-from shardtrain.train.loss_sums import LossFunction, means
+from shardtrain.train.loss_sums import LossFunction, check_loss, means
 from shardtrain.train.model_def import ModelDef
 from shardtrain.train.split_module import Tree
 from shardtrain.train.state import TrainState, abstract_state, check_parts
+from shardtrain.weights.precision import check_dtype
 
 _log = logging.getLogger(__name__)
 
 
+@typed
 def make_train_step(
     model: ModelDef,
     tx: optax.GradientTransformation,
@@ -71,6 +74,7 @@ def make_train_step(
         divisible by the microbatches, or wrong results of a part of the model. When called: see `JittedStep`.
     """
     _check(model, loss, partitioner, accumulate, gather)
+    check_dtype("reduce_dtype", reduce_dtype)
     if (warning := model.execution.warning()) and jax.process_index() == 0:
         _log.warning(warning)
     gradients = Gradients(model, partitioner, loss, accumulate, reduce_dtype, gather)
@@ -176,10 +180,8 @@ def _check(
             f"{type(module).__name__} does not follow nn.Model (blocks, embedder, head); give make_train_step and "
             "make_eval_step a loss, a function (module, batch, ctx) -> (loss_sum, weight_sum, metrics)"
         )
-    if loss is not None and not callable(loss):
-        raise UserError(
-            f"loss is {described(loss)}, but must be a function (module, batch, ctx) -> (loss_sum, weight_sum, metrics)"
-        )
+    if loss is not None:
+        check_loss(loss)
     if accumulate < 1:
         raise UserError(f"optimizer.accumulate is {accumulate}; use 1 or more microbatches")
     model.execution.check_step(partitioner, loss, accumulate, gather)

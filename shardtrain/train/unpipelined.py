@@ -13,7 +13,7 @@ from shardtrain.collectives.fsdp import Gather
 from shardtrain.errors import UserError
 from shardtrain.nn.model import Batch, Model, embedded, forward
 from shardtrain.nn.returned import Sums, checked_loss, joined, refuse_sown
-from shardtrain.pipeline.slots import microbatch
+from shardtrain.pipeline.slots import microbatch, zeros_like
 from shardtrain.sharding import Partitioner
 from shardtrain.train.loss_sums import LossFunction, aux_scales, microbatches, nonzero, weight_ratios, widened
 from shardtrain.train.split_module import SplitModule, Tree
@@ -128,7 +128,7 @@ class UnpipelinedModel:
             return jax.tree.map(jnp.add, carry, (grads, sums)), None
 
         shapes = jax.eval_shape(lambda: gradient(microbatch(micro, 0), key))
-        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (shapes[0], shapes[1][0]))
+        zeros = zeros_like((shapes[0], shapes[1][0]))
         zeros = (widened(zeros[0], self.weights, options.partitioner), zeros[1])
         (grads, sums), _ = jax.lax.scan(body, zeros, jnp.arange(accumulate))
         return grads, sums, model_state

@@ -17,6 +17,19 @@ def at_least_float32(dtype: Any) -> Any:
     return jnp.dtype(dtype) if jnp.finfo(dtype).bits > 32 else jnp.dtype(jnp.float32)
 
 
+def check_dtype(name: str, dtype: Any) -> None:
+    """Refuse what JAX does not take for a dtype.
+
+    Raises:
+      UserError: it is none; names the argument.
+    """
+    try:
+        jnp.dtype(dtype)
+    except TypeError as error:
+        rule = f"there is no such dtype: {error}"
+        raise UserError(name, dtype, rule, "use one such as jnp.float32 or 'bfloat16'") from error
+
+
 @dataclasses.dataclass(frozen=True)
 class Precision:
     """The dtypes of a training step.
@@ -29,7 +42,7 @@ class Precision:
       matmul: `compute`, or `float8` for the matmuls of the blocks (see `nn/float8.py`).
 
     Raises:
-      UserError: `matmul` is something else.
+      UserError: there is no such dtype, or `matmul` is something else.
 
     Example:
       >>> nn.Precision(compute=jnp.bfloat16).softmax
@@ -42,6 +55,8 @@ class Precision:
     matmul: Matmul = "compute"
 
     def __post_init__(self) -> None:
+        for name in ("params", "compute", "reduce"):
+            check_dtype(f"precision.{name}", getattr(self, name))
         if self.matmul not in get_args(Matmul):
             raise UserError("precision.matmul", self.matmul, "must be compute or float8", "choose one of them")
 

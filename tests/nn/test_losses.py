@@ -225,5 +225,5 @@ def test_a_negative_target_counts_for_nothing(chunk):
 
 @pytest.mark.parametrize("z_loss", [-1.0, 2.0, float("nan")])
 def test_a_z_loss_is_a_fraction(z_loss):
-    with pytest.raises(UserError, match="z_loss = .*: must be from 0 to 1; 0 for none"):
+    with pytest.raises(UserError, match=r"z_loss = .*: must be from 0 to 1; 0 for none"):
         nn.cross_entropy(jnp.zeros((1, 3, 8)), jnp.zeros((1, 3), "i4"), jnp.ones((1, 3)), z_loss=z_loss)

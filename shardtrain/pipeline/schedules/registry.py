@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from shardtrain.errors import UserError, did_you_mean
-from shardtrain.host.import_path import find
+from shardtrain.host.import_path import blamed_on, find
 from shardtrain.pipeline.schedules.check import check, check_trains
 from shardtrain.pipeline.schedules.csv_file import from_csv
 from shardtrain.pipeline.schedules.schedule import PublishedOrder, Schedule
@@ -75,10 +75,8 @@ def get(name: str) -> Entry:
     if ":" in name:
         return Entry(name, _imported(name), None, 1)
     if name not in _ENTRIES:
-        raise UserError(
-            f"pipeline schedule {name!r} does not exist; {did_you_mean(name, _ENTRIES)}, or a .csv file, or an import "
-            "path: package.module:function"
-        )
+        fix = f"{did_you_mean(name, _ENTRIES)}, or a .csv file, or an import path: package.module:function"
+        raise UserError("pipeline.schedule", name, "there is no such schedule", fix)
     return _ENTRIES[name]
 
 
@@ -104,8 +102,17 @@ def make(name: str, ranks: int, microbatches: int, chunks: int = 1) -> Schedule:
       chunks: stages on each rank.
 
     Raises:
-      UserError: no such schedule, sizes that it does not allow, or a wrong table.
+      UserError: no such schedule, sizes that it does not allow, or a wrong table; its key is `pipeline.schedule`.
     """
+    try:
+        return _made(name, ranks, microbatches, chunks)
+    except UserError as error:
+        if error.key:
+            raise
+        raise UserError("pipeline.schedule", name, error.rule, "or choose another schedule") from error
+
+
+def _made(name: str, ranks: int, microbatches: int, chunks: int) -> Schedule:
     sizes = {"ranks": ranks, "microbatches": microbatches, "chunks": chunks}
     for what, size in sizes.items():
         if size < 1:
@@ -115,7 +122,8 @@ def make(name: str, ranks: int, microbatches: int, chunks: int = 1) -> Schedule:
             f"pipeline ranks {ranks} x chunks {chunks} x (microbatches {microbatches} + ranks) = {cells:,} is above "
             f"{_MOST_CELLS:,}, the largest table of a schedule; use fewer"
         )
-    schedule = from_csv(name) if name.endswith(".csv") else get(name).build(ranks, microbatches, chunks)
+    with blamed_on("pipeline.schedule", name):
+        schedule = from_csv(name) if name.endswith(".csv") else get(name).build(ranks, microbatches, chunks)
     if not isinstance(schedule, Schedule):
         raise UserError(
             f"schedule {name} returned {type(schedule).__name__} {schedule!r:.80}; it must return a Schedule, as "

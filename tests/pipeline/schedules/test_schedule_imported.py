@@ -31,6 +31,7 @@ def flat(ranks, microbatches, chunks): return tabulate("flat", ring(ranks), {"F"
 def halves(ranks, microbatches, chunks):
     return tabulate("halves", ring(ranks), {phase: np.arange(4.0).reshape(2, 1, 2) / 2 for phase in "FB"})
 def two(ranks, microbatches): return mine(ranks, microbatches, 1)
+def faulty(ranks, microbatches, chunks): return {}[ranks]
 """
 
 
@@ -83,6 +84,12 @@ def test_what_is_no_schedule_is_refused_in_code_and_config(path, message):
         make(path, 2, 2)
     with pytest.raises(ConfigError, match=f"(?s)pipeline.schedule = {path}.*{message.replace('; ', '.*')}"):
         load_config(CONFIG, ["mesh={pipe: 2, data: 4}", f"pipeline={{schedule: '{path}', microbatches: 2}}"])
+
+
+def test_an_error_of_ones_own_function_says_which_setting_names_it():
+    with pytest.raises(KeyError) as raised:
+        make("own_schedules:faulty", 2, 2)
+    assert raised.value.__notes__[0].startswith("pipeline.schedule = own_schedules:faulty: this error comes from there")
 
 
 def test_an_import_path_is_no_name_to_register():

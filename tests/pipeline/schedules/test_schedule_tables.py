@@ -85,7 +85,7 @@ def test_with_one_chunk_interleaved_is_1f1b_and_1f1b_with_several_is_interleaved
 @pytest.mark.parametrize(
     ("name", "size", "message"),
     [
-        ("1f1c", (4, 8, 1), "pipeline schedule '1f1c' does not exist; did you mean 1f1b"),
+        ("1f1c", (4, 8, 1), "pipeline.schedule = 1f1c: there is no such schedule; did you mean 1f1b"),
         ("1f1b", (0, 8, 1), "pipeline ranks 0 must be 1 or more"),
         ("1f1b", (4, 0, 1), "pipeline microbatches 0 must be 1 or more"),
         ("1f1b", (4, 8, -1), "pipeline chunks -1 must be 1 or more"),
@@ -95,8 +95,9 @@ def test_with_one_chunk_interleaved_is_1f1b_and_1f1b_with_several_is_interleaved
     ],
 )
 def test_sizes_that_do_not_go_are_refused(name, size, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as refused:
         make(name, *size)
+    assert (refused.value.key, refused.value.value) == ("pipeline.schedule", name)
 
 
 @pytest.fixture
