@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from commands import compiled_once, fit, losses, metrics  # noqa: F401
-from shardtrain import UserError, nn
+from commands import CONFIG, compiled_once, fit, losses, metrics  # noqa: F401
+from shardtrain import UserError, load_config, nn
 from shardtrain.data import ByteTokenizer, window
+from shardtrain.run.data import OpenedData, _facts
 
 PLAIN = """
 from flax import nnx
@@ -64,6 +65,46 @@ def test_the_tokenizer_of_a_source_makes_a_sample(tmp_path):
 def test_what_is_no_source_is_refused(tmp_path, source, message):
     with pytest.raises(UserError, match=message):
         fit(tmp_path / "run", source=source)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.vocab_size=32", "model.vocab_size = 32: the source has a vocabulary of 64, and each id needs a row"),
+        ("data.seq_len=8", "data.seq_len = 8: the source has rows of 16 tokens; set data.seq_len=16"),
+    ],
+)
+def test_a_source_fits_the_model_and_the_length_of_a_row(tmp_path, override, message):
+    with pytest.raises(UserError, match=message):
+        fit(tmp_path / "run", override, source=Counting())
+
+
+def test_a_tokenizer_that_is_none_is_refused(tmp_path):
+    source = Counting()
+    source.tokenizer = 3
+    with pytest.raises(UserError, match="the source's tokenizer is 3, which has no encode, no decode, no separator"):
+        fit(tmp_path / "run", source=source)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"callbacks": 3}, "callbacks = 3: must be a list, not 3"),
+        ({"callbacks": [3]}, "a callback is 3, but must be a Callback; make a subclass"),
+        ({"loss": 3}, "loss = 3: must be a function or None, not 3"),
+        ({"loss": lambda module, batch: 0}, r"loss cannot be called with \(module, batch, ctx\): too many positional"),
+    ],
+)
+def test_what_a_run_is_given(tmp_path, given, message):
+    with pytest.raises(UserError, match=message):
+        fit(tmp_path / "run", source=Counting(), **given)
+
+
+def test_processes_compare_the_name_of_the_loss(tmp_path):
+    config = load_config(CONFIG)
+    facts = _facts(config, OpenedData(Counting(), None, None), loss)
+    assert facts["loss"] == f"{__name__}:loss"
+    assert _facts(config, OpenedData(Counting(), None, None), None)["loss"] is None
 
 
 def test_a_loss_function_trains_a_plain_module(tmp_path, plain):

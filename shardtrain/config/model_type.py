@@ -7,7 +7,6 @@ import functools
 import importlib
 import inspect
 import json
-import pkgutil
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +14,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from shardtrain.errors import UserError, did_you_mean
-from shardtrain.host.import_path import find
+from shardtrain.host.import_path import find, module_names
+from shardtrain.nn.sizes import size_options
 
 KEY = "model.type"
 #: Parameters of a model's `__init__` that do not come from a config.
@@ -40,9 +40,10 @@ class ModelType:
         """Find the class of a type: `llama` (in shardtrain.models) or `package.module:Class`.
 
         Raises:
-          UserError: no such module or class, or a signature that a config cannot call.
+          UserError: no such module or class, a signature that a config cannot call, or wrong `size_options`.
         """
         cls = find(name, "class", KEY, inspect.isclass) if ":" in name else _builtin(name)
+        size_options(cls)
         return ModelType(cls, _schema(cls, name))
 
     @property
@@ -90,7 +91,7 @@ def plain_json(value: Any, path: str) -> str:
 
 def _builtin(name: str) -> type:
     models = importlib.import_module("shardtrain.models")  # by name: the library imports no model
-    known = sorted(module.name for module in pkgutil.iter_modules(models.__path__))
+    known = module_names(models)
     if name not in known:
         fix = f"{did_you_mean(name, known)} (package.module:Class for a class of your own)"
         raise UserError(KEY, name, "no model of shardtrain.models has this name", fix)

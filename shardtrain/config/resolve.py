@@ -15,7 +15,7 @@ def resolve(sections: Mapping[str, Any]) -> dict[str, Any]:
     done = dict(sections)
     run, model, data, optimizer = (sections.get(name) for name in ("run", "model", "data", "optimizer"))
     if run:
-        done["run"] = run.model_copy(update={"dir": _expanded(run.dir or f"runs/{run.name}")})
+        done["run"] = run.model_copy(update={"dir": _expanded(str(run.directory))})
     if sections.get("init_from"):
         done["init_from"] = _expanded(sections["init_from"])
     if data:

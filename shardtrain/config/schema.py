@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_serializer
@@ -11,7 +12,7 @@ from shardtrain.collectives.fsdp import Gather
 from shardtrain.config.frozen import FrozenDict, thaw
 from shardtrain.config.model_type import ModelType
 from shardtrain.config.strict_yaml import dump
-from shardtrain.config.types import AxisSize, Count, Dtype, Flags, Fraction, Natural, Options, Rules, SlowSizes
+from shardtrain.config.types import Count, Dtype, Flags, Fraction, Natural, Options, Rules, SlowSizes
 from shardtrain.data.tokenizer import TokenizerName
 from shardtrain.launch.devices import Platform
 from shardtrain.launch.xla_flags import Preset
@@ -41,6 +42,11 @@ class Run(Section):
     max_skipped_steps: Count = 10  # this many non-finite steps in a row stop the run
     debug: bool = False  # check each batch for ids that are out of range, before its step
 
+    @property
+    def directory(self) -> Path:
+        """The directory of the run."""
+        return Path(self.dir or f"runs/{self.name}")
+
 
 class Devices(Section):
     """The devices that the run computes on."""
@@ -52,13 +58,13 @@ class Devices(Section):
 class MeshSizes(Section):
     """Size of every mesh axis, slowest network first; one may be -1 and takes the devices that are left."""
 
-    island: AxisSize = 1
-    pipe: AxisSize = 1
-    data: AxisSize = 1
-    fsdp: AxisSize = 1
-    expert: AxisSize = 1
-    context: AxisSize = 1
-    tensor: AxisSize = 1
+    island: int = 1
+    pipe: int = 1
+    data: int = 1
+    fsdp: int = 1
+    expert: int = 1
+    context: int = 1
+    tensor: int = 1
     #: Hybrid meshes: the part of an axis that is across the slow network.
     slow: SlowSizes = FrozenDict()
     #: Largest fraction of the parameter bytes that every device may hold, on a mesh that splits weights.

@@ -12,7 +12,6 @@ from shardtrain.config.frozen import freeze, thaw
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-AxisSize = Annotated[int, Field(ge=-1)]
 Dtype = Literal["float32", "bfloat16", "float64"]
 
 _frozen = (AfterValidator(freeze), PlainSerializer(thaw))

@@ -9,7 +9,6 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 from shardtrain.checkpoint import lifecycle
@@ -18,7 +17,7 @@ from shardtrain.data.catalog import check_type
 from shardtrain.data.checks import NOT_TEXT, READ_FILES, check_prompt, setting_problems, vocabulary_problems
 from shardtrain.data.listing import check_path, each
 from shardtrain.data.prepare import is_kept
-from shardtrain.errors import UserError, mistakes
+from shardtrain.errors import UserError, described, mistakes
 from shardtrain.launch.devices import check_emulate
 from shardtrain.launch.xla_flags import check_preset
 from shardtrain.nn.attention import head_problems
@@ -84,7 +83,10 @@ def check_vocabulary(data: Data, model: Model) -> Iterator[UserError]:
     """The tokenizer's ids against the rows of the model's embedding."""
     option = model.size_options()["vocab"]
     rows = model.options.get(option)
-    if not isinstance(rows, int):
+    if option in model.options and not isinstance(rows, int):
+        rule = f"must be a whole number, not {described(rows)}"
+        yield UserError(f"model.{option}", rows, rule, "give the number of token ids")
+    elif not isinstance(rows, int):
         rule = f"the data sources provide token ids, and model.type {model.type} has no option {option}"
         fix = f"give the class a keyword parameter {option}: int, or state another name in its size_options"
         yield UserError(f"model.{option}", rows, rule, fix)
@@ -116,7 +118,7 @@ def check_data_path(data: Data, run: Run) -> Iterator[UserError]:
 
     A run that has kept the tokens of its text does not need it any more.
     """
-    if data.type not in READ_FILES or (data.type == "text" and is_kept(Path(run.dir or "", "data"))):
+    if data.type not in READ_FILES or (data.type == "text" and is_kept(run.directory / "data")):
         return
     with contextlib.suppress(UserError):  # `check_data` reports a path that is none
         for path in each(data.path or ()):
@@ -125,7 +127,7 @@ def check_data_path(data: Data, run: Run) -> Iterator[UserError]:
 
 def check_init_from(init_from: str, run: Run) -> Iterator[UserError]:
     """The run to start from exists, unless this one already has checkpoints and continues from them."""
-    own = Path(run.dir or f"runs/{run.name}") / "checkpoints"
+    own = run.directory / "checkpoints"
     if not os.path.isdir(init_from) and not (own.is_dir() and lifecycle.with_manifest(own)):
         fix = "name a run directory, or a step below its checkpoints/"
         yield UserError("init_from", init_from, "there is no such directory", fix)
@@ -133,7 +135,7 @@ def check_init_from(init_from: str, run: Run) -> Iterator[UserError]:
 
 def check_run_dir(run: Run) -> Iterator[UserError]:
     """The run directory, or the nearest one above it that exists, can be written. Leaves nothing behind."""
-    where = Path(run.dir or ".").absolute()
+    where = run.directory.absolute()
     parent = next(path for path in (where, *where.parents) if os.path.lexists(path))
     try:
         with tempfile.TemporaryFile(dir=parent):

@@ -1,22 +1,46 @@
 """Sources by name, as a config asks for them."""
 
+import importlib
 from pathlib import Path
 from types import ModuleType
 
 from shardtrain.data import formats
-from shardtrain.data.checks import default_tokenizer, setting_problems, vocabulary_problems
+from shardtrain.data.checks import (
+    check_row_length,
+    check_source_vocabulary,
+    default_tokenizer,
+    setting_problems,
+    vocabulary_problems,
+)
 from shardtrain.data.imported import check_imported, open_imported
 from shardtrain.data.listing import Paths
 from shardtrain.data.prepare import is_kept
 from shardtrain.data.request import Opened, Request
 from shardtrain.data.watch import ShouldStop, Watch
 from shardtrain.errors import UserError, did_you_mean, refuse
-from shardtrain.host.import_path import modules_of
+from shardtrain.host.import_path import module_names
+from shardtrain.host.typed import typed
 
 
-def types() -> dict[str, ModuleType]:
-    """Returns the modules of `shardtrain.data.formats`, by the value of `data.type` that names them."""
-    return modules_of(formats)
+def types() -> list[str]:
+    """Returns the values of `data.type` that name a module of `shardtrain.data.formats`; imports none of them."""
+    return module_names(formats)
+
+
+def _format(type: str) -> ModuleType:
+    """Imports the module of a type.
+
+    Raises:
+      UserError: there is none, or it cannot be imported.
+    """
+    if type not in types():
+        fix = f"{did_you_mean(type, types())} (package.module:Class for a source of your own)"
+        raise UserError("data.type", type, "there is no such type", fix)
+    try:
+        return importlib.import_module(f"{formats.__name__}.{type}")
+    except Exception as error:
+        rule = f"importing its file in shardtrain/data/formats fails: {error!r}"
+        raise UserError("data.type", type, rule, "correct the file, or use another type") from error
 
 
 def check_type(
@@ -31,15 +55,16 @@ def check_type(
       tokenizer_vocab: size of its vocabulary.
 
     Raises:
-      UserError: there is no such type, or a class of the user's own cannot be called with the settings.
+      UserError: there is no such type, its file is broken, or a class of the user's own cannot be called with the
+        settings.
     """
     if ":" in type:
         check_imported(type, Request(type, 1, 1, 0, path, tokenizer, tokenizer_vocab, None, False).fields)
-    elif type not in types():
-        fix = f"{did_you_mean(type, types())} (package.module:Class for a source of your own)"
-        raise UserError("data.type", type, "there is no such type", fix)
+    else:
+        _format(type)
 
 
+@typed
 def open_source(
     type: str,
     *,
@@ -78,9 +103,7 @@ def open_source(
     if ":" not in type:
         refuse(setting_problems(type, path, tokenizer, is_kept=stored is not None and is_kept(stored)))
         refuse(vocabulary_problems(vocab_size, tokenizer, tokenizer_vocab))
-    source, text_tokenizer = open_imported(type, request.fields) if ":" in type else types()[type].open_rows(request)
-    if source.vocab_size > vocab_size:
-        rule = f"the data (data.type {type}) has a vocabulary of {source.vocab_size}, and each id needs a row"
-        fix = f"set model.vocab_size={source.vocab_size} or more, or choose a smaller tokenizer"
-        raise UserError("model.vocab_size", vocab_size, rule, fix)
+    source, text_tokenizer = open_imported(type, request.fields) if ":" in type else _format(type).open_rows(request)
+    check_source_vocabulary(source, vocab_size, f"the data (data.type {type})")
+    check_row_length(source, seq_len, f"the data (data.type {type})")
     return source, text_tokenizer

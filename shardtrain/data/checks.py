@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
+
+import numpy as np
 
 from shardtrain.data.listing import Paths, each
+from shardtrain.data.source import Source
 from shardtrain.data.tokenizer import ByteTokenizer, TokenizerName, check_bpe_vocab
-from shardtrain.errors import UserError, did_you_mean
+from shardtrain.errors import UserError, described, did_you_mean
 
 #: Types that read files, and that read none.
 READ_FILES, READ_NONE = ("text", "tokens"), ("corpus", "synthetic")
@@ -79,6 +82,40 @@ def vocabulary_problems(
         if tokenizer_vocab not in (None, byte_ids if tokenizer else None):
             rule = "only a bpe tokenizer has a vocabulary to choose"
             yield UserError("data.vocab_size", tokenizer_vocab, rule, "set data.vocab_size=null")
+
+
+def check_source_vocabulary(source: Source, vocab_size: int, what: str) -> None:
+    """Refuse a source with ids beyond the model's vocabulary, which would train on wrong rows of the embedding.
+
+    Args:
+      source: rows; one that states no `vocab_size` is not checked.
+      vocab_size: the model's.
+      what: names the source, for the message.
+    """
+    ids = getattr(source, "vocab_size", 0)
+    if ids > vocab_size:
+        rule = f"{what} has a vocabulary of {ids}, and each id needs a row"
+        fix = f"set model.vocab_size={ids} or more, or choose a smaller tokenizer"
+        raise UserError("model.vocab_size", vocab_size, rule, fix)
+
+
+def check_row_length(source: Source, seq_len: int, what: str) -> None:
+    """Refuse a source of language-model rows of another length than the config's, judged by its first row."""
+    row = source[0] if len(source) else {}
+    length = len(row["tokens"]) if isinstance(row, Mapping) and np.ndim(row.get("tokens", 0)) else seq_len
+    if length != seq_len:
+        rule = f"{what} has rows of {length} tokens"
+        raise UserError("data.seq_len", seq_len, rule, f"set data.seq_len={length}, or cut the rows to {seq_len}")
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Refuse the attribute `tokenizer` of a source where it lacks what a sample needs; `None` stands for none."""
+    parts = ("encode", "decode", "separator", "fingerprint")
+    if tokenizer is not None and (lacking := [part for part in parts if not hasattr(tokenizer, part)]):
+        raise UserError(
+            f"the source's tokenizer is {described(tokenizer)}, which has no {', no '.join(lacking)}; it must follow "
+            "shardtrain.data.Tokenizer, or be None"
+        )
 
 
 def check_prompt(prompt: str | None, data: str, *, has_tokenizer: bool) -> None:

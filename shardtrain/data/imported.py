@@ -23,10 +23,11 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from shardtrain.data.checks import check_tokenizer
 from shardtrain.data.source import Source
 from shardtrain.data.tokenizer import Tokenizer
 from shardtrain.errors import UserError
-from shardtrain.host.import_path import find
+from shardtrain.host.import_path import blamed_on, find
 
 #: The required members of a `Source`.
 _PARTS = ("fingerprint", "vocab_size", "__len__", "__getitem__")
@@ -70,13 +71,17 @@ def open_imported(type: str, fields: Mapping[str, Any]) -> tuple[Source, Tokeniz
     Raises:
       UserError: as `check_imported`; or the result is not a source.
     """
-    source = _class(type)(**check_imported(type, fields))
+    arguments = check_imported(type, fields)
+    with blamed_on("data.type", type):
+        source = _class(type)(**arguments)
     if lacking := [part for part in _PARTS if not hasattr(source, part)]:
         raise UserError(
             f"data.type {type} returned {source!r:.80}, which has no {', no '.join(lacking)}; it must follow "
             "shardtrain.data.Source"
         )
-    return source, getattr(source, "tokenizer", None)
+    tokenizer = getattr(source, "tokenizer", None)
+    check_tokenizer(tokenizer)
+    return source, tokenizer
 
 
 def _class(type: str) -> Callable[..., Any]:

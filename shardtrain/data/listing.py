@@ -81,6 +81,8 @@ def _none(path: str) -> UserError:
     """The error for a path without files."""
     if os.path.isdir(path):
         return UserError("data.path", path, "the folder is empty", "put files there, or name another folder")
+    if os.path.exists(path):
+        return UserError("data.path", path, "it is neither a file nor a folder", "name a file, folder or glob")
     here = "" if os.path.isabs(path) else f"; it is relative to the current directory, {os.getcwd()}"
     if glob.has_magic(path):
         fix = f"check the glob ('**' stands for any depth of folders){here}"

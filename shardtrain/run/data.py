@@ -12,10 +12,12 @@ from jax.sharding import NamedSharding
 from shardtrain.config import RunConfig
 from shardtrain.data import Batch, Loader, Rows, Source, Tokenizer, open_source, split
 from shardtrain.data.arguments import check_source
-from shardtrain.data.checks import check_prompt
+from shardtrain.data.checks import check_prompt, check_row_length, check_source_vocabulary, check_tokenizer
 from shardtrain.data.rows import check_last_batch
 from shardtrain.host.agree import on_all, on_process_zero
 from shardtrain.host.alike import asked, software
+from shardtrain.host.import_path import import_path
+from shardtrain.train.loss_sums import LossFunction
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ def open_data(
     directory: Path,
     *,
     source: Source | None = None,
+    loss: LossFunction | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> OpenedData:
     """Open the data that a config names; process 0 writes the files that have to be prepared.
@@ -50,16 +53,17 @@ def open_data(
       config: names the data.
       directory: the run directory.
       source: rows to use instead of those that `data.type` names.
+      loss: the user's own loss function, whose name has to be the same on all processes.
       should_stop: polled while text is tokenised; True ends that.
 
     Raises:
       UserError: the data is missing or unfit, or rows that fill up an evaluation's last batch would count; or another
         process was asked for something else, or has opened or installed something else.
     """
-    return on_all(lambda: _open(config, directory, source, should_stop), lambda data: _facts(config, data))
+    return on_all(lambda: _open(config, directory, source, should_stop), lambda data: _facts(config, data, loss))
 
 
-def _facts(config: RunConfig, data: OpenedData) -> dict[str, Any]:
+def _facts(config: RunConfig, data: OpenedData, loss: LossFunction | None) -> dict[str, Any]:
     """Everything that has to be the same on all processes."""
     train, held_out, tokenizer = data
     return {
@@ -67,6 +71,7 @@ def _facts(config: RunConfig, data: OpenedData) -> dict[str, Any]:
         **asked(config.to_dict(), config.model.load()),
         "rows": f"{len(train)}, {train.fingerprint}",
         "held-out rows": None if held_out is None else f"{len(held_out)}, {held_out.fingerprint}",
+        "loss": None if loss is None else import_path(loss),
         "tokenizer": None if tokenizer is None else tokenizer.fingerprint,
     }
 
@@ -76,7 +81,10 @@ def _open(
 ) -> OpenedData:
     if source is not None:
         check_source(source)
+        check_source_vocabulary(source, _vocab_size(config), "the source")
+        check_row_length(source, config.data.seq_len, "the source")
         rows, tokenizer = source, getattr(source, "tokenizer", None)
+        check_tokenizer(tokenizer)
     else:
         rows, tokenizer = _open_named(config, directory, should_stop)
     name = f"data.type {config.data.type}" if source is None else "the source"
@@ -93,14 +101,13 @@ def _open_named(
     config: RunConfig, directory: Path, should_stop: Callable[[], bool] | None
 ) -> tuple[Source, Tokenizer | None]:
     """The rows that `data.type` names; process 0 opens them first, since it may have to write them."""
-    data, vocab_size = config.data, config.model.size("vocab")
-    assert vocab_size is not None, "the config has been checked"
+    data = config.data
 
     def opened(write: bool) -> tuple[Source, Tokenizer | None]:
         return open_source(
             data.type,
             seq_len=data.seq_len,
-            vocab_size=vocab_size,
+            vocab_size=_vocab_size(config),
             seed=config.run.seed,
             path=data.path,
             tokenizer=data.tokenizer,
@@ -111,6 +118,12 @@ def _open_named(
         )
 
     return on_process_zero(lambda: opened(write=True)) or opened(write=False)
+
+
+def _vocab_size(config: RunConfig) -> int:
+    vocab_size = config.model.size("vocab")
+    assert vocab_size is not None, "the config has been checked"
+    return vocab_size
 
 
 def training_batches(

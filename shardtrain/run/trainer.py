@@ -17,6 +17,7 @@ from shardtrain.errors import UserError
 from shardtrain.host.agree import on_process_zero
 from shardtrain.host.closing import close_all
 from shardtrain.host.files import write_text
+from shardtrain.host.typed import typed
 from shardtrain.launch.compile_cache import use_cache
 from shardtrain.metrics import plot_loss
 from shardtrain.run.data import OpenedData, eval_batches, open_data, training_batches
@@ -25,7 +26,7 @@ from shardtrain.run.start import Start, newest_step, open_checkpoints, open_log
 from shardtrain.train.callbacks import Callback, Display, Values
 from shardtrain.train.generate import generate
 from shardtrain.train.loop import Loop
-from shardtrain.train.loss_sums import LossFunction
+from shardtrain.train.loss_sums import LossFunction, check_loss
 from shardtrain.train.state import TrainState
 
 
@@ -56,6 +57,7 @@ class Trainer:
         self._held_out, self._lock = data.held_out, lock
 
     @classmethod
+    @typed
     def from_config(
         cls,
         config: RunConfig,
@@ -87,16 +89,18 @@ class Trainer:
         Raises:
           UserError: anything wrong with config, devices, data, directory or checkpoints.
         """
-        directory = Path(config.run.dir or f"runs/{config.run.name}").absolute()
+        directory = config.run.directory.absolute()
         threading.Thread(target=importlib.import_module, args=("grain",)).start()  # used by the loader later
         use_cache(_cache_folder(config.run.compile_cache, directory))
+        if loss is not None:
+            check_loss(loss)
         job = build(config, processes=processes, loss=loss)
         with contextlib.ExitStack() as on_error:
             if (lock := on_process_zero(lambda: RunLock(directory))) is not None:
                 on_error.callback(lock.release)
             checkpointer = open_checkpoints(config, directory)
             latest = newest_step(checkpointer, config, directory, allow_changes)
-            data = open_data(config, directory, source=source, should_stop=interrupted)
+            data = open_data(config, directory, source=source, loss=loss, should_stop=interrupted)
             start = Start.of(config, job, checkpointer, latest)
             batches = training_batches(config, data.train, job.batch_sharding, start.position, allow_changes)
             loop = _loop(job, directory, start, batches, data.held_out, checkpointer, callbacks, should_stop)

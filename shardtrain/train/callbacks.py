@@ -25,6 +25,8 @@ class Callback:
         Reading an array here waits for the step, and leaves the devices idle until the next one is sent. It costs
         nothing to compute with JAX and return the scalars unread: they are fetched with the step's own metrics, one
         step late, and passed to `on_step`.
+
+        Called once per step that is trained: not again for a step whose interrupted evaluation a resumed run makes.
         """
         return {}
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from shardtrain.checkpoint import Checkpointer
 from shardtrain.data import Loader
+from shardtrain.errors import require_kind
 from shardtrain.host.closing import close_all
 from shardtrain.metrics import Background, MetricsLog
 from shardtrain.nn.model import Batch
@@ -85,6 +86,10 @@ class Loop:
         self.checkpointer, self.checkpoint_every, self.extra = checkpointer, checkpoint_every, dict(extra or {})
         self.eval_every = eval_every
         self.log, self.log_every, self.callbacks = log, log_every, tuple(callbacks)
+        for callback in self.callbacks:
+            require_kind(
+                "a callback", callback, Callback, "make a subclass of shardtrain.Callback, and pass an instance"
+            )
         self.step = int(state.step)
         self.stopped_early = False
         self._unevaluated = unevaluated

@@ -55,6 +55,10 @@ def test_sizes_that_no_axis_has(problems, sizes):
     assert "mesh.fsdp" in problems(f"mesh={sizes}")
 
 
+def test_every_wrong_size_is_reported(problems):
+    assert set(problems("mesh={fsdp: 0, data: -2}")) == {"mesh.fsdp", "mesh.data"}
+
+
 def test_slow_networks(base, problems):
     assert load_config(base, ["mesh.slow.fsdp=2"]).mesh.slow == {"fsdp": 2}
     found = problems("mesh.slow={fsdp: 3, tensr: 2}")

@@ -93,6 +93,22 @@ def test_data_needs_a_vocabulary(problems, own_model):
     assert "no option vocab_size" in problems(f"model={{type: '{name}:Own'}}")["model.vocab_size"].rule
 
 
+def test_a_vocabulary_without_an_annotation_is_a_whole_number(problems, own_model):
+    name = own_model("class Own:\n    def __init__(self, *, vocab_size, rngs): ...\n")
+    problem = problems(f"model={{type: '{name}:Own', vocab_size: many}}")["model.vocab_size"]
+    assert problem.rule == "must be a whole number, not 'many'"
+
+
+def test_wrong_size_options_are_one_problem_of_the_type(problems, own_model):
+    name = own_model(
+        "class Own:\n    size_options = {'embed': 'widht'}\n    def __init__(self, *, width: int, rngs): ...\n"
+    )
+    found = problems(f"model={{type: '{name}:Own', width: 8}}")
+    assert set(found) == {"model.type"}
+    assert "names 'widht' as the size of 'embed'" in found["model.type"].rule
+    assert found["model.type"].fix == "did you mean width?"
+
+
 def test_a_class_without_options_and_a_module_without_classes(problems, own_model):
     name = own_model("class Own:\n    def __init__(self, *, rngs): ...\n")
     found = problems(f"model={{type: '{name}:Own', width: 512}}")

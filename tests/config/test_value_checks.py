@@ -67,6 +67,10 @@ def test_missing_data(problems, path):
     assert any(words in problem.rule for words in ("no such file or folder", "matches no file", "empty"))
 
 
+def test_a_device_is_no_data(problems):
+    assert problems("data.type=text", "data.path=/dev/null")["data.path"].rule == "it is neither a file nor a folder"
+
+
 @pytest.mark.parametrize("path", ["base.yaml", "base.*", ".", "[base.yaml, '*.yaml']"])
 def test_data_that_is_there(base, path):
     load_config(base, ["data.type=text", f"data.path={path}"])

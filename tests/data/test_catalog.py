@@ -48,12 +48,23 @@ def test_a_new_type_is_one_file(monkeypatch, tmp_path):
     """In the folder of formats, and a config names it."""
     (tmp_path / "dropped_in.py").write_text(FORMAT)
     monkeypatch.setattr(formats, "__path__", [*formats.__path__, str(tmp_path)])
-    source = opened(None, "dropped_in")[0]
+    source = opened(None, "dropped_in", seq_len=16)[0]
     assert source.seed == 7
     rows, held_out, tokenizer = open_data(configured("dropped_in"), tmp_path)
     assert (rows.source, held_out.source, tokenizer) == (source, source, None)
     with pytest.raises(UserError, match="did you mean dropped_in"):
         opened(None, "droped_in")
+
+
+def test_a_broken_format_breaks_no_other_type(monkeypatch, tmp_path):
+    (tmp_path / "broken_format.py").write_text("raise RuntimeError('half written')")
+    monkeypatch.setattr(formats, "__path__", [*formats.__path__, str(tmp_path)])
+    assert opened(None, "synthetic")[0].vocab_size == 300
+    with pytest.raises(ConfigError) as found:
+        configured("broken_format")
+    (problem,) = found.value.problems
+    assert (problem.path, problem.value) == ("data.type", "broken_format")
+    assert "fails: RuntimeError('half written')" in problem.rule
 
 
 OWN = """
@@ -73,6 +84,10 @@ class Counting:
 def anything(**fields): return Counting(fields["seq_len"], vocab_size=fields["vocab_size"])
 class Bare(Counting): tokenizer = None
 def no_source(seq_len): return range(seq_len)
+class Longer(Counting):
+    def __init__(self, seq_len, vocab_size): super().__init__(2 * seq_len, vocab_size=vocab_size)
+class Faulty:
+    def __init__(self, seq_len): {}["shard"]
 class Needy:
     def __init__(self, seq_len, shards): ...
 class Plain:
@@ -133,6 +148,21 @@ def test_what_is_no_source_is_refused_when_it_opens(own, tmp_path):
         UserError, match=r"sample\.prompt = ab: text needs a tokenizer, and data\.type own_data:Bare has none"
     ):
         open_data(configured("own_data:Bare", "sample.prompt=ab"), tmp_path)
+
+
+def test_rows_of_another_length_are_refused(own, tmp_path):
+    with pytest.raises(
+        UserError, match=r"data.seq_len = 16: .* own_data:Longer\) has rows of 32 tokens; set data.seq_len=32"
+    ):
+        open_data(configured("own_data:Longer"), tmp_path)
+
+
+def test_an_error_of_a_source_of_ones_own_says_which_setting_names_it(own):
+    with pytest.raises(KeyError) as raised:
+        opened(None, "own_data:Faulty")
+    assert raised.value.__notes__ == [
+        "data.type = own_data:Faulty: this error comes from there; correct it, or name another"
+    ]
 
 
 @pytest.mark.parametrize(
