@@ -329,7 +329,7 @@ def test_state_that_does_not_follow_its_weight_is_refused(placed):
         (
             "adamw",
             {"b1": "abc"},
-            "optimizer.options.b1 = abc: must be a number, not 'abc'; its default in optax is 0.9",
+            "optimizer.options.b1 = abc: must be a number, not 'abc'; its default is 0.9",
         ),
         ("adamw", {"b1": None}, "optimizer.options.b1: must be a number, not None"),
         ("adamw", {"clip_norm": "a"}, "clip_norm = a: must be a number or None, not 'a'"),

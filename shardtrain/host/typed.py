@@ -62,6 +62,16 @@ def require_type(name: str, value: Any, hint: Any) -> None:
         raise UserError(name, value, f"must be {_named(hint)}{given}", fix)
 
 
+def require_fields(instance: Any) -> None:
+    """Refuse a dataclass instance with a field of another simple type than it declares.
+
+    Raises:
+      UserError: a field has another type; names it.
+    """
+    for name, hint in typing.get_type_hints(type(instance)).items():
+        require_type(name, getattr(instance, name), hint)
+
+
 def is_of(value: Any, hint: Any) -> bool:
     """Whether a value has a type, as far as that is simple; a type that is not simple has every value."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -101,13 +111,3 @@ def _named(hint: Any) -> str:
     if typing.get_origin(hint) is Callable:
         return "a function"
     return _WORDS.get(hint, f"a {getattr(hint, '__name__', hint)}")
-
-
-def require_fields(instance: Any) -> None:
-    """Refuse a dataclass instance with a field of another simple type than it declares.
-
-    Raises:
-      UserError: a field has another type; names it.
-    """
-    for name, hint in typing.get_type_hints(type(instance)).items():
-        require_type(name, getattr(instance, name), hint)

@@ -160,7 +160,7 @@ def option_problems(type: str, options: Mapping[str, Any]) -> Iterator[UserError
             may_be_none = value is None and "None" in str(accepted[name].annotation)
             if not (is_number(value) or isinstance(value, jax.Array | np.ndarray) or may_be_none):
                 rule = f"must be a number, not {described(value)}"
-                yield UserError(key, value, rule, f"its default in optax is {default}")
+                yield UserError(key, value, rule, f"its default is {default}")
 
 
 def _build(type: str, weights: Any, lr: Rate, weight_decay: float, decays: Any, options: dict[str, Any]) -> Transform:
