@@ -31,11 +31,11 @@ def cross_entropy(logits_BSV: jax.Array, targets_BS: jax.Array, mask_BS: jax.Arr
       mask_BS: weight of each token, 0 to ignore it.
       z_loss: coefficient of `logsumexp^2` (Chowdhery et al. 2022, section 5), which is part of the loss sum.
 
-    Raises:
-      UserError: `z_loss` is not from 0 to 1.
-
     Returns:
       The scalars `loss_sum` and `weight_sum`, and `{"cross_entropy": (sum, weight)}` without the z-loss.
+
+    Raises:
+      UserError: `z_loss` is not from 0 to 1.
 
     Example:
       >>> loss, weight, metrics = nn.cross_entropy(jnp.zeros((1, 3, 8)), jnp.array([[4, 2, -100]]), jnp.ones((1, 3)))

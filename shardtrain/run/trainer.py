@@ -23,7 +23,7 @@ from shardtrain.metrics import plot_loss
 from shardtrain.run.data import OpenedData, eval_batches, open_data, training_batches
 from shardtrain.run.job import Job, build
 from shardtrain.run.start import Start, newest_step, open_checkpoints, open_log
-from shardtrain.train.callbacks import Callback, Display, Values
+from shardtrain.train.callbacks import Callback, Display, Values, check_callbacks
 from shardtrain.train.generate import generate
 from shardtrain.train.loop import Loop
 from shardtrain.train.loss_sums import LossFunction, check_loss
@@ -92,6 +92,7 @@ class Trainer:
         directory = config.run.directory.absolute()
         threading.Thread(target=importlib.import_module, args=("grain",)).start()  # used by the loader later
         use_cache(_cache_folder(config.run.compile_cache, directory))
+        check_callbacks(callbacks)
         if loss is not None:
             check_loss(loss)
         job = build(config, processes=processes, loss=loss)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
 import jax
 
-from shardtrain.errors import UserError
+from shardtrain.errors import UserError, require_kind
 from shardtrain.train.state import TrainState
 
 Values = dict[str, float]
@@ -40,6 +40,16 @@ class Callback:
     def on_eval(self, step: int, state: TrainState) -> Mapping[str, float]:
         """Called after an evaluation, with the state after `step`, which the next step donates: copy what you keep."""
         return {}
+
+
+def check_callbacks(callbacks: Iterable[Any]) -> None:
+    """Refuse what is no callback.
+
+    Raises:
+      UserError: one of them is something else, such as a class or a function.
+    """
+    for callback in callbacks:
+        require_kind("a callback", callback, Callback, "make a subclass of shardtrain.Callback, and pass an instance")
 
 
 class Display(Protocol):

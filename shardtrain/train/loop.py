@@ -9,11 +9,10 @@ from typing import Any
 
 from shardtrain.checkpoint import Checkpointer
 from shardtrain.data import Loader
-from shardtrain.errors import require_kind
 from shardtrain.host.closing import close_all
 from shardtrain.metrics import Background, MetricsLog
 from shardtrain.nn.model import Batch
-from shardtrain.train.callbacks import Callback, Display, Values, join
+from shardtrain.train.callbacks import Callback, Display, Values, check_callbacks, join
 from shardtrain.train.evaluation import EvalStep, Evaluation, InterruptedEvaluationError
 from shardtrain.train.jitted_step import Compilable, Metrics
 from shardtrain.train.skipped_steps import SkippedSteps
@@ -86,10 +85,7 @@ class Loop:
         self.checkpointer, self.checkpoint_every, self.extra = checkpointer, checkpoint_every, dict(extra or {})
         self.eval_every = eval_every
         self.log, self.log_every, self.callbacks = log, log_every, tuple(callbacks)
-        for callback in self.callbacks:
-            require_kind(
-                "a callback", callback, Callback, "make a subclass of shardtrain.Callback, and pass an instance"
-            )
+        check_callbacks(self.callbacks)
         self.step = int(state.step)
         self.stopped_early = False
         self._unevaluated = unevaluated
