@@ -42,6 +42,7 @@ def aux_scales(weights: Callable[[], tuple[jax.Array, dict[str, jax.Array]]], to
     Args:
       weights: computes the weight of the loss and those of the auxiliary sums, of this region's rows, by a forward
         pass. They depend on the batch alone; the compiler drops the rest.
+      total: adds them up over the devices that have rows of their own.
     """
     return weight_ratios(*weights(), total) if jax.eval_shape(weights)[1] else {}
 
