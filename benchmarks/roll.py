@@ -20,10 +20,10 @@ import optax
 
 from shardtrain import ModelDef, Partitioner, TrainState
 from shardtrain.nn.context import Context
+from shardtrain.pipeline.microbatches import microbatches
 from shardtrain.sharding import use
-from shardtrain.train.loss_sums import microbatches
+from shardtrain.train.model_parts import model_parts, split_layers
 from shardtrain.train.pipelined import PipelinedModel
-from shardtrain.train.split_module import split_layers
 from shardtrain.train.state import abstract_state
 
 Tree = Any
@@ -49,13 +49,13 @@ def mean_loss(model: ModelDef, params: Tree, batch: Tree, key: jax.Array, place:
     pipelined = model.execution
     assert isinstance(pipelined, PipelinedModel)
     R, M = pipelined.program.schedule.ranks, pipelined.program.schedule.microbatches
-    parts = model.parts(lambda x: x)
+    parts = model_parts(model, lambda x: x)
     stacked, shared = split_layers(params)
     stages_R = jax.tree.map(lambda a: a[0], stacked)  # [1, R, k, ...]
     layers_Rk = jnp.asarray(pipelined.layers_CRk[0])
     batch_M = jax.tree.map(
         lambda a: place.constrain(jnp.swapaxes(a, 0, 1), None, "batch", *[None] * (a.ndim - 2)),
-        microbatches(batch, M),
+        microbatches(batch, M, "pipeline.microbatches"),
     )
 
     def context(m: jax.Array) -> Context:
@@ -80,7 +80,7 @@ def mean_loss(model: ModelDef, params: Tree, batch: Tree, key: jax.Array, place:
     @jax.checkpoint
     def head(y: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array]:
         ctx = context(m)
-        return parts.head(shared, y, ctx.inputs, ctx)[:2]
+        return parts.head(shared, y, ctx.inputs, ctx)["loss"]
 
     def pin(x_R: jax.Array) -> jax.Array:
         return place.constrain(x_R, "stages", "batch", "seq", None)

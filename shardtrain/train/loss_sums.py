@@ -1,4 +1,4 @@
-"""Sums of a batch before they become means: of losses, metrics, auxiliary terms and gradients; and microbatches.
+"""Sums of a batch before they become means: of losses, metrics, auxiliary terms and gradients.
 
 A mean is one quotient over the global batch. Until then sums and their weights stay apart, so that they can be added
 over microbatches and devices however many rows each of them has.
@@ -18,7 +18,6 @@ from shardtrain.nn.losses import Loss
 from shardtrain.nn.model import Batch
 from shardtrain.nn.returned import Sums
 from shardtrain.sharding import Partitioner
-from shardtrain.sharding.divide import check_microbatches
 from shardtrain.weights.weight import Weight
 
 Tree = Any
@@ -70,17 +69,3 @@ def widened(grads: Tree, weights: Tree, partitioner: Partitioner) -> Tree:
         return partitioner.constrain(grad.astype(jnp.promote_types(grad.dtype, jnp.float32)), *weight.axes)
 
     return jax.tree.map(one, grads, weights)
-
-
-def microbatches(batch: Batch, count: int, key: str = "optimizer.accumulate") -> Batch:
-    """`[B, ...]` leaves as `[B / count, count, ...]`: microbatch m is the rows `m::count`, so no row moves.
-
-    Raises:
-      UserError: the number of rows is not divisible by `count`.
-    """
-
-    def split(a: jax.Array) -> jax.Array:
-        check_microbatches(key, count, a.shape[0])
-        return a.reshape(a.shape[0] // count, count, *a.shape[1:])
-
-    return jax.tree.map(split, batch)
