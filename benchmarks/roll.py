@@ -82,19 +82,19 @@ def mean_loss(model: ModelDef, params: Tree, batch: Tree, key: jax.Array, place:
         ctx = context(m)
         return parts.head(shared, y, ctx.inputs, ctx)["loss"]
 
-    def pin(x_R: jax.Array) -> jax.Array:
+    def constrain(x_R: jax.Array) -> jax.Array:
         return place.constrain(x_R, "stages", "batch", "seq", None)
 
     def tick(x_R: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x_R = pin(jnp.roll(x_R, 1, axis=0).at[0].set(embed(t)))
-        y_R = pin(stage(stages_R, layers_Rk, x_R, t - jnp.arange(R)))
+        x_R = constrain(jnp.roll(x_R, 1, axis=0).at[0].set(embed(t)))
+        y_R = constrain(stage(stages_R, layers_Rk, x_R, t - jnp.arange(R)))
         return y_R, y_R[-1]
 
     def add(total: tuple[jax.Array, jax.Array], one: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, head(*one)), None
 
     x = jax.eval_shape(embed, jnp.int32(0))
-    _, y_T = jax.lax.scan(tick, pin(jnp.zeros((R, *x.shape), x.dtype)), jnp.arange(M + R - 1))
+    _, y_T = jax.lax.scan(tick, constrain(jnp.zeros((R, *x.shape), x.dtype)), jnp.arange(M + R - 1))
     zero = jnp.zeros((), jnp.promote_types(x.dtype, jnp.float32))
     (loss, weight), _ = jax.lax.scan(add, (zero, zero), (y_T[R - 1 :], jnp.arange(M)))
     return loss / weight

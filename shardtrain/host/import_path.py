@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -37,6 +38,11 @@ def find(path: str, noun: str, key: str, is_one: Callable[[Any], bool] = callabl
         known = [each for each, value in vars(module).items() if is_one(value)]
         raise UserError(key, path, f"module {module_name} has no {noun} {name!r}", did_you_mean(name, known))
     return found
+
+
+def accepts(parameters: Mapping[str, inspect.Parameter], name: str) -> bool:
+    """Whether a function with these parameters can be called with a keyword argument `name`."""
+    return name in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
 def modules_of(package: ModuleType) -> dict[str, ModuleType]:

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 from shardtrain.collectives.fsdp import GatheredBytes, gathered_bytes
 from shardtrain.config import RunConfig, check_devices, thaw
 from shardtrain.errors import UserError
+from shardtrain.host.import_path import accepts
 from shardtrain.launch.cpu_collectives import ordered
 from shardtrain.launch.devices import select_devices
 from shardtrain.launch.xla_flags import compiler_options, set_environment
@@ -206,8 +207,7 @@ def _require_contract(name: str, model: Any) -> None:
 
 def _takes(model: Any, name: str) -> bool:
     """Whether a class can be called with a keyword argument of that name."""
-    parameters = inspect.signature(model.__init__).parameters
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return accepts(inspect.signature(model.__init__).parameters, name)
 
 
 def _precision(config: RunConfig, device: jax.Device) -> Precision:

@@ -80,7 +80,7 @@ class Loop:
         unevaluated: Values | None = None,
     ):
         self.state, self.train_step, self.batches = state, train_step, batches
-        self.steps, self.speed, self.should_stop = steps, speed, should_stop
+        self.steps, self.should_stop = steps, should_stop
         self.canonical = canonical
         self.checkpointer, self.checkpoint_every, self.extra = checkpointer, checkpoint_every, dict(extra or {})
         self.eval_every = eval_every
