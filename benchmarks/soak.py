@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=1000, help="of all cases together")
     parser.add_argument("--unprepared", action="store_true", help="XLA's own number of threads, and scheduler")
     names = [str(case) for case in CASES]
-    parser.add_argument("--case", choices=names, action="append", help="only this case; may be repeated")
+    parser.add_argument("--case", choices=names, metavar="NAME", action="append", help="only 'fsdp 4, mlp', say")
     args = parser.parse_args()
     if args.unprepared:
         os.environ |= {"XLA_FLAGS": f"--{FLAG}=CPU_SCHEDULER_TYPE_DEFAULT", "PJRT_NPROC": str(os.cpu_count())}
