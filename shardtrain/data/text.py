@@ -20,7 +20,7 @@ def text_documents(paths: Paths) -> Iterator[TextFile]:
 
     Raises:
       UserError: a path matches no file; a file cannot be read or is not UTF-8 (names it, and the byte offset); a file
-        that is named itself is empty; or there is no text at all. Empty files in folders and globs hold no document.
+        that is named itself is empty; or there is no text at all.
     """
     files, named, empty = text_files(paths), set(map(Path, each(paths))), True
     for document in map(TextFile, files):

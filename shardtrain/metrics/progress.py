@@ -21,7 +21,10 @@ _QUIET_S = 30.0  # plain output is never silent for longer than this
 
 
 class Progress(Protocol):
-    """A display. Enter it, `update` it after each step, and leave it."""
+    """A display. Enter it, `update` it after each step, and leave it.
+
+    A loop shows messages from the thread that trains, and steps from another one.
+    """
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
         """Show the numbers of a finished `step`, counted from 1, so that the last is the total.

@@ -1,9 +1,8 @@
-"""The observers of a run while it trains: callbacks and a display."""
+"""A user's own metrics of a run while it trains."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
 
 import jax
 
@@ -38,16 +37,6 @@ class Callback:
     def on_eval(self, step: int, state: TrainState) -> Mapping[str, float]:
         """Called after an evaluation, with the state after `step`, which the next step donates: copy what you keep."""
         return {}
-
-
-class Display(Protocol):
-    """A display of progress. The thread that trains shows messages, another one shows steps."""
-
-    def update(self, step: int, values: Mapping[str, float]) -> None:
-        """Show the metrics of a step."""
-
-    def message(self, text: str) -> None:
-        """Show a line."""
 
 
 def join(values: dict, more: Mapping, callback: Callback, hook: str) -> None:

@@ -133,7 +133,7 @@ class PipelinedModel:
         of the layers; the gradients of all other parameters are this rank's share of a sum.
         """
         partitioner = options.partitioner
-        stage = self._stage(params, batch, self.module.context(batch, key, train=True))
+        stage = self._stage(params, batch, Context(batch, key=key, train=True))
 
         def weights() -> tuple[jax.Array, dict[str, jax.Array]]:
             # All layers are alike, so one stands for all of them.
@@ -206,7 +206,7 @@ class PipelinedModel:
         def local(params: Tree, batch: Batch) -> tuple[Any, Any]:
             rows = jax.tree.leaves(batch)[0].shape[0] // partitioner.shards("batch")
             count = next(m for m in range(min(most, rows), 0, -1) if rows % m == 0)
-            stage = dataclasses.replace(self._stage(params, batch, self.module.context(batch)), skip=skip)
+            stage = dataclasses.replace(self._stage(params, batch, Context(batch)), skip=skip)
             program = allocate(forward(self.program.schedule, count))
             batch_M = microbatches(batch, count, "pipeline.microbatches")
             found = pipeline_forward(program, self.layers_CRk, stage, batch_M, result)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from shardtrain.errors import UserError
-from shardtrain.nn.context import Context
 from shardtrain.nn.param import describe
 from shardtrain.nn.returned import built
 from shardtrain.weights.paths import dotted, flatten
@@ -24,16 +23,14 @@ class SplitModule:
 
     Args:
       make: builds the module from `nnx.Rngs`. Called abstractly here, and again inside jit by `draw`.
-      replicate_unannotated: accept weights without logical axes, and replicate them. By default a module opts in with
-        an attribute of that name.
+      replicate_unannotated: see `ModelDef`.
 
     Attributes:
       params: the parameters, as shapes.
       canonical_weights: a `Weight` per parameter, with the layers of a `Stack` as `[layers, ...]`.
 
     Raises:
-      UserError: a `make` that builds no module from `nnx.Rngs`, or one that keeps bare arrays; weights without logical
-        axes in a module that did not opt in, or with the axes of a mesh; names them.
+      UserError: as `ModelDef` without a schedule.
     """
 
     def __init__(self, make: Callable[[nnx.Rngs], nnx.Module], *, replicate_unannotated: bool | None = None):
@@ -51,10 +48,6 @@ class SplitModule:
                 f"{', ...' if len(bare) > 4 else ''}), so they could not be sharded; declare them with nn.param or "
                 "nnx.with_partitioning, or set replicate_unannotated = True on the model to keep them whole everywhere"
             )
-
-    def context(self, batch: Mapping[str, jax.Array], key: jax.Array | None = None, *, train: bool = False) -> Context:
-        """The context of a batch, which all parts of the module receive."""
-        return Context(inputs=batch, key=key, train=train)
 
     def outline(self, shared: Tree) -> Any:
         """The module with the parameters in `shared`, and shapes for all others."""
