@@ -120,7 +120,7 @@ def test_no_program_can_take_all_threads_of_the_pool(mesh, options):
         jax.eval_shape(lambda: jax.random.key(0)),
     )
     programs = {
-        "generate": next_token(model, place, 0.5).lower(state, text, last, key),
+        "generate": next_token(model, place, 0.5).lower(state.params, state.model_state, text, last, key),
         "train": make_train_step(model, tx, place, accumulate=options.get("accumulate", 1)).lower(state, batch),
         "evaluate": make_eval_step(model, place).lower(state, batch),
     }

@@ -66,17 +66,18 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
     return _parse(raw, str(path), apply_overrides(raw, overrides), check_files)
 
 
-def parse_config(raw: Mapping[str, Any], *, check_files: bool = True) -> RunConfig:
+def parse_config(raw: Mapping[str, Any], *, source: str = "config", check_files: bool = True) -> RunConfig:
     """Check plain data, as `RunConfig.to_dict` returns it, in the same way.
 
     Args:
       raw: the sections.
+      source: where they come from, for messages.
       check_files: as for `load_config`.
 
     Raises:
       ConfigError: every problem found.
     """
-    return _parse(thaw(raw), "config", [], check_files)
+    return _parse(thaw(raw), source, [], check_files)
 
 
 def check_devices(config: RunConfig, devices: int) -> None:

@@ -15,14 +15,14 @@ from shardtrain.host.import_path import modules_of
 
 
 def types() -> dict[str, ModuleType]:
-    """Return the modules of `shardtrain.data.formats`, by the value of `data.type` that names them."""
+    """Returns the modules of `shardtrain.data.formats`, by the value of `data.type` that names them."""
     return modules_of(formats)
 
 
 def check_type(
     type: str, path: Paths | None = None, tokenizer: str | None = None, tokenizer_vocab: int | None = None
 ) -> None:
-    """Check that there is such a type, before anything is opened; of an import path, also that it takes the settings.
+    """Checks that there is such a type, before anything is opened; of an import path, also that it takes the settings.
 
     Args:
       type: see `open_source`, also for the others.
@@ -53,7 +53,7 @@ def open_source(
     write: bool = True,
     should_stop: ShouldStop | None = None,
 ) -> Opened:
-    """Open the rows that a config asks for, and the tokenizer if there is one.
+    """Opens the rows that a config asks for, and the tokenizer if there is one.
 
     Args:
       type: a module of `shardtrain.data.formats`: `corpus`, `text`, `tokens` or `synthetic`; or

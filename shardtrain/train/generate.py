@@ -64,7 +64,7 @@ def generate(
     out = np.zeros((rows, tokens), np.int32)
     key = jax.random.key(seed)
     for i in range(tokens):
-        chosen = step(state, text, known - 1, jax.random.fold_in(key, i))
+        chosen = step(state.params, state.model_state, text, known - 1, jax.random.fold_in(key, i))
         out[:, i] = jax.block_until_ready(chosen)  # waits for all devices; reading waits for one only
         if known == window:
             text[:, :-1] = text[:, 1:].copy()
@@ -78,11 +78,11 @@ def next_token(model: ModelDef, partitioner: Partitioner, temperature: float) ->
     """The jitted function behind `generate`: one more token for every row.
 
     Returns:
-      `(state, text [B, S] int32, index of the last token, key) -> token ids [B]`.
+      `(params, model_state, text [B, S] int32, index of the last token, key) -> token ids [B]`.
     """
 
     @partial(jax.jit, out_shardings=partitioner.sharding(()), compiler_options=ordered(partitioner.devices))
-    def step(state: TrainState, text_BS: jax.Array, last: jax.Array, key: jax.Array) -> jax.Array:
+    def step(params: Any, model_state: Any, text_BS: jax.Array, last: jax.Array, key: jax.Array) -> jax.Array:
         with use(partitioner):
             rows, length = text_BS.shape
             batch = {
@@ -95,7 +95,7 @@ def next_token(model: ModelDef, partitioner: Partitioner, temperature: float) ->
                 logits_BSV = module.logits(x_BSD)
                 return jax.lax.dynamic_index_in_dim(logits_BSV, last, axis=1, keepdims=False).astype(jnp.float32)
 
-            logits_BV = model.execution.outputs(state, batch, partitioner, next_BV)
+            logits_BV = model.execution.outputs(params, model_state, batch, partitioner, next_BV)
             if temperature == 0:
                 return logits_BV.argmax(-1)
             return jax.random.categorical(key, logits_BV / temperature)

@@ -133,7 +133,7 @@ class PipelinedModel:
         of the layers; the gradients of all other parameters are this rank's share of a sum.
         """
         partitioner = options.partitioner
-        stage = self._stage(params, batch, Context(batch, key=key, train=True))
+        stage = self._stage(params, batch, self.module.context(batch, key, train=True))
 
         def weights() -> tuple[jax.Array, dict[str, jax.Array]]:
             # All layers are alike, so one stands for all of them.
@@ -174,7 +174,12 @@ class PipelinedModel:
         return joined(*self._forward(state.params, batch, partitioner, most, sums, added=True))
 
     def outputs(
-        self, state: TrainState, batch: Batch, partitioner: Partitioner, result: Callable[[Any, Any], jax.Array]
+        self,
+        params: Tree,
+        model_state: Tree,
+        batch: Batch,
+        partitioner: Partitioner,
+        result: Callable[[Any, Any], jax.Array],
     ) -> jax.Array:
         """`result(module, x)`, `[B, ...]`, for the output `x` of the last block, on all ranks.
 
@@ -187,7 +192,7 @@ class PipelinedModel:
         def rows(shared: Tree, y: Any, batch: Batch, ctx: Context) -> jax.Array:
             return result(self.module.outline(shared), y)
 
-        return self._forward(state.params, batch, partitioner, 1, rows, added=False)[0]
+        return self._forward(params, batch, partitioner, 1, rows, added=False)[0]
 
     def _forward(
         self, params: Tree, batch: Batch, partitioner: Partitioner, most: int, result: OutputFunction, *, added: bool
@@ -206,7 +211,7 @@ class PipelinedModel:
         def local(params: Tree, batch: Batch) -> tuple[Any, Any]:
             rows = jax.tree.leaves(batch)[0].shape[0] // partitioner.shards("batch")
             count = next(m for m in range(min(most, rows), 0, -1) if rows % m == 0)
-            stage = dataclasses.replace(self._stage(params, batch, Context(batch)), skip=skip)
+            stage = dataclasses.replace(self._stage(params, batch, self.module.context(batch)), skip=skip)
             program = allocate(forward(self.program.schedule, count))
             batch_M = microbatches(batch, count, "pipeline.microbatches")
             found = pipeline_forward(program, self.layers_CRk, stage, batch_M, result)

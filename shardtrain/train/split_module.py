@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from shardtrain.errors import UserError
+from shardtrain.nn.context import Context
 from shardtrain.nn.param import describe
 from shardtrain.nn.returned import built
 from shardtrain.weights.paths import dotted, flatten
@@ -48,6 +49,10 @@ class SplitModule:
                 f"{', ...' if len(bare) > 4 else ''}), so they could not be sharded; declare them with nn.param or "
                 "nnx.with_partitioning, or set replicate_unannotated = True on the model to keep them whole everywhere"
             )
+
+    def context(self, batch: Mapping[str, jax.Array], key: jax.Array | None = None, *, train: bool = False) -> Context:
+        """The context of a batch, which all parts of the module receive."""
+        return Context(inputs=batch, key=key, train=train)
 
     def outline(self, shared: Tree) -> Any:
         """The module with the parameters in `shared`, and shapes for all others."""

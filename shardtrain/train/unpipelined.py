@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 
 from shardtrain.collectives.fsdp import Gather
 from shardtrain.errors import UserError
-from shardtrain.nn.context import Context
 from shardtrain.nn.model import Batch, Model, embedded, head_sums
 from shardtrain.nn.returned import Sums, checked_loss, joined, refuse_sown
 from shardtrain.pipeline.microbatches import microbatch, microbatches
@@ -144,11 +143,16 @@ class UnpipelinedModel:
         return joined(sums, aux)
 
     def outputs(
-        self, state: TrainState, batch: Batch, partitioner: Partitioner, result: Callable[[Any, Any], jax.Array]
+        self,
+        params: Tree,
+        model_state: Tree,
+        batch: Batch,
+        partitioner: Partitioner,
+        result: Callable[[Any, Any], jax.Array],
     ) -> jax.Array:
         """`result(module, x)`, `[B, ...]`, for the output `x` of the last block."""
-        module: Any = self.module.merge(state.params, state.model_state)
-        ctx = Context(batch)
+        module: Any = self.module.merge(params, model_state)
+        ctx = self.module.context(batch)
         return result(module, module.blocks(embedded(module, batch, ctx), ctx)[0])
 
     def _sums(
@@ -163,7 +167,7 @@ class UnpipelinedModel:
     ) -> tuple[Sums, Sums, Tree]:
         """One forward pass: the sums of loss and metrics, those of the auxiliary terms, and the module's new state."""
         module = self.module.merge(params, model_state, key)
-        ctx = Context(batch, key=key, train=train)
+        ctx = self.module.context(batch, key, train=train)
         if loss is None:
             model = cast(Model, module)
             x, aux = model.blocks(embedded(model, batch, ctx), ctx)

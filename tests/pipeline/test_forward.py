@@ -210,7 +210,9 @@ def test_between_ranks_only_activations_move_once_per_tick_and_sums_at_the_end(s
 def test_generation_moves_activations_and_the_logits_of_one_position():
     def step(model, place):
         return jax.jit(
-            lambda state, batch: next_token(model, place, 0.0)(state, batch["tokens"], jnp.int32(3), jax.random.key(0))
+            lambda state, batch: next_token(model, place, 0.0)(
+                state.params, {}, batch["tokens"], jnp.int32(3), jax.random.key(0)
+            )
         )
 
     program, model, place = compiled(step, 1)
