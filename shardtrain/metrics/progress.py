@@ -8,7 +8,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Protocol, Self
 
 from rich.console import Console, Group
@@ -38,9 +37,7 @@ class Progress(Protocol):
     def __enter__(self) -> Self:
         """Start the display."""
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Stop the display, leaving the last numbers in view."""
 
 
