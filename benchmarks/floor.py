@@ -79,52 +79,52 @@ def rope(x_BSHK: jax.Array, positions_BS: jax.Array, theta: float) -> jax.Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def project(pin: Any, x_BSD: jax.Array, *weights: jax.Array) -> tuple[jax.Array, ...]:
+def project(sharded: Any, x_BSD: jax.Array, *weights: jax.Array) -> tuple[jax.Array, ...]:
     """Matmuls of one input. In the backward pass a device adds up its shares of the input gradient and sends one
     sum."""
-    return tuple(jnp.tensordot(x_BSD, pin(w, P(None, "tensor")), 1) for w in weights)
+    return tuple(jnp.tensordot(x_BSD, sharded(w, P(None, "tensor")), 1) for w in weights)
 
 
-def project_bwd(pin: Any, saved: Any, dys: Any) -> Any:
+def project_bwd(sharded: Any, saved: Any, dys: Any) -> Any:
     x_BSD, weights = saved
-    parts, dx_TBSD = pin.keywords["mesh"].shape["tensor"] if pin.keywords["mesh"] else 1, 0.0
+    parts, dx_TBSD = sharded.keywords["mesh"].shape["tensor"] if sharded.keywords["mesh"] else 1, 0.0
     for w, dy in zip(weights, dys, strict=True):
-        w_DTF = pin(w, P(None, "tensor")).reshape(w.shape[0], parts, -1)
+        w_DTF = sharded(w, P(None, "tensor")).reshape(w.shape[0], parts, -1)
         dx_TBSD += jnp.einsum("BSTF,DTF->TBSD", dy.reshape(*dy.shape[:2], parts, -1), w_DTF)
-    dx_BSD = pin(dx_TBSD, P("tensor", *BATCH)).sum(0)
+    dx_BSD = sharded(dx_TBSD, P("tensor", *BATCH)).sum(0)
     return dx_BSD, *(jnp.tensordot(x_BSD, dy, ((0, 1), (0, 1))) for dy in dys)
 
 
-project.defvjp(lambda pin, x, *weights: (project(pin, x, *weights), (x, weights)), project_bwd)
+project.defvjp(lambda sharded, x, *weights: (project(sharded, x, *weights), (x, weights)), project_bwd)
 
 
-def block(x_BSD: jax.Array, w: Any, positions_BS: jax.Array, shape: Shape, pin: Any) -> jax.Array:
+def block(x_BSD: jax.Array, w: Any, positions_BS: jax.Array, shape: Shape, sharded: Any) -> jax.Array:
     B, S, _ = x_BSD.shape
     G, R, K = shape.n_kv_heads, shape.n_heads // shape.n_kv_heads, shape.head_dim
-    h_BSD = pin(pin(rms_norm(x_BSD, w["attention_norm"], shape.norm_eps), RESIDUAL))
-    q, k, v = (pin(a, HIDDEN) for a in project(pin, h_BSD, w["query"], w["key"], w["value"]))
+    h_BSD = sharded(sharded(rms_norm(x_BSD, w["attention_norm"], shape.norm_eps), RESIDUAL))
+    q, k, v = (sharded(a, HIDDEN) for a in project(sharded, h_BSD, w["query"], w["key"], w["value"]))
     q, k = rope(q, positions_BS, shape.rope_theta), rope(k, positions_BS, shape.rope_theta)
     q = (q * K**-0.5).reshape(B, S, G, R, K).swapaxes(1, 2).reshape(B, G, S * R, K)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     causal = jnp.repeat(jnp.tril(jnp.ones((S, S), bool)), R, 0)
     scores = jnp.where(causal, jnp.einsum("BGNK,BGTK->BGNT", q, k), -1e30)
     y = jnp.einsum("BGNT,BGTK->BGNK", jax.nn.softmax(scores, -1), v)
-    y = pin(y.reshape(B, G, S, R, K).swapaxes(1, 2).reshape(B, S, G * R, K), HIDDEN)
-    x_BSD = x_BSD + pin(jnp.einsum("BSHK,HKD->BSD", y, w["out"]), RESIDUAL)
-    h_BSD = pin(pin(rms_norm(x_BSD, w["mlp_norm"], shape.norm_eps), RESIDUAL))
-    gate, up = project(pin, h_BSD, w["gate"], w["up"])
-    return x_BSD + pin(pin(jax.nn.silu(gate) * up, HIDDEN) @ w["down"], RESIDUAL)
+    y = sharded(y.reshape(B, G, S, R, K).swapaxes(1, 2).reshape(B, S, G * R, K), HIDDEN)
+    x_BSD = x_BSD + sharded(jnp.einsum("BSHK,HKD->BSD", y, w["out"]), RESIDUAL)
+    h_BSD = sharded(sharded(rms_norm(x_BSD, w["mlp_norm"], shape.norm_eps), RESIDUAL))
+    gate, up = project(sharded, h_BSD, w["gate"], w["up"])
+    return x_BSD + sharded(sharded(jax.nn.silu(gate) * up, HIDDEN) @ w["down"], RESIDUAL)
 
 
 def loss_fn(params: Any, batch: Any, shape: Shape, mesh: Mesh | None = None, *, remat: bool = True) -> jax.Array:
     """Mean next-token cross entropy over the tokens that `loss_mask` weighs."""
-    pin = partial(constrain, mesh=mesh)
-    x_BSD = pin(pin(pin(params["embedding"], P("tensor", None))[batch["tokens"]]), RESIDUAL)
-    body = partial(block, shape=shape, pin=pin)
+    sharded = partial(constrain, mesh=mesh)
+    x_BSD = sharded(sharded(sharded(params["embedding"], P("tensor", None))[batch["tokens"]]), RESIDUAL)
+    body = partial(block, shape=shape, sharded=sharded)
     body = jax.checkpoint(body, prevent_cse=False) if remat else body
     x_BSD, _ = jax.lax.scan(lambda x, w: (body(x, w, batch["positions"]), None), x_BSD, params["layers"])
-    logits_BSV = pin(pin(rms_norm(x_BSD, params["norm"], shape.norm_eps), RESIDUAL)) @ params["head"]
-    logits_BSV = pin(logits_BSV, P(("data", "fsdp"), None, "tensor"))
+    logits_BSV = sharded(sharded(rms_norm(x_BSD, params["norm"], shape.norm_eps), RESIDUAL)) @ params["head"]
+    logits_BSV = sharded(logits_BSV, P(("data", "fsdp"), None, "tensor"))
     log_z_BS = jax.nn.logsumexp(logits_BSV, -1)
     target_BS = jnp.sum(jnp.where(jnp.arange(shape.vocab_size) == batch["targets"][..., None], logits_BSV, 0), -1)
     return jnp.sum((log_z_BS - target_BS) * batch["loss_mask"]) / jnp.sum(batch["loss_mask"])

@@ -20,10 +20,10 @@ import optax
 
 from shardtrain import ModelDef, Partitioner, TrainState
 from shardtrain.nn.context import Context
+from shardtrain.pipeline.microbatches import microbatches
 from shardtrain.sharding import use
-from shardtrain.train.loss_sums import microbatches
+from shardtrain.train.model_parts import model_parts, split_layers
 from shardtrain.train.pipelined import PipelinedModel
-from shardtrain.train.split_module import split_layers
 from shardtrain.train.state import abstract_state
 
 Tree = Any
@@ -49,13 +49,13 @@ def mean_loss(model: ModelDef, params: Tree, batch: Tree, key: jax.Array, place:
     pipelined = model.execution
     assert isinstance(pipelined, PipelinedModel)
     R, M = pipelined.program.schedule.ranks, pipelined.program.schedule.microbatches
-    parts = model.parts(lambda x: x)
+    parts = model_parts(model, lambda x: x)
     stacked, shared = split_layers(params)
     stages_R = jax.tree.map(lambda a: a[0], stacked)  # [1, R, k, ...]
     layers_Rk = jnp.asarray(pipelined.layers_CRk[0])
     batch_M = jax.tree.map(
         lambda a: place.constrain(jnp.swapaxes(a, 0, 1), None, "batch", *[None] * (a.ndim - 2)),
-        microbatches(batch, M),
+        microbatches(batch, M, "pipeline.microbatches"),
     )
 
     def context(m: jax.Array) -> Context:
@@ -80,21 +80,21 @@ def mean_loss(model: ModelDef, params: Tree, batch: Tree, key: jax.Array, place:
     @jax.checkpoint
     def head(y: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array]:
         ctx = context(m)
-        return parts.head(shared, y, ctx.inputs, ctx)[:2]
+        return parts.head(shared, y, ctx.inputs, ctx)["loss"]
 
-    def pin(x_R: jax.Array) -> jax.Array:
+    def constrain(x_R: jax.Array) -> jax.Array:
         return place.constrain(x_R, "stages", "batch", "seq", None)
 
     def tick(x_R: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x_R = pin(jnp.roll(x_R, 1, axis=0).at[0].set(embed(t)))
-        y_R = pin(stage(stages_R, layers_Rk, x_R, t - jnp.arange(R)))
+        x_R = constrain(jnp.roll(x_R, 1, axis=0).at[0].set(embed(t)))
+        y_R = constrain(stage(stages_R, layers_Rk, x_R, t - jnp.arange(R)))
         return y_R, y_R[-1]
 
     def add(total: tuple[jax.Array, jax.Array], one: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, head(*one)), None
 
     x = jax.eval_shape(embed, jnp.int32(0))
-    _, y_T = jax.lax.scan(tick, pin(jnp.zeros((R, *x.shape), x.dtype)), jnp.arange(M + R - 1))
+    _, y_T = jax.lax.scan(tick, constrain(jnp.zeros((R, *x.shape), x.dtype)), jnp.arange(M + R - 1))
     zero = jnp.zeros((), jnp.promote_types(x.dtype, jnp.float32))
     (loss, weight), _ = jax.lax.scan(add, (zero, zero), (y_T[R - 1 :], jnp.arange(M)))
     return loss / weight

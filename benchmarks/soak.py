@@ -98,11 +98,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--starts", type=int, default=1000, help="of all cases together")
     parser.add_argument("--unprepared", action="store_true", help="XLA's own number of threads, and scheduler")
-    parser.add_argument("--case", type=int, action="append", help="only this case, by its number; may be repeated")
+    names = [str(case) for case in CASES]
+    parser.add_argument("--case", choices=names, metavar="NAME", action="append", help="only 'fsdp 4, mlp', say")
     args = parser.parse_args()
     if args.unprepared:
         os.environ |= {"XLA_FLAGS": f"--{FLAG}=CPU_SCHEDULER_TYPE_DEFAULT", "PJRT_NPROC": str(os.cpu_count())}
-    cases = CASES if args.case is None else [CASES[number] for number in args.case]
+    cases = [case for case in CASES if args.case is None or str(case) in args.case]
     way = "unprepared" if args.unprepared else "prepared"
     print(f"jax {jax.__version__}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}; {way}", flush=True)
     failed = 0

@@ -44,9 +44,9 @@ def mistakes(check: Callable[..., Iterable[UserError] | None], *arguments: Any) 
         yield error
 
 
-def shortened(text: str, limit: int = 200) -> str:
+def shortened(text: str) -> str:
     """A text of any length, cut for one line of a message."""
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def _shown(value: object) -> str:

@@ -9,6 +9,7 @@ import pytest
 from commands import CONFIG, compiled_once, pair, start  # noqa: F401
 from shardtrain.data import write_tokens
 from shardtrain.errors import UserError
+from shardtrain.host import alike
 from shardtrain.host.alike import asked, check_alike, software, together
 from shardtrain.models.mlp import MLP
 
@@ -53,6 +54,16 @@ def test_where_one_refuses_the_others_do():
 
 def test_the_software_has_versions():
     assert "absent" not in [value for key, value in software().items() if not key.startswith("variable")]
+
+
+def test_the_source_of_shardtrain_is_that_of_all_rooms(tmp_path, monkeypatch):
+    monkeypatch.setattr(alike, "__file__", str(tmp_path / "host" / "alike.py"))
+    (tmp_path / "train").mkdir()
+    digests = set()
+    for text in ("a = 1", "a = 2"):
+        (tmp_path / "train" / "step.py").write_text(text)
+        digests.add(software()["source of shardtrain"])
+    assert len(digests) == 2
 
 
 def ends(first, second, folders):

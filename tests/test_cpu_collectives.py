@@ -174,11 +174,19 @@ def test_one_device_and_a_process_that_is_in_order_need_no_options(monkeypatch):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("case", [0, 9, 14, 16])  # an MLP, 1f1b, zb_v, and two processes
+@pytest.mark.parametrize(
+    "case",
+    [
+        "data 2 fsdp 2, mlp",
+        "pipe 2 fsdp 2 tensor 2, llama, 1f1b",
+        "pipe 2 fsdp 2, llama, zb_v",
+        "data 2 fsdp 2, mlp, 2 processes",
+    ],
+)
 def test_no_start_hangs(case):
     soak = Path(__file__).parent.parent / "benchmarks" / "soak.py"
     done = subprocess.run(
-        [sys.executable, soak, "--starts", "4", "--case", str(case)],
+        [sys.executable, soak, "--starts", "4", "--case", case],
         capture_output=True,
         text=True,
         env=UNCHOSEN,

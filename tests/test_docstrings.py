@@ -10,8 +10,6 @@ import pytest
 ROOT = Path(__file__).parent.parent
 #: The sections that a docstring may have, in this order.
 ORDER = {"Args": 0, "Attributes": 0, "Returns": 1, "Yields": 1, "Raises": 2, "Example": 3}
-#: Rooms in which a section `Args` names every argument. Elsewhere it names only arguments that exist.
-COMPLETE = ("collectives", "hlo", "pipeline", "sharding")
 FILES = [*sorted((ROOT / "shardtrain").rglob("*.py")), *sorted((ROOT / "models").glob("*.py"))]
 
 
@@ -29,7 +27,7 @@ def public(tree: ast.Module) -> Iterator[tuple[str, ast.AST, str]]:
     yield from walk(tree, "")
 
 
-def problems(text: str, node: ast.AST, *, complete: bool) -> Iterator[str]:
+def problems(text: str, node: ast.AST) -> Iterator[str]:
     """What a docstring does that the dialect does not."""
     summary, _, body = text.partition("\n\n")
     lines = summary.splitlines()
@@ -49,10 +47,10 @@ def problems(text: str, node: ast.AST, *, complete: bool) -> Iterator[str]:
     for head, section in re.findall(rf"^({'|'.join(ORDER)}):\n((?:(?:  .*)?(?:\n|$))*)", body, re.M):
         if re.match(r" {3}", section):
             yield f"{head} is not indented by two spaces"
-    yield from _arguments(body, node, complete)
+    yield from _arguments(body, node)
 
 
-def _arguments(body: str, node: ast.AST, complete: bool) -> Iterator[str]:
+def _arguments(body: str, node: ast.AST) -> Iterator[str]:
     """Against the function's signature, or that of a class's `__init__`."""
     section = re.search(r"^Args:\n((?:(?:  .*)?(?:\n|$))*)", body, re.M)
     if isinstance(node, ast.ClassDef):
@@ -66,17 +64,16 @@ def _arguments(body: str, node: ast.AST, complete: bool) -> Iterator[str]:
     takes = [a.arg for a in given if a is not None and a.arg != "self"]
     if unknown := [name for name in named if name not in takes]:
         yield f"Args names {unknown}, which are no arguments"
-    elif complete and (missing := [name for name in takes if name not in (*named, "cls")]):
+    elif missing := [name for name in takes if name not in (*named, "cls")]:
         yield f"Args does not name {missing}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_docstrings_keep_the_dialect(path):
-    complete = any(room in path.parts for room in COMPLETE)
     found = [
         f"{path.relative_to(ROOT)}, {name}: {problem}"
         for name, node, text in public(ast.parse(path.read_text()))
-        for problem in problems(text, node, complete=complete)
+        for problem in problems(text, node)
     ]
     assert not found, "\n".join(found)
 
@@ -111,5 +108,5 @@ GOOD = """Do it.
 )
 def test_the_check_sees_every_deviation(text, says):
     function = ast.parse(f'def f(a):\n    """{text}"""').body[0]
-    found = list(problems(ast.get_docstring(function), function, complete=True))
+    found = list(problems(ast.get_docstring(function), function))
     assert (found == []) if says is None else any(says in problem for problem in found), found

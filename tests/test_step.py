@@ -16,18 +16,17 @@ from shardtrain.errors import UserError
 from shardtrain.models.llama import Llama
 from shardtrain.optim import optimizer
 from shardtrain.pipeline import schedules
-from shardtrain.pipeline.slots import microbatch
+from shardtrain.pipeline.microbatches import microbatch, microbatches
 from shardtrain.sharding import use
 from shardtrain.train.evaluation import evaluate
 from shardtrain.train.gradients import Gradients
-from shardtrain.train.loss_sums import microbatches
 from shardtrain.train.model_def import ModelDef
 from shardtrain.train.state import abstract_state, init_state
 from shardtrain.train.step import make_eval_step, make_train_step
 
 
 def test_microbatch_m_is_the_rows_m_mod_count():
-    split = microbatches({"row": jnp.arange(12), "x": jnp.arange(24).reshape(12, 2)}, 3)
+    split = microbatches({"row": jnp.arange(12), "x": jnp.arange(24).reshape(12, 2)}, 3, "optimizer.accumulate")
     rows = [microbatch(split, m)["row"] for m in range(3)]
     np.testing.assert_array_equal(rows, [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]])
     np.testing.assert_array_equal(microbatch(split, 2)["x"][1], [10, 11])

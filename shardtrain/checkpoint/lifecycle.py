@@ -112,7 +112,7 @@ def require_none_corrupt(directory: Path, problems: list[str]) -> None:
 
 
 def require_manifest(directory: Path, step: int) -> None:
-    """Checks that a step that was asked for by number has a manifest.
+    """Check that a step that was asked for by number has a manifest.
 
     Raises:
       UserError: it does not exist, or has no manifest.

@@ -26,32 +26,6 @@ def schedule(
     debug: Debug = False,
 ) -> None:
     """Draw a pipeline schedule, with its bubble and the activations that it keeps."""
-    draw_schedule(name, ranks, microbatches, chunks, out, compare, published)
-
-
-def draw_schedule(
-    name: str | None,
-    ranks: int,
-    microbatches: int,
-    chunks: int | None = None,
-    out: Path | None = None,
-    compare: bool = False,
-    published: bool = False,
-) -> None:
-    """Print schedules to the terminal, and draw them into a file. All phases take equal time, B as much as two.
-
-    Args:
-      name: name or import path of the schedule, or the path of a CSV file.
-      ranks: size of the mesh axis `pipe`.
-      microbatches: per step.
-      chunks: on each rank; `None` for the schedule's own number.
-      out: picture to write.
-      compare: print all registered schedules (and `name`, if it is not one of them) as a table.
-      published: also print the published orders.
-
-    Raises:
-      UserError: no such schedule, or sizes that it does not allow.
-    """
     from rich.console import Console
 
     from shardtrain.pipeline.schedules import draw, make, published_order, registered

@@ -23,7 +23,7 @@ def summary(run: Trainer) -> list[str]:
         f"{report.replicated_share:.1%} replicated",
         f"directory: {run.directory}",
     ]
-    if (peak := run.loop.speed.peak_flops) is not None:
+    if (peak := job.speed().peak_flops) is not None:
         lines.append(f"MFU is of {peak / devices.size / 1e12:,.0f} TFLOP/s per device, causal attention counted once")
     if (pipeline := job.model.execution.summary()) is not None:
         lines.append(pipeline)

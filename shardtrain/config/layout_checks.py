@@ -12,7 +12,7 @@ from shardtrain.pipeline.layers import check_accumulate, layers_per_stage
 from shardtrain.pipeline.phases import check_backward
 from shardtrain.sharding import DEFAULT_RULES, make_rules
 from shardtrain.sharding.divide import check_dim, check_microbatches
-from shardtrain.sharding.mesh import AXES, MeshSpec, mesh_problems
+from shardtrain.sharding.mesh import AXES, mesh_problems
 from shardtrain.sharding.rules import row_problems
 
 RuleTable = Mapping[str, tuple[str, ...]]
@@ -20,7 +20,7 @@ RuleTable = Mapping[str, tuple[str, ...]]
 
 def check_mesh(mesh: MeshSizes, devices: Devices) -> Iterator[UserError]:
     """Axis sizes, and their product against `devices.emulate` where that is given."""
-    found = [*mesh_problems(axis_sizes(mesh), mesh.slow)]
+    found = [*mesh_problems(mesh.sizes, mesh.slow)]
     yield from found
     if not found and devices.emulate is not None:
         yield from mistakes(check_product, mesh, devices.emulate, "devices.emulate")
@@ -28,7 +28,7 @@ def check_mesh(mesh: MeshSizes, devices: Devices) -> Iterator[UserError]:
 
 def check_product(mesh: MeshSizes, devices: int, origin: str) -> None:
     """The product of the sizes against a number of devices."""
-    MeshSpec(**axis_sizes(mesh), slow=dict(mesh.slow)).resolve(devices, origin)
+    mesh.spec().resolve(devices, origin)
 
 
 def check_rules(rules: RuleTable, model: Model) -> Iterator[UserError]:
@@ -93,17 +93,12 @@ def check_pipeline_rows(
         _check_rows("pipeline.microbatches", pipeline.microbatches, data, mesh, rules)
 
 
-def axis_sizes(mesh: MeshSizes) -> dict[str, int]:
-    """Mesh axis to size as configured, -1 included."""
-    return {axis: getattr(mesh, axis) for axis in AXES}
-
-
 def filled(mesh: MeshSizes, devices: int | None) -> MeshSizes:
     """Replace -1, where the number of devices is known and allows it."""
     if devices is None:
         return mesh
     try:
-        return mesh.model_copy(update=MeshSpec(**axis_sizes(mesh), slow=dict(mesh.slow)).resolve(devices).sizes)
+        return mesh.model_copy(update=mesh.spec().resolve(devices).sizes)
     except UserError:
         return mesh
 

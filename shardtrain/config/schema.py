@@ -21,6 +21,7 @@ from shardtrain.optim.lr_schedules import ScheduleName
 from shardtrain.optim.moments import Moments
 from shardtrain.pipeline.idle import Idle
 from shardtrain.pipeline.phases import BackwardName
+from shardtrain.sharding import AXES, MeshSpec
 from shardtrain.weights.precision import Matmul
 from shardtrain.weights.weight import Role
 
@@ -69,6 +70,15 @@ class MeshSizes(Section):
     slow: SlowSizes = FrozenDict()
     #: Largest fraction of the parameter bytes that every device may hold, on a mesh that splits weights.
     max_replicated: Fraction = 0.1
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Mesh axis to size as configured, -1 included."""
+        return {axis: getattr(self, axis) for axis in AXES}
+
+    def spec(self) -> MeshSpec:
+        """The sizes as the library takes them; raises what `MeshSpec` raises."""
+        return MeshSpec(**self.sizes, slow=dict(self.slow))
 
 
 class Model(Section):

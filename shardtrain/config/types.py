@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 
 from shardtrain.config.frozen import freeze, thaw
+from shardtrain.sharding import mesh_axes
 
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -22,12 +23,8 @@ SlowSizes = Annotated[Mapping[str, Count], *_frozen]
 
 
 def _as_tuple(value: Any) -> Any:
-    """One mesh axis, several, or null for none."""
-    if value is None:
-        return ()
-    if isinstance(value, str):
-        return (value,)
-    return tuple(value) if isinstance(value, list) else value
+    """One mesh axis, several, or null for none; pydantic refuses anything else."""
+    return mesh_axes(value) if isinstance(value, str | list | None) else value
 
 
 Rules = Annotated[Mapping[str, Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]], *_frozen]

@@ -1,6 +1,5 @@
 """The checks of the arguments of a `Loader`, one function for each."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,8 @@ from jax.sharding import NamedSharding
 from shardtrain.data.rows import name_of
 from shardtrain.data.source import Source
 from shardtrain.errors import UserError
+from shardtrain.sharding import count_shards, mesh_axes
+from shardtrain.sharding.mesh import times
 
 
 def check_source(source: Any) -> None:
@@ -75,14 +76,13 @@ def check_divides(sharding: NamedSharding, shape: tuple[int, ...], what: str) ->
     Raises:
       UserError: one is not; names the dim.
     """
-    for dim, axes in enumerate(sharding.spec):
-        names = (axes,) if isinstance(axes, str) else tuple(axes or ())
-        parts = math.prod(sharding.mesh.shape[name] for name in names)
-        if shape[dim] % parts:
+    for dim, part in enumerate(sharding.spec):
+        shards = count_shards(sharding.mesh, part)
+        if shape[dim] % shards:
+            split = times({axis: sharding.mesh.shape[axis] for axis in mesh_axes(part)})
             raise UserError(
-                f"{what} has shape {shape}: dim {dim} of size {shape[dim]} must be divisible by the mesh axes "
-                f"{' x '.join(f'{name} {sharding.mesh.shape[name]}' for name in names)} = {parts}; "
-                f"use a multiple of {parts}, or a smaller mesh axis"
+                f"{what} has shape {shape}: dim {dim} of size {shape[dim]} must be divisible by the mesh axes {split}; "
+                f"use a multiple of {shards}, or a smaller mesh axis"
             )
 
 

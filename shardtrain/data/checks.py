@@ -30,7 +30,9 @@ def setting_problems(
     """Find settings that a type of data needs, or does not use.
 
     Args:
-      type: as for `open_source`, as are `path` and `tokenizer`.
+      type: as for `open_source`.
+      path: as for `open_source`.
+      tokenizer: as for `open_source`.
       is_kept: whether the run has kept the tokens of its text, and needs no files.
 
     Raises:

@@ -27,14 +27,14 @@ from shardtrain.data.checks import check_tokenizer
 from shardtrain.data.source import Source
 from shardtrain.data.tokenizer import Tokenizer
 from shardtrain.errors import UserError
-from shardtrain.host.import_path import blamed_on, find
+from shardtrain.host.import_path import accepts, blamed_on, find
 
 #: The required members of a `Source`.
 _PARTS = ("fingerprint", "vocab_size", "__len__", "__getitem__")
 
 
 def check_imported(type: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments to call the class with.
+    """Return the arguments to call the class with.
 
     Args:
       type: the import path.
@@ -44,7 +44,6 @@ def check_imported(type: str, fields: Mapping[str, Any]) -> dict[str, Any]:
       UserError: there is no such class, it needs another argument, or it does not take a setting that was given.
     """
     accepted = _parameters(type, _class(type))
-    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
     for name, parameter in accepted.items():
         optional = parameter.default is not parameter.empty or parameter.kind in (
             parameter.VAR_KEYWORD,
@@ -54,15 +53,15 @@ def check_imported(type: str, fields: Mapping[str, Any]) -> dict[str, Any]:
             rule = f"it needs {name!r}, which a config does not give"
             raise UserError("data.type", type, rule, f"it may take {', '.join(fields)}")
     for name in ("path", "tokenizer", "tokenizer_vocab"):
-        if fields[name] is not None and name not in accepted and not anything:
+        if fields[name] is not None and not accepts(accepted, name):
             key = "vocab_size" if name == "tokenizer_vocab" else name
             rule = f"it has no parameter {name!r}, and data.{key} is {fields[name]!r}"
             raise UserError("data.type", type, rule, f"remove data.{key}, or add the parameter")
-    return {name: value for name, value in fields.items() if anything or name in accepted}
+    return {name: value for name, value in fields.items() if accepts(accepted, name)}
 
 
 def open_imported(type: str, fields: Mapping[str, Any]) -> tuple[Source, Tokenizer | None]:
-    """Returns the source of an import path, and its tokenizer if it has one.
+    """Return the source of an import path, and its tokenizer if it has one.
 
     Args:
       type: the import path.

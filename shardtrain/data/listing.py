@@ -13,8 +13,6 @@ StrPath = str | os.PathLike[str]
 Paths = StrPath | Sequence[StrPath]
 Identity = tuple[int, int] | str
 
-_SHOWN = 200  # characters of a value in a message
-
 
 def text_files(paths: Paths) -> list[Path]:
     """Return the files that `paths` stand for: those of each path in turn, sorted, every file once.
@@ -105,12 +103,6 @@ def once(files: Iterable[Path]) -> list[Path]:
     for file in files:
         first.setdefault(_identity(file), file)
     return list(first.values())
-
-
-def shown(value: object) -> str:
-    """Return a path, or a list of paths, for a message; cut if it is long."""
-    text = str(value) if isinstance(value, str | os.PathLike) else repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text):,} characters)"
 
 
 def _identity(path: Path) -> Identity:

@@ -5,10 +5,10 @@ import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from shardtrain.data.listing import Paths, each, expand, once, shown, text_files
+from shardtrain.data.listing import Paths, each, expand, once, text_files
 from shardtrain.data.text_file import TextFile, UnreadableError
 from shardtrain.data.watch import Watch
-from shardtrain.errors import UserError
+from shardtrain.errors import UserError, shortened
 
 _log = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ def text_documents(paths: Paths) -> Iterator[TextFile]:
 
     Raises:
       UserError: a path matches no file; a file cannot be read or is not UTF-8 (names it, and the byte offset); a file
-        that is named itself is empty; or there is no text at all. Empty files in folders and globs hold no document.
+        that is named itself is empty; or there is no text at all.
     """
     files, named, empty = text_files(paths), set(map(Path, each(paths))), True
     for document in map(TextFile, files):
@@ -30,7 +30,7 @@ def text_documents(paths: Paths) -> Iterator[TextFile]:
         elif document.path in named:
             raise UserError(f"data.path {document.path}: the file is empty; write text to it, or leave it out")
     if empty:
-        named_paths = shown(", ".join(each(paths)))
+        named_paths = shortened(", ".join(each(paths)))
         raise UserError(f"data.path {named_paths}: all {len(files)} files are empty; write text to them")
 
 
@@ -72,7 +72,7 @@ def _present(paths: Paths) -> list[Path]:
         files = expand(path, may_be_none=True)
         found += files
         if not files:
-            _log.warning(f"data.path {shown(path)}: no file is left there; the run continues with its kept tokens")
+            _log.warning(f"data.path {shortened(path)}: no file is left there; the run continues with its kept tokens")
     return once(found)
 
 

@@ -11,7 +11,7 @@ from shardtrain.errors import UserError
 
 
 def tokenized(request: Request, documents: Callable[[], Iterable[Text]]) -> Kept:
-    """Tokenizes documents into the directory of a request, unless that was done before.
+    """Tokenize documents into the directory of a request, unless that was done before.
 
     Args:
       request: names directory and tokenizer.
@@ -36,5 +36,5 @@ def tokenized(request: Request, documents: Callable[[], Iterable[Text]]) -> Kept
 
 
 def windows(request: Request, kept: Kept) -> Opened:
-    """Returns rows of `request.seq_len` tokens, and the tokenizer."""
+    """Return rows of `request.seq_len` tokens, and the tokenizer."""
     return TokenWindows(kept.tokens, request.seq_len), kept.tokenizer

@@ -83,7 +83,7 @@ def software() -> dict[str, str]:
     """Return the versions of Python, of the packages behind a step and of this one, and JAX's variables."""
     found = {"Python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
     found |= {f"variable {name}": os.environ.get(name, _ABSENT) for name in VARIABLES}
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     files = sorted(package.rglob("*.py"))
     code = b"".join(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() for path in files)
     return found | {"source of shardtrain": _digest(code)}

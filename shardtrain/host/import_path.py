@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -57,6 +58,11 @@ def blamed_on(key: str, path: object) -> Iterator[None]:
     except Exception as error:
         error.add_note(f"{key} = {path}: this error comes from there; correct it, or name another")
         raise
+
+
+def accepts(parameters: Mapping[str, inspect.Parameter], name: str) -> bool:
+    """Whether a function with these parameters can be called with a keyword argument `name`."""
+    return name in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
 def module_names(package: ModuleType) -> list[str]:

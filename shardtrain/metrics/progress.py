@@ -8,7 +8,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Protocol, Self
 
 from rich.console import Console, Group
@@ -21,7 +20,10 @@ _QUIET_S = 30.0  # plain output is never silent for longer than this
 
 
 class Progress(Protocol):
-    """A display. Enter it, `update` it after each step, and leave it."""
+    """A display. Enter it, `update` it after each step, and leave it.
+
+    A loop shows messages from the thread that trains, and steps from another one.
+    """
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
         """Show the numbers of a finished `step`, counted from 1, so that the last is the total.
@@ -35,9 +37,7 @@ class Progress(Protocol):
     def __enter__(self) -> Self:
         """Start the display."""
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Stop the display, leaving the last numbers in view."""
 
 

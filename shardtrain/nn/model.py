@@ -9,7 +9,7 @@ import jax
 
 from shardtrain.nn.context import Context
 from shardtrain.nn.losses import Loss
-from shardtrain.nn.returned import checked_loss, checked_rows, refuse_sown
+from shardtrain.nn.returned import Sums, checked_loss, checked_rows, refuse_sown
 from shardtrain.nn.stack import Aux, Stack
 
 Batch = Mapping[str, jax.Array]
@@ -70,7 +70,9 @@ def forward(model: Model, batch: Batch, ctx: Context) -> tuple[Loss, Aux]:
       (10.0, ['cross_entropy'], {})
     """
     x, aux = model.blocks(embedded(model, batch, ctx), ctx)
-    return head_sums(model, x, batch, ctx), aux
+    sums = head_sums(model, x, batch, ctx)
+    loss, weight = sums.pop("loss")
+    return (loss, weight, sums), aux
 
 
 def embedded(model: Model, batch: Batch, ctx: Context) -> Any:
@@ -84,8 +86,8 @@ def embedded(model: Model, batch: Batch, ctx: Context) -> Any:
     return checked_rows(f"{type(model).__name__}.embedder", x, jax.tree.leaves(dict(batch))[0].shape[0])
 
 
-def head_sums(model: Model, x: Any, batch: Batch, ctx: Context) -> Loss:
-    """Run the model's head on the last block's output, and check the result.
+def head_sums(model: Model, x: Any, batch: Batch, ctx: Context) -> Sums:
+    """Run the model's head on the last block's output, and check the result: the loss, as `loss`, and metrics.
 
     Raises:
       UserError: the result is not `(loss_sum, weight_sum, metrics)`, or the name of a metric is taken.

@@ -69,8 +69,11 @@ def built(make: Any) -> nnx.Module:
     return module
 
 
-def checked_loss(function: str, returned: Any) -> tuple[jax.Array, jax.Array, Sums]:
-    """Check the `(loss_sum, weight_sum, metrics)` of a head or a loss function; returns it in at least float32.
+def checked_loss(function: str, returned: Any) -> Sums:
+    """Check the `(loss_sum, weight_sum, metrics)` of a head or a loss function.
+
+    Returns:
+      The metrics, preceded by the pair `loss`, in at least float32.
 
     Raises:
       UserError: it is something else, or the name of a metric is taken; names the function and the value.
@@ -82,7 +85,7 @@ def checked_loss(function: str, returned: Any) -> tuple[jax.Array, jax.Array, Su
         )
     loss, weight, metrics = returned
     loss, weight = _scalar(f"loss_sum of {function}", loss), _scalar(f"weight_sum of {function}", weight)
-    return loss, weight, checked_sums(function, "metric", metrics)
+    return {"loss": (loss, weight), **checked_sums(function, "metric", metrics)}
 
 
 def checked_block(function: str, x: Any, returned: Any) -> tuple[Any, Sums]:

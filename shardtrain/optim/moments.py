@@ -90,7 +90,7 @@ def with_moments(tx: optax.GradientTransformation, weights: Any, moments: Moment
 
 
 def blocks(weight: Weight) -> tuple[int, int] | None:
-    """Return which dim of a weight is cut into blocks, and their size; `None` if the weight has no blocks.
+    """Return which dim of a weight is divided into blocks, and their size; `None` if the weight has no blocks.
 
     A small weight has none, and neither has a dim without a suitable divisor. The result follows from the shape of one
     layer only, so checkpoints fit any mesh and any pipeline. Tokens differ in scale by their frequency, so no block
@@ -111,14 +111,14 @@ def encode(x: jax.Array, dim: int, block: int, noise: jax.Array | None) -> tuple
 
     Args:
       x: moments.
-      dim: the dim that is cut into blocks.
+      dim: the dim that is divided into blocks.
       block: size of a block.
       noise: for second moments, uniform in [0, 1) and of a shape that broadcasts to that of `x`; `None` for first
         moments, which are rounded to nearest.
     """
-    x_blocks = _cut(x, dim, block)
+    x_blocks = _in_blocks(x, dim, block)
     scale = jnp.abs(x_blocks).max(dim + 1, keepdims=True)
-    share = _uncut(x_blocks / jnp.where(scale > 0, scale, 1), dim)
+    share = _merged(x_blocks / jnp.where(scale > 0, scale, 1), dim)
     if noise is None:
         code = (jnp.sign(share) * jnp.round(127 * jnp.sqrt(jnp.abs(share)))).astype(jnp.int8)
     else:
@@ -133,7 +133,7 @@ def decode(code: jax.Array, scale: jax.Array, dim: int) -> jax.Array:
     """Return the float32 values of codes."""
     root = code.astype(jnp.float32) / (255 if code.dtype == jnp.uint8 else 127)
     share = jnp.square(jnp.square(root)) if code.dtype == jnp.uint8 else root * jnp.abs(root)
-    return _uncut(_cut(share, dim, code.shape[dim] // scale.shape[dim]) * jnp.expand_dims(scale, dim + 1), dim)
+    return _merged(_in_blocks(share, dim, code.shape[dim] // scale.shape[dim]) * jnp.expand_dims(scale, dim + 1), dim)
 
 
 def round_at_random(x: jax.Array, noise: jax.Array) -> jax.Array:
@@ -150,14 +150,14 @@ def _store(moments: Moments, count: jax.Array, path: Path, tree: Any, of: Any) -
     def one(leaf_path: Path, x: jax.Array, weight: Weight | None) -> Any:
         if weight is None or x.shape != weight.shape or moments == "float32":
             return x, optax.MaskedNode()
-        cut, noise = blocks(weight), None
-        if second and (cut or moments == "bfloat16"):
+        block, noise = blocks(weight), None
+        if second and (block or moments == "bfloat16"):
             # The same for all layers of a stack, and so independent of the layout of a pipeline.
             key = jax.random.fold_in(jax.random.key(zlib.crc32(dotted((*path, *leaf_path)).encode())), count)
             noise = jax.random.uniform(key, x.shape[weight.stack :])
         if moments == "bfloat16":
             return x.astype(jnp.bfloat16) if noise is None else round_at_random(x, noise), optax.MaskedNode()
-        return encode(x, *cut, noise) if cut else (x, optax.MaskedNode())
+        return encode(x, *block, noise) if block else (x, optax.MaskedNode())
 
     pairs = tree_map_with_path(one, tree, of)
     code, scale = (jax.tree.map(lambda _, pair, i=i: pair[i], tree, pairs) for i in (0, 1))
@@ -170,8 +170,8 @@ def _load(path: Path, tree: Any, of: Any) -> Any:
         return jax.tree.map(_wide, tree)
 
     def one(code: jax.Array, scale: Any, weight: Weight | None) -> jax.Array:
-        cut = None if weight is None or isinstance(scale, optax.MaskedNode) else blocks(weight)
-        return decode(code, scale, cut[0]) if cut else code
+        block = None if weight is None or isinstance(scale, optax.MaskedNode) else blocks(weight)
+        return decode(code, scale, block[0]) if block else code
 
     return jax.tree.map(one, tree.code, tree.scale, of.code)
 
@@ -202,9 +202,9 @@ def _wide(x: Any) -> Any:
     return x.astype(jnp.float32) if narrow else x
 
 
-def _cut(x: jax.Array, dim: int, block: int) -> jax.Array:
+def _in_blocks(x: jax.Array, dim: int, block: int) -> jax.Array:
     return x.reshape(*x.shape[:dim], x.shape[dim] // block, block, *x.shape[dim + 1 :])
 
 
-def _uncut(x: jax.Array, dim: int) -> jax.Array:
+def _merged(x: jax.Array, dim: int) -> jax.Array:
     return x.reshape(*x.shape[:dim], -1, *x.shape[dim + 2 :])

@@ -13,7 +13,7 @@ import optax
 from jax.tree_util import tree_map_with_path
 
 from shardtrain.errors import UserError, described, did_you_mean, refuse, require_kind
-from shardtrain.host.import_path import find
+from shardtrain.host.import_path import accepts, find
 from shardtrain.host.typed import is_number, typed
 from shardtrain.optim.moments import Moments, with_moments
 from shardtrain.optim.per_layer import abstract, over_layers, probe, slices
@@ -145,15 +145,14 @@ def option_problems(type: str, options: Mapping[str, Any]) -> Iterator[UserError
       UserError: there is no such optimizer.
     """
     accepted = inspect.signature(_factory(type)).parameters
-    anything = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-    if "learning_rate" not in accepted and not anything:
+    if not accepts(accepted, "learning_rate"):
         fix = "name a factory that takes one, such as optax.lamb"
         yield UserError("optimizer.type", type, "this factory takes no learning_rate", fix)
     for name, value in options.items():
         key = f"optimizer.options.{name}"
         if name in _DERIVED:
             yield UserError(key, value, f"{name} follows from {_DERIVED[name]}", "set those instead")
-        elif name not in accepted and not anything:
+        elif not accepts(accepted, name):
             fix = did_you_mean(name, sorted({*accepted} - {*_DERIVED}))
             yield UserError(key, value, f"{type} has no such option", fix)
         elif name in accepted and is_number(default := accepted[name].default):

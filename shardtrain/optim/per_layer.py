@@ -65,6 +65,7 @@ def probe(name: str, tx: optax.GradientTransformation, weights: Any, apart: bool
     Args:
       name: its name in errors.
       tx: made for `slices(weights)` if `apart`, else for `weights`.
+      weights: the weights, a tree of `Weight`.
       apart: whether `over_layers` will be applied to it.
 
     Raises:

@@ -33,9 +33,10 @@ from shardtrain.nn.returned import joined
 from shardtrain.nn.stack import Aux
 from shardtrain.pipeline.forward import OutputFunction, forward_only, stage_output
 from shardtrain.pipeline.idle import UNIFORM
+from shardtrain.pipeline.microbatches import microbatch
 from shardtrain.pipeline.phases import Carry, Phase, TableRow, backward_mode
 from shardtrain.pipeline.schedules import Program, Segment
-from shardtrain.pipeline.slots import buffer, microbatch, select, write, zeros_like
+from shardtrain.pipeline.slots import buffer, select, write, zeros_like
 from shardtrain.pipeline.stage import MicrobatchAtStage, StageFunctions
 from shardtrain.weights.precision import at_least_float32
 

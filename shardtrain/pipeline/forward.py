@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from shardtrain.nn.context import Context
 from shardtrain.nn.model import Batch
 from shardtrain.nn.stack import Aux
-from shardtrain.pipeline.phases import Carry, Phase, TableRow
-from shardtrain.pipeline.slots import masked, read, zeros_like
+from shardtrain.pipeline.phases import Carry, Phase, TableRow, stage_input
+from shardtrain.pipeline.slots import masked, zeros_like
 from shardtrain.pipeline.stage import MicrobatchAtStage, StageFunctions
 
 Tree = Any
@@ -29,8 +29,7 @@ def forward_only(stage: StageFunctions, output: OutputFunction) -> Phase:
     """
 
     def forward(carry: Carry, row: TableRow, mb: MicrobatchAtStage) -> Carry:
-        x = stage.when(mb.first, lambda: stage.embed(mb), read(carry["x"], row["F_x"]) if "F_x" in row else carry["y"])
-        y, sums = stage_output(stage, output, x, mb)
+        y, sums = stage_output(stage, output, stage_input(stage, carry, row, mb), mb)
         return carry | {"y": y, "sums": jax.tree.map(jnp.add, carry["sums"], sums)}
 
     return forward

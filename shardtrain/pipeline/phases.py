@@ -98,7 +98,7 @@ def save(stage: StageFunctions, example: MicrobatchAtStage) -> BackwardMode:
     halves = stage.split_forward_backward(example)
 
     def forward(carry: Carry, row: TableRow, mb: MicrobatchAtStage) -> Carry:
-        x = stage.when(mb.first, lambda: stage.embed(mb), read(carry["x"], row["F_x"]) if "F_x" in row else carry["y"])
+        x = stage_input(stage, carry, row, mb)
         (y, aux), residuals = halves.first(stage.params(mb), (x, mb))
         dy, totals = stage.loss(y, y, mb, _totals(carry))
         stored = {"r": write(carry["r"], row["F_r"], residuals), "g": write(carry["g"], row["F_g"], dy)}
@@ -121,9 +121,17 @@ def backward_mode(program: Program) -> Callable[[StageFunctions, MicrobatchAtSta
     return save if "F_r" in program.columns else remat
 
 
+def stage_input(stage: StageFunctions, carry: Carry, row: TableRow, mb: MicrobatchAtStage) -> Tree:
+    """Return the embedding on the first stage, and what another rank has sent on the others.
+
+    Where no stage ever receives anything from another, that is any value.
+    """
+    return stage.when(mb.first, lambda: stage.embed(mb), read(carry["x"], row["F_x"]) if "F_x" in row else carry["y"])
+
+
 def _forward(stage: StageFunctions) -> Phase:
     def forward(carry: Carry, row: TableRow, mb: MicrobatchAtStage) -> Carry:
-        x = stage.when(mb.first, lambda: stage.embed(mb), read(carry["x"], row["F_x"]))
+        x = stage_input(stage, carry, row, mb)
         # No stage waits for the output of the last one: B computes it again.
         y = stage.skip_unless(~mb.last, lambda: stage.forward(stage.params(mb), x, mb)[0], x)
         return carry | {"x": write(carry["x"], row["F_x"], x), "y": y}

@@ -35,11 +35,6 @@ def write(slots: Tree, slot: jax.Array, value: Tree) -> Tree:
     return jax.tree.map(put, slots, value)
 
 
-def microbatch(batch_M: Tree, m: jax.Array | int) -> Tree:
-    """Take microbatch `m` of leaves `[B / M, M, ...]`; its rows stay on the devices that held them in `[B, ...]`."""
-    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, m, 1, keepdims=False), batch_M)
-
-
 def read_at(a: jax.Array, *index: jax.Array | int) -> jax.Array:
     """Read `a[index]`, where `index` addresses the first dims."""
     shape = a.shape[len(index) :]

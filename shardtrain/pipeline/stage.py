@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from shardtrain.nn.context import Context
-from shardtrain.nn.losses import Loss
 from shardtrain.nn.model import Batch
+from shardtrain.nn.returned import Sums
 from shardtrain.nn.stack import Aux
 from shardtrain.pipeline.slots import add_at, masked, read_at, select
 from shardtrain.pipeline.split_function import SplitFunction, split_function
@@ -36,14 +36,14 @@ class ModelParts:
     Attributes:
       embed: `(shared, batch, ctx) -> x`, on the first stage.
       block: `(params of one layer, x, ctx) -> (x, aux)`.
-      head: `(shared, x, batch, ctx) -> (loss_sum, weight_sum, metrics)`, on the last stage.
+      head: `(shared, x, batch, ctx) -> {name: (sum, weight)}`, of the loss and metrics, on the last stage.
       remat: wraps a function so that its backward pass keeps only what the model's remat policy names.
       constrain: sets the sharding of the pytree `x` between stages.
     """
 
     embed: Callable[[Tree, Batch, Context], Tree]
     block: Callable[[Tree, Tree, Context], tuple[Tree, Aux]]
-    head: Callable[[Tree, Tree, Batch, Context], Loss]
+    head: Callable[[Tree, Tree, Batch, Context], Sums]
     remat: Callable[[Callable[..., Any]], Callable[..., Any]]
     constrain: Callable[[Tree], Tree] = lambda x: x
 
@@ -129,10 +129,9 @@ class StageFunctions:
         x, aux = jax.lax.scan(self.model.remat(layer), x, (params, mb.layers_k))
         return self.model.constrain(x), jax.tree.map(lambda a: a.sum(0), aux)
 
-    def head(self, shared: Tree, y: Tree, mb: MicrobatchAtStage) -> dict[str, tuple[jax.Array, jax.Array]]:
+    def head(self, shared: Tree, y: Tree, mb: MicrobatchAtStage) -> Sums:
         """Compute the loss and the metrics from the last stage's output `y`, as `{name: (sum, weight)}`."""
-        loss, weight, metrics = self.model.head(shared, y, mb.batch, self.context(mb))
-        return {"loss": (loss, weight), **metrics}
+        return self.model.head(shared, y, mb.batch, self.context(mb))
 
     def loss(self, y: Tree, g: Tree, mb: MicrobatchAtStage, totals: Totals) -> tuple[Tree, Totals]:
         """Return the gradient of the stage's output `y`, and `totals`.

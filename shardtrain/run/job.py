@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 from shardtrain.collectives.fsdp import GatheredBytes, gathered_bytes
 from shardtrain.config import RunConfig, check_devices, thaw
 from shardtrain.errors import UserError
+from shardtrain.host.import_path import accepts
 from shardtrain.launch.cpu_collectives import ordered
 from shardtrain.launch.devices import select_devices
 from shardtrain.launch.xla_flags import compiler_options, set_environment
@@ -25,7 +26,6 @@ from shardtrain.nn.sizes import flops_per_token
 from shardtrain.optim import lr_schedules, optimizer
 from shardtrain.pipeline import schedules
 from shardtrain.sharding import Partitioner, make_rules
-from shardtrain.sharding.mesh import MeshSpec
 from shardtrain.train.jitted_step import JittedStep, Metrics
 from shardtrain.train.loss_sums import LossFunction
 from shardtrain.train.model_def import ModelDef
@@ -150,9 +150,7 @@ def build(
     check_devices(config, len(devices))
     here = [device for device in devices if device.process_index == jax.process_index()]
     options = compiler_options(config.xla.preset, config.xla.options, (here or devices)[0])
-    sizes = config.mesh.model_dump()
-    max_replicated = sizes.pop("max_replicated")
-    mesh = MeshSpec(**sizes).build(devices)
+    mesh = config.mesh.spec().build(devices)
     partitioner = Partitioner(mesh, make_rules(config.rules))
     precision = _precision(config, devices[0])
     make, arguments = config.model.load(), config.model.arguments()
@@ -170,7 +168,7 @@ def build(
         idle=pipeline.idle,
     )
     report = sharding_report(model.weights, partitioner)
-    report.check(max_replicated)
+    report.check(config.mesh.max_replicated)
     tx, lr = _optimizer(config, model)
     whole = gathered_bytes(model.weights, partitioner) if ranks > 1 and pipeline.gather == "step" else None
     return Job(config, partitioner, model, precision, tx, lr, report, options, whole, loss)
@@ -209,8 +207,7 @@ def _require_contract(name: str, model: Any) -> None:
 
 def _takes(model: Any, name: str) -> bool:
     """Whether a class can be called with a keyword argument of that name."""
-    parameters = inspect.signature(model.__init__).parameters
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return accepts(inspect.signature(model.__init__).parameters, name)
 
 
 def _precision(config: RunConfig, device: jax.Device) -> Precision:

@@ -19,11 +19,11 @@ from shardtrain.host.closing import close_all
 from shardtrain.host.files import write_text
 from shardtrain.host.typed import typed
 from shardtrain.launch.compile_cache import use_cache
-from shardtrain.metrics import plot_loss
+from shardtrain.metrics import Progress, plot_loss
 from shardtrain.run.data import OpenedData, eval_batches, open_data, training_batches
 from shardtrain.run.job import Job, build
 from shardtrain.run.start import Start, newest_step, open_checkpoints, open_log
-from shardtrain.train.callbacks import Callback, Display, Values, check_callbacks
+from shardtrain.train.callbacks import Callback, Values, check_callbacks
 from shardtrain.train.generate import generate
 from shardtrain.train.loop import Loop
 from shardtrain.train.loss_sums import LossFunction, check_loss
@@ -32,14 +32,6 @@ from shardtrain.train.state import TrainState
 
 class Trainer:
     """A training loop with a run directory around it; made by `from_config`.
-
-    Args:
-      job: mesh, model, optimizer and step.
-      directory: the run directory.
-      loop: trains.
-      data: rows and tokenizer.
-      lock: on the run directory, held by process 0.
-      resumed_from: the step of the checkpoint from which the run was resumed, else `None`.
 
     Attributes:
       job: mesh, model, optimizer and step.
@@ -131,7 +123,7 @@ class Trainer:
         """Store the present state, unless it is stored already."""
         self.loop.save()
 
-    def fit(self, display: Display | None = None) -> TrainState:
+    def fit(self, display: Progress | None = None) -> TrainState:
         """Train to the end or until stopped, write `loss.png` and `sample.txt`, and release the run directory.
 
         For a finished run, only write the files that are missing because of a crash at its very end.

@@ -6,8 +6,8 @@ to the mesh.
 
 from shardtrain.sharding.ambient import constrain, current, gather_residual, shards, use
 from shardtrain.sharding.mesh import AXES, MeshSpec
-from shardtrain.sharding.partitioner import Partitioner, count_shards, mesh_axes
-from shardtrain.sharding.rules import DEFAULT_RULES, LogicalAxes, Rules, make_rules
+from shardtrain.sharding.partitioner import Partitioner, count_shards
+from shardtrain.sharding.rules import DEFAULT_RULES, LogicalAxes, Rules, make_rules, mesh_axes
 
 __all__ = [
     "AXES",

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from shardtrain.errors import UserError
-from shardtrain.sharding.mesh import divisors
+from shardtrain.sharding.mesh import divisors, times
 
 
 def check_dim(key: str, size: int, logical: str, split: Mapping[str, int], *, use: str = "") -> None:
@@ -57,9 +57,8 @@ def check_microbatches(key: str, count: int, rows: int, split: Mapping[str, int]
 
 
 def product(sizes: Mapping[str, int]) -> str:
-    """Sizes written as a product: `data 2 x fsdp 4 = 8`, or `tensor 4`."""
-    named = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
-    return named if len(sizes) < 2 else f"{named} = {math.prod(sizes.values())}"
+    """Write sizes as `times` does, but a single one without its value: `tensor 4`."""
+    return times(sizes) if len(sizes) > 1 else times(sizes).partition(" =")[0]
 
 
 def _multiples(size: int, of: int) -> str:

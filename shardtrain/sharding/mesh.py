@@ -53,9 +53,7 @@ class MeshSpec:
 
     def arithmetic(self) -> str:
         """The sizes that matter, written as a product: `fsdp 4 x tensor 2 = 8`."""
-        named = {axis: size for axis, size in self.sizes.items() if size not in (1, -1)} or {"data": 1}
-        product = math.prod(named.values())
-        return " x ".join(f"{axis} {size}" for axis, size in named.items()) + f" = {product}"
+        return times({axis: size for axis, size in self.sizes.items() if size not in (1, -1)} or {"data": 1})
 
     def resolve(self, devices: int, origin: str = "found") -> MeshSpec:
         """Fill in the axis of -1.
@@ -146,6 +144,11 @@ def mesh_problems(sizes: Mapping[str, int], slow: Mapping[str, int]) -> Iterator
         elif factor < 1 or (sizes[axis] > 0 and sizes[axis] % factor):
             rule = f"the part of an axis across the slow network must divide it, and mesh.{axis} is {sizes[axis]}"
             yield UserError(key, factor, rule, f"use one of {divisors(max(sizes[axis], 1))}")
+
+
+def times(sizes: Mapping[str, int]) -> str:
+    """Write sizes as a product, with its value: `data 2 x fsdp 4 = 8`."""
+    return f"{' x '.join(f'{axis} {size}' for axis, size in sizes.items())} = {math.prod(sizes.values())}"
 
 
 def interleave(devices: np.ndarray) -> np.ndarray:

@@ -13,16 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from shardtrain.errors import UserError, did_you_mean, require_kind
 from shardtrain.sharding.divide import check_dim
 from shardtrain.sharding.mesh import AXES
-from shardtrain.sharding.rules import LogicalAxes, Rules, make_rules
-
-
-def mesh_axes(part: str | Iterable[str] | None) -> tuple[str, ...]:
-    """Return the mesh axes of one entry of a `PartitionSpec`.
-
-    Args:
-      part: one axis, several, or `None` for none.
-    """
-    return (part,) if isinstance(part, str) else tuple(part or ())
+from shardtrain.sharding.rules import LogicalAxes, Rules, make_rules, mesh_axes
 
 
 def count_shards(mesh: Mesh | AbstractMesh, part: str | Iterable[str] | None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 from shardtrain.errors import UserError, did_you_mean, refuse
@@ -36,6 +36,15 @@ DEFAULT_RULES: Rules = MappingProxyType(
 )
 
 
+def mesh_axes(part: str | Iterable[str] | None) -> tuple[str, ...]:
+    """Return the mesh axes of a row of the rules, or of an entry of a `PartitionSpec`.
+
+    Args:
+      part: one axis, several, or `None` for none.
+    """
+    return (part,) if isinstance(part, str) else tuple(part or ())
+
+
 @typed
 def make_rules(overrides: Mapping[str, str | Sequence[str] | None] = MappingProxyType({})) -> Rules:
     """Make the default table with some rows replaced.
@@ -48,7 +57,7 @@ def make_rules(overrides: Mapping[str, str | Sequence[str] | None] = MappingProx
     """
     table = dict(DEFAULT_RULES)
     for name, value in overrides.items():
-        table[name] = () if value is None else (value,) if isinstance(value, str) else tuple(value)
+        table[name] = mesh_axes(value)
         refuse(row_problems(name, table[name]))
     if "seq_residual" not in overrides:
         axes = dict.fromkeys([*table["seq"], *DEFAULT_RULES["seq_residual"][1:]])

@@ -1,9 +1,9 @@
-"""The observers of a run while it trains: callbacks and a display."""
+"""A user's own metrics of a run while it trains."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
@@ -50,16 +50,6 @@ def check_callbacks(callbacks: Iterable[Any]) -> None:
     """
     for callback in callbacks:
         require_kind("a callback", callback, Callback, "make a subclass of shardtrain.Callback, and pass an instance")
-
-
-class Display(Protocol):
-    """A display of progress. The thread that trains shows messages, another one shows steps."""
-
-    def update(self, step: int, values: Mapping[str, float]) -> None:
-        """Show the metrics of a step."""
-
-    def message(self, text: str) -> None:
-        """Show a line."""
 
 
 def join(values: dict, more: Mapping, callback: Callback, hook: str) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 from shardtrain.checkpoint import Checkpointer
 from shardtrain.data import Loader
 from shardtrain.host.closing import close_all
-from shardtrain.metrics import Background, MetricsLog
+from shardtrain.metrics import Background, MetricsLog, Progress
 from shardtrain.nn.model import Batch
-from shardtrain.train.callbacks import Callback, Display, Values, check_callbacks, join
+from shardtrain.train.callbacks import Callback, Values, check_callbacks, join
 from shardtrain.train.evaluation import EvalStep, Evaluation, InterruptedEvaluationError
 from shardtrain.train.jitted_step import Compilable, Metrics
 from shardtrain.train.skipped_steps import SkippedSteps
@@ -80,7 +80,7 @@ class Loop:
         unevaluated: Values | None = None,
     ):
         self.state, self.train_step, self.batches = state, train_step, batches
-        self.steps, self.speed, self.should_stop = steps, speed, should_stop
+        self.steps, self.should_stop = steps, should_stop
         self.canonical = canonical
         self.checkpointer, self.checkpoint_every, self.extra = checkpointer, checkpoint_every, dict(extra or {})
         self.eval_every = eval_every
@@ -93,11 +93,11 @@ class Loop:
         self._evaluation = None
         if eval_step is not None and eval_batches is not None:
             self._evaluation = Evaluation(eval_step, eval_batches, self.callbacks)
-        self._display: Display | None = None
+        self._display: Progress | None = None
         self._skipped = SkippedSteps(max_skipped, self.step, self._warn)
         self._timer = StepTimer(speed)
 
-    def fit(self, display: Display | None = None) -> TrainState:
+    def fit(self, display: Progress | None = None) -> TrainState:
         """Train to the last step, or until `should_stop`; returns the final state.
 
         Args:

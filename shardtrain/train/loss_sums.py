@@ -1,4 +1,4 @@
-"""Sums of a batch before they become means: of losses, metrics, auxiliary terms and gradients; and microbatches.
+"""Sums of a batch before they become means: of losses, metrics, auxiliary terms and gradients.
 
 A mean is one quotient over the global batch. Until then sums and their weights stay apart, so that they can be added
 over microbatches and devices however many rows each of them has.
@@ -20,7 +20,6 @@ from shardtrain.nn.losses import Loss
 from shardtrain.nn.model import Batch
 from shardtrain.nn.returned import Sums
 from shardtrain.sharding import Partitioner
-from shardtrain.sharding.divide import check_microbatches
 from shardtrain.weights.precision import at_least_float32
 from shardtrain.weights.weight import Weight
 
@@ -62,6 +61,7 @@ def aux_scales(weights: Callable[[], tuple[jax.Array, dict[str, jax.Array]]], to
     Args:
       weights: computes the weight of the loss and those of the auxiliary sums, of this region's rows, by a forward
         pass. They depend on the batch alone; the compiler drops the rest.
+      total: adds them up over the devices that have rows of their own.
     """
     return weight_ratios(*weights(), total) if jax.eval_shape(weights)[1] else {}
 
@@ -89,17 +89,3 @@ def widened(grads: Tree, weights: Tree, partitioner: Partitioner) -> Tree:
         return partitioner.constrain(grad.astype(at_least_float32(grad.dtype)), *weight.axes)
 
     return jax.tree.map(one, grads, weights)
-
-
-def microbatches(batch: Batch, count: int, key: str = "optimizer.accumulate") -> Batch:
-    """`[B, ...]` leaves as `[B / count, count, ...]`: microbatch m is the rows `m::count`, so no row moves.
-
-    Raises:
-      UserError: the number of rows is not divisible by `count`.
-    """
-
-    def split(a: jax.Array) -> jax.Array:
-        check_microbatches(key, count, a.shape[0])
-        return a.reshape(a.shape[0] // count, count, *a.shape[1:])
-
-    return jax.tree.map(split, batch)

@@ -21,12 +21,14 @@ from shardtrain.pipeline.executor import pipeline_forward, pipeline_gradients
 from shardtrain.pipeline.forward import OutputFunction
 from shardtrain.pipeline.idle import CheckedStep
 from shardtrain.pipeline.layers import check_accumulate, check_ranks, layer_table
+from shardtrain.pipeline.microbatches import microbatches
 from shardtrain.pipeline.phases import BackwardName, check_backward
 from shardtrain.pipeline.schedules import Schedule, allocate, bubble_warning, check_trains, forward, simulate
 from shardtrain.pipeline.stage import StageFunctions
 from shardtrain.sharding import Partitioner
-from shardtrain.train.loss_sums import LossFunction, aux_scales, microbatches, row_axes, widened
-from shardtrain.train.split_module import SplitModule, Tree, join_layers, split_layers
+from shardtrain.train.loss_sums import LossFunction, aux_scales, row_axes, widened
+from shardtrain.train.model_parts import join_layers, model_parts, split_layers
+from shardtrain.train.split_module import SplitModule, Tree
 from shardtrain.weights.layout import Layout
 
 if TYPE_CHECKING:
@@ -137,7 +139,8 @@ class PipelinedModel:
             # All layers are alike, so one stands for all of them.
             parts, shared, ctx = stage.model, stage.shared, stage.ctx
             x, aux = parts.block(jax.tree.map(lambda a: a[0, 0], stage.stacked), parts.embed(shared, batch, ctx), ctx)
-            return parts.head(shared, x, batch, ctx)[1], {n: w * self._layout.n_layers for n, (_, w) in aux.items()}
+            weight = parts.head(shared, x, batch, ctx)["loss"][1]
+            return weight, {name: w * self._layout.n_layers for name, (_, w) in aux.items()}
 
         weights_stacked, weights_shared = split_layers(self.weights)
         of_rank = jax.tree.map(lambda w: dataclasses.replace(w, axes=(w.axes[0], *w.axes[2:])), weights_stacked)
@@ -165,8 +168,7 @@ class PipelinedModel:
         """
 
         def sums(shared: Tree, y: Any, batch: Batch, ctx: Context) -> Sums:
-            loss, weight, metrics = head_sums(self.module.outline(shared), y, batch, ctx)
-            return {"loss": (loss, weight), **metrics}
+            return head_sums(self.module.outline(shared), y, batch, ctx)
 
         most = self.program.schedule.microbatches
         return joined(*self._forward(state.params, batch, partitioner, most, sums, added=True))
@@ -211,7 +213,8 @@ class PipelinedModel:
             count = next(m for m in range(min(most, rows), 0, -1) if rows % m == 0)
             stage = dataclasses.replace(self._stage(params, batch, self.module.context(batch)), skip=skip)
             program = allocate(forward(self.program.schedule, count))
-            found = pipeline_forward(program, self.layers_CRk, stage, microbatches(batch, count), result)
+            batch_M = microbatches(batch, count, "pipeline.microbatches")
+            found = pipeline_forward(program, self.layers_CRk, stage, batch_M, result)
             return jax.lax.psum(found, manual) if manual and added else found
 
         rows = PartitionSpec(manual or None)
@@ -228,7 +231,7 @@ class PipelinedModel:
         """The functions and parameters of this rank's stages."""
         stacked, shared = split_layers(params)
         mine = jax.tree.map(lambda a: a[:, 0], stacked)  # [chunks, 1, k, ...]: the only rank here is this one
-        parts = self.module.parts(partial(constrain_residual, inputs=batch))
+        parts = model_parts(self.module, partial(constrain_residual, inputs=batch))
         return StageFunctions(parts, mine, shared, ctx, skip=self.skip)
 
 

@@ -12,17 +12,11 @@ from flax import nnx
 
 from shardtrain.errors import UserError
 from shardtrain.nn.context import Context
-from shardtrain.nn.model import embedded, head_sums
 from shardtrain.nn.param import describe
-from shardtrain.nn.remat import rematerialized
 from shardtrain.nn.returned import built
-from shardtrain.pipeline.stage import ModelParts
 from shardtrain.weights.paths import dotted, flatten
 
 Tree = dict[str, Any]  # nested dicts with str keys
-
-#: Where `nn.Model` keeps the parameters of its layers.
-_LAYER = ("blocks", "layer")
 
 
 class SplitModule:
@@ -30,22 +24,21 @@ class SplitModule:
 
     Args:
       make: builds the module from `nnx.Rngs`. Called abstractly here, and again inside jit by `draw`.
-      replicate_unannotated: accept weights without logical axes, and replicate them. By default a module opts in with
-        an attribute of that name.
+      replicate_unannotated: see `ModelDef`.
 
     Attributes:
+      params: the parameters, as shapes.
       canonical_weights: a `Weight` per parameter, with the layers of a `Stack` as `[layers, ...]`.
 
     Raises:
-      UserError: a `make` that builds no module from `nnx.Rngs`, or one that keeps bare arrays; weights without logical
-        axes in a module that did not opt in, or with the axes of a mesh; names them.
+      UserError: as `ModelDef` without a schedule.
     """
 
     def __init__(self, make: Callable[[nnx.Rngs], nnx.Module], *, replicate_unannotated: bool | None = None):
         module = built(make)
         self.make = make
-        self.graph, self._params, self._rngs, self._other = _split(module)
-        self.canonical_weights: Tree = _nested(self._params, describe)
+        self.graph, self.params, self._rngs, self._other = _split(module)
+        self.canonical_weights: Tree = _nested(self.params, describe)
         _refuse_mesh_axes(self.canonical_weights)
         if replicate_unannotated is None:
             replicate_unannotated = getattr(module, "replicate_unannotated", False)
@@ -61,27 +54,10 @@ class SplitModule:
         """The context of a batch, which all parts of the module receive."""
         return Context(inputs=batch, key=key, train=train)
 
-    def parts(self, constrain: Callable[[Any], Any]) -> ModelParts:
-        """The module as the pure functions that a pipeline runs."""
-        layer = [(path, variable) for path, variable in nnx.to_flat_state(self._params) if path[:2] == _LAYER]
-        blocks = self.outline({}).blocks
-
-        def of_layer(params: Tree) -> nnx.State:
-            flat = flatten(params)
-            return nnx.from_flat_state([(path[2:], v.replace(flat[dotted(path[2:])])) for path, v in layer])
-
-        return ModelParts(
-            embed=lambda shared, batch, ctx: embedded(self.outline(shared), batch, ctx),
-            block=lambda params, x, ctx: blocks.apply_block(of_layer(params), x, ctx),
-            head=lambda shared, x, batch, ctx: head_sums(self.outline(shared), x, batch, ctx),
-            remat=lambda body: rematerialized(body, blocks.remat),
-            constrain=constrain,
-        )
-
     def outline(self, shared: Tree) -> Any:
         """The module with the parameters in `shared`, and shapes for all others."""
         flat = flatten(shared)
-        weights = nnx.to_flat_state(self._params)
+        weights = nnx.to_flat_state(self.params)
         filled = [(path, v.replace(flat[dotted(path)]) if dotted(path) in flat else v) for path, v in weights]
         with nnx.use_eager_sharding(False):
             return nnx.merge(self.graph, nnx.from_flat_state(filled), self._rngs, self._other)
@@ -118,7 +94,7 @@ class SplitModule:
         with nnx.use_eager_sharding(False):
             return nnx.merge(
                 self.graph,
-                _filled(self._params, params),
+                _filled(self.params, params),
                 nnx.from_flat_state(rngs),
                 _filled(self._other, model_state),
             )
@@ -126,17 +102,6 @@ class SplitModule:
     def model_state(self, module: nnx.Module) -> Tree:
         """The variables in `mutable` after the forward pass of a module that `merge` made."""
         return _nested(_split(module)[-1], lambda v: v[...])
-
-
-def split_layers(params: Tree) -> tuple[Tree, Tree]:
-    """The parameters of the layers, and all others."""
-    blocks = params["blocks"]
-    return blocks["layer"], {**params, "blocks": {name: tree for name, tree in blocks.items() if name != "layer"}}
-
-
-def join_layers(stacked: Tree, shared: Tree) -> Tree:
-    """The inverse of `split_layers`."""
-    return {**shared, "blocks": {**shared["blocks"], "layer": stacked}}
 
 
 def _refuse_mesh_axes(weights: Tree) -> None:

@@ -137,18 +137,7 @@ def make_eval_step(
     Under a pipeline, too, each rank applies its own layers; where the rows are not divisible by the schedule's
     microbatches, there are fewer microbatches.
 
-    Args:
-      model: as for `make_train_step`.
-      partitioner: as for `make_train_step`.
-      loss: as for `make_train_step`.
-      compiler_options: as for `make_train_step`.
-      debug: as for `make_train_step`.
-
-    Returns:
-      A `jax.jit` function that explains mistakes; the sums are scalars.
-
-    Raises:
-      UserError: as `make_train_step`.
+    The arguments and the mistakes that are refused are those of `make_train_step`. The sums are scalars.
     """
     _check(model, loss, partitioner)
 

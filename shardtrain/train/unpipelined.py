@@ -11,11 +11,12 @@ from jax.sharding import Mesh
 
 from shardtrain.collectives.fsdp import Gather
 from shardtrain.errors import UserError
-from shardtrain.nn.model import Batch, Model, embedded, forward
+from shardtrain.nn.model import Batch, Model, embedded, head_sums
 from shardtrain.nn.returned import Sums, checked_loss, joined, refuse_sown
-from shardtrain.pipeline.slots import microbatch, zeros_like
+from shardtrain.pipeline.microbatches import microbatch, microbatches
+from shardtrain.pipeline.slots import zeros_like
 from shardtrain.sharding import Partitioner
-from shardtrain.train.loss_sums import LossFunction, aux_scales, microbatches, nonzero, weight_ratios, widened
+from shardtrain.train.loss_sums import LossFunction, aux_scales, nonzero, weight_ratios, widened
 from shardtrain.train.split_module import SplitModule, Tree
 
 if TYPE_CHECKING:
@@ -119,17 +120,16 @@ class UnpipelinedModel:
         if accumulate == 1:
             grads, (sums, new_state) = gradient(batch, key)
             return grads, sums, new_state
-        micro = microbatches(batch, accumulate)
+        batch_M = microbatches(batch, accumulate, "optimizer.accumulate")
 
         def body(carry: Any, index: jax.Array) -> tuple[Any, None]:
             # Contract models draw their bits from row numbers; only a module's own streams need another key.
             own = key if loss is None else jax.random.fold_in(key, index)
-            grads, (sums, _) = gradient(microbatch(micro, index), own)
+            grads, (sums, _) = gradient(microbatch(batch_M, index), own)
             return jax.tree.map(jnp.add, carry, (grads, sums)), None
 
-        shapes = jax.eval_shape(lambda: gradient(microbatch(micro, 0), key))
-        zeros = zeros_like((shapes[0], shapes[1][0]))
-        zeros = (widened(zeros[0], self.weights, options.partitioner), zeros[1])
+        grads, (sums, _) = zeros_like(jax.eval_shape(lambda: gradient(microbatch(batch_M, 0), key)))
+        zeros = (widened(grads, self.weights, options.partitioner), sums)
         (grads, sums), _ = jax.lax.scan(body, zeros, jnp.arange(accumulate))
         return grads, sums, model_state
 
@@ -169,11 +169,13 @@ class UnpipelinedModel:
         module = self.module.merge(params, model_state, key)
         ctx = self.module.context(batch, key, train=train)
         if loss is None:
-            (loss_sum, weight, metrics), aux = forward(cast(Model, module), batch, ctx)
+            model = cast(Model, module)
+            x, aux = model.blocks(embedded(model, batch, ctx), ctx)
+            sums = head_sums(model, x, batch, ctx)
         else:
             module.train() if train else module.eval()
             name = getattr(loss, "__name__", type(loss).__name__)
             returned, aux = loss(module, batch, ctx), {}
             refuse_sown(module)
-            loss_sum, weight, metrics = checked_loss(f"the loss function {name}", returned)
-        return {"loss": (loss_sum, weight), **metrics}, aux, self.module.model_state(module)
+            sums = checked_loss(f"the loss function {name}", returned)
+        return sums, aux, self.module.model_state(module)

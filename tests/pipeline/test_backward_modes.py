@@ -21,7 +21,7 @@ from shardtrain.pipeline.stage import MicrobatchAtStage, StageFunctions
 from shardtrain.sharding import use
 from shardtrain.train.gradients import Gradients
 from shardtrain.train.model_def import ModelDef
-from shardtrain.train.split_module import split_layers
+from shardtrain.train.model_parts import model_parts, split_layers
 from shardtrain.train.state import init_state
 
 F64 = nn.Precision(jnp.float64, jnp.float64, jnp.float64)
@@ -182,7 +182,7 @@ def work(remat: str, skip: bool = False):
 
     def parts(stacked, shared, key):
         one = StageFunctions(
-            model.parts(lambda x: x),
+            model_parts(model, lambda x: x),
             jax.tree.map(lambda a: a[None], stacked),
             shared,
             nn.Context(batch, key=key, train=True),

@@ -6,5 +6,5 @@ from shardtrain.data.tokenized import tokenized, windows
 
 
 def open_rows(request: Request) -> Opened:
-    """Opens the text, tokenized into `request.directory`."""
+    """Open the text, tokenized into `request.directory`."""
     return windows(request, tokenized(request, corpus_documents))

@@ -5,5 +5,5 @@ from shardtrain.data.synthetic import SyntheticTokens
 
 
 def open_rows(request: Request) -> Opened:
-    """Opens the rows of `request.seed`."""
+    """Open the rows of `request.seed`."""
     return SyntheticTokens(seq_len=request.seq_len, vocab_size=request.vocab_size, seed=request.seed), None

@@ -6,7 +6,7 @@ from shardtrain.data.tokenized import tokenized, windows
 
 
 def open_rows(request: Request) -> Opened:
-    """Opens the text of `request.path`, tokenized into `request.directory`; afterwards the files may be missing."""
+    """Open the text of `request.path`, tokenized into `request.directory`; afterwards the files may be missing."""
     kept = tokenized(request, lambda: text_documents(request.path or ()))
     if request.path is not None:
         check_unchanged(request.path, kept.documents, request.watch)

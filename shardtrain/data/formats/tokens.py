@@ -6,6 +6,6 @@ from shardtrain.data.tokens import TokenWindows, open_tokens
 
 
 def open_rows(request: Request) -> Opened:
-    """Opens the windows of the file at `request.path`."""
+    """Open the windows of the file at `request.path`."""
     (path,) = each(request.path or ())
     return TokenWindows(open_tokens(path, request.watch), request.seq_len), None

@@ -10,7 +10,6 @@ from shardtrain.host.import_path import modules_of
 from shardtrain.pipeline.schedules.buffers import Program, Segment, allocate
 from shardtrain.pipeline.schedules.build import ring, tabulate, vee, weights_last
 from shardtrain.pipeline.schedules.check import check, check_trains
-from shardtrain.pipeline.schedules.check_program import check_program
 from shardtrain.pipeline.schedules.csv_file import from_csv, to_csv
 from shardtrain.pipeline.schedules.forward import forward
 from shardtrain.pipeline.schedules.registry import Entry, get, make, published_order, register, registered
@@ -29,7 +28,6 @@ __all__ = [
     "allocate",
     "bubble_warning",
     "check",
-    "check_program",
     "check_trains",
     "forward",
     "from_csv",

@@ -4,13 +4,13 @@ import itertools
 
 import numpy as np
 import pytest
+from schedules.check_program import check_program
 from schedules.tokens import runs
 
 from shardtrain.errors import UserError
 from shardtrain.pipeline.schedules import (
     Schedule,
     allocate,
-    check_program,
     check_trains,
     forward,
     from_csv,

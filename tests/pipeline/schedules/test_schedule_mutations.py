@@ -5,6 +5,7 @@ import random
 
 import numpy as np
 import pytest
+from schedules.check_program import check_program
 from schedules.tokens import BUILT_IN, runs
 
 from shardtrain.errors import UserError
@@ -13,7 +14,6 @@ from shardtrain.pipeline.schedules import (
     Schedule,
     allocate,
     check,
-    check_program,
     forward,
     make,
     published_order,

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from schedules.check_program import check_program
 from schedules.tokens import BUILT_IN, runs
 
 from shardtrain.errors import UserError
@@ -12,7 +13,6 @@ from shardtrain.pipeline import schedules
 from shardtrain.pipeline.schedules import (
     Schedule,
     allocate,
-    check_program,
     make,
     published_order,
     register,
