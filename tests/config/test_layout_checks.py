@@ -108,7 +108,7 @@ def test_a_pipeline_that_does_not_fit(problems):
 
 def test_a_pipeline_schedule_that_does_not_exist(problems):
     found = problems("mesh={pipe: 2, data: 4}", "pipeline.schedule=1f2b", "pipeline.microbatches=2")
-    assert "did you mean 1f1b?" in found["pipeline.schedule"].rule
+    assert "did you mean 1f1b?" in found["pipeline.schedule"].fix
     found = problems("mesh={pipe: 2, data: 4}", "pipeline.schedule=zb_v", "pipeline.microbatches=2")
     assert "needs 2" in found["pipeline.schedule"].rule
 
