@@ -198,7 +198,8 @@ def ended(process: int) -> int:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.02)
     os.kill(process, signal.SIGKILL)
-    os.waitpid(process, 0)
+    used = os.wait4(process, 0)[2]
+    print(f"over {LIMIT_S} s, {used.ru_utime + used.ru_stime:.0f} s of them on a CPU", flush=True)  # few if it hung
     return -signal.SIGKILL
 
 

@@ -19,7 +19,7 @@ from shardtrain.config import load_config
         ("run.name=a/b", "letters", "quickstart"),
         ("devices.platform=gpu", "'auto', 'cpu' or 'cuda'", "cuda"),
         ("mesh=8", "section", "island, pipe, data, fsdp"),
-        ("mesh.fsdp=-2", "greater than or equal to -1", "default: 1"),
+        ("mesh.fsdp=-2", "1 or more, or -1", "use 1"),
         ("mesh.slow.data=x", "must be an integer", "whole number"),
         ("mesh.slow.data=0", "greater than or equal to 1", ""),
         ("rules=a", "must be a mapping", "{a: 1}"),
