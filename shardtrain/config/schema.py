@@ -126,6 +126,8 @@ class Optimizer(Section):
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     weight_decay: Fraction = 0.1
     decay_roles: tuple[Role, ...] = ("matrix", "embedding", "head", "router")
+    trains: tuple[str, ...] = ("*",)  # the weights that may train: paths, with * for any text, or role:NAME
+    freeze: tuple[str, ...] = ()  # the weights that do not
     accumulate: Count = 1  # microbatches per step
     per_layer: bool | None = None  # update each stacked layer separately; default: where the optimizer needs it
     moments: Moments | None = None  # how its state is stored; default: like the weights

@@ -18,6 +18,7 @@ from shardtrain.optim.per_layer import abstract, over_layers, probe, slices
 from shardtrain.weights.layout import shardings_like
 from shardtrain.weights.paths import Path, dotted
 from shardtrain.weights.precision import at_least_float32
+from shardtrain.weights.trained import trained
 from shardtrain.weights.weight import Role, Weight
 
 Transform: TypeAlias = optax.GradientTransformation
@@ -61,7 +62,7 @@ def optimizer(
     Args:
       type: `adamw`, `lion`, `sgd`, `adafactor`, `muon` (arXiv:2502.16982; matrices by role, AdamW for the
         rest), or the import path of an optax-like factory: `optax.lamb`, `package.module:factory`.
-      weights: nested dicts of `Weight`, congruent with the params.
+      weights: nested dicts of `Weight`, congruent with the params. Frozen ones are left out.
       lr: learning rate, or a schedule over the number of updates made so far.
       clip_norm: largest norm of the whole gradient, over all weights together.
       weight_decay: 0 means none.
@@ -78,6 +79,7 @@ def optimizer(
     require_kind("optimizer type", type, str, "give a name such as adamw, or an import path such as 'optax.lamb'")
     for weight in jax.tree.leaves(weights) or [None]:
         require_kind("what optimizer is given as weights", weight, Weight, "pass model.weights of your ModelDef")
+    weights = trained(weights, weights)
     if not callable(lr):
         require_kind("optimizer lr", lr, (float, int), "give a positive number, or a schedule of the step")
     factory = _factory(type)

@@ -168,6 +168,8 @@ def build(
         else schedules.make(pipeline.schedule, ranks, pipeline.microbatches, pipeline.chunks),
         backward=pipeline.backward,
         idle=pipeline.idle,
+        trains=config.optimizer.trains,
+        freeze=config.optimizer.freeze,
     )
     report = sharding_report(model.weights, partitioner)
     report.check(max_replicated)

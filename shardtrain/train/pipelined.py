@@ -28,6 +28,7 @@ from shardtrain.sharding import Partitioner
 from shardtrain.train.loss_sums import LossFunction, aux_scales, microbatches, row_axes, widened
 from shardtrain.train.split_module import SplitModule, Tree, join_layers, split_layers
 from shardtrain.weights.layout import Layout
+from shardtrain.weights.trained import trained
 
 if TYPE_CHECKING:
     from shardtrain.train.gradients import Gradients
@@ -139,7 +140,7 @@ class PipelinedModel:
             x, aux = parts.block(jax.tree.map(lambda a: a[0, 0], stage.stacked), parts.embed(shared, batch, ctx), ctx)
             return parts.head(shared, x, batch, ctx)[1], {n: w * self._layout.n_layers for n, (_, w) in aux.items()}
 
-        weights_stacked, weights_shared = split_layers(self.weights)
+        weights_stacked, weights_shared = split_layers(trained(self.weights, self.weights))
         of_rank = jax.tree.map(lambda w: dataclasses.replace(w, axes=(w.axes[0], *w.axes[2:])), weights_stacked)
 
         def constrain_gradients(stacked: Tree, shared: Tree) -> tuple[Tree, Tree]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from shardtrain.nn.remat import rematerialized
 from shardtrain.nn.returned import built
 from shardtrain.pipeline.stage import ModelParts
 from shardtrain.weights.paths import dotted, flatten
+from shardtrain.weights.trained import ALL, marked, trained
 
 Tree = dict[str, Any]  # nested dicts with str keys
 
@@ -32,16 +33,25 @@ class SplitModule:
       make: builds the module from `nnx.Rngs`. Called abstractly here, and again inside jit by `draw`.
       replicate_unannotated: accept weights without logical axes, and replicate them. By default a module opts in with
         an attribute of that name.
+      trains: patterns of the weights that may train, see `weights.trained.marked`.
+      freeze: patterns of the weights that do not.
 
     Attributes:
       canonical_weights: a `Weight` per parameter, with the layers of a `Stack` as `[layers, ...]`.
 
     Raises:
       UserError: a `make` that builds no module from `nnx.Rngs`, or one that keeps bare arrays; weights without logical
-        axes in a module that did not opt in, or with the axes of a mesh; names them.
+        axes in a module that did not opt in, or with the axes of a mesh; names them. A pattern that matches no weight.
     """
 
-    def __init__(self, make: Callable[[nnx.Rngs], nnx.Module], *, replicate_unannotated: bool | None = None):
+    def __init__(
+        self,
+        make: Callable[[nnx.Rngs], nnx.Module],
+        *,
+        replicate_unannotated: bool | None = None,
+        trains: Sequence[str] = ALL,
+        freeze: Sequence[str] = (),
+    ):
         module = built(make)
         self.make = make
         self.graph, self._params, self._rngs, self._other = _split(module)
@@ -56,6 +66,7 @@ class SplitModule:
                 f"{', ...' if len(bare) > 4 else ''}), so they could not be sharded; declare them with nn.param or "
                 "nnx.with_partitioning, or set replicate_unannotated = True on the model to keep them whole everywhere"
             )
+        self.canonical_weights = marked(self.canonical_weights, trains, freeze)
 
     def context(self, batch: Mapping[str, jax.Array], key: jax.Array | None = None, *, train: bool = False) -> Context:
         """The context of a batch, which all parts of the module receive."""
@@ -65,6 +76,7 @@ class SplitModule:
         """The module as the pure functions that a pipeline runs."""
         layer = [(path, variable) for path, variable in nnx.to_flat_state(self._params) if path[:2] == _LAYER]
         blocks = self.outline({}).blocks
+        of_layers, of_shared = split_layers(self.canonical_weights)
 
         def of_layer(params: Tree) -> nnx.State:
             flat = flatten(params)
@@ -76,6 +88,8 @@ class SplitModule:
             head=lambda shared, x, batch, ctx: head_sums(self.outline(shared), x, batch, ctx),
             remat=lambda body: rematerialized(body, blocks.remat),
             constrain=constrain,
+            trained_layer=lambda params: trained(params, of_layers),
+            trained_shared=lambda shared: trained(shared, of_shared),
         )
 
     def outline(self, shared: Tree) -> Any:

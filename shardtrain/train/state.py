@@ -17,6 +17,7 @@ from shardtrain.train.model_def import ModelDef
 from shardtrain.train.split_module import Tree
 from shardtrain.weights.layout import shardings_like
 from shardtrain.weights.paths import dotted
+from shardtrain.weights.trained import trained
 from shardtrain.weights.weight import Weight
 
 
@@ -29,7 +30,7 @@ class TrainState:
       step: int32 scalar, number of updates tried so far.
       params: the model's weights, nested dicts.
       model_state: other variables that the forward pass changes (BatchNorm statistics, ...); usually empty.
-      opt_state: the optimizer's own state.
+      opt_state: the optimizer's own state, of the weights that train.
       skipped: int32 scalar, number of updates skipped because loss or gradient was not finite.
       skipped_in_row: the same, since the last applied update.
     """
@@ -59,8 +60,9 @@ def abstract_state(model: ModelDef, tx: optax.GradientTransformation, partitione
         return jax.ShapeDtypeStruct(weight.shape, weight.dtype, sharding=sharding)
 
     params = jax.tree_util.tree_map_with_path(place, model.weights)
-    shapes = jax.eval_shape(tx.init, params)
-    opt_state = _with_sharding(shapes, state_shardings(tx, params, model.weights))
+    part = trained(params, model.weights)
+    shapes = jax.eval_shape(tx.init, part)
+    opt_state = _with_sharding(shapes, state_shardings(tx, part, trained(model.weights, model.weights)))
     scalar: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     return TrainState(scalar, params, _with_sharding(model.abstract_model_state(), whole), opt_state, scalar, scalar)
 
@@ -109,7 +111,7 @@ def init_function(model: ModelDef, tx: optax.GradientTransformation, partitioner
         with use(partitioner):
             params, other = model.init(key)
             zero = jnp.zeros((), jnp.int32)
-            return TrainState(zero, params, other, tx.init(params), zero, zero)
+            return TrainState(zero, params, other, tx.init(trained(params, model.weights)), zero, zero)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, tx, partitioner))
     return jax.jit(init, out_shardings=shardings, compiler_options=ordered(partitioner.devices))

@@ -25,6 +25,7 @@ from shardtrain.train.loss_sums import LossFunction, means
 from shardtrain.train.model_def import ModelDef
 from shardtrain.train.split_module import Tree
 from shardtrain.train.state import TrainState, abstract_state, check_parts
+from shardtrain.weights.trained import merged, trained
 
 _log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def make_train_step(
             grads, sums, model_state = gradients(state, batch, key)
             metrics = means(sums)
             metrics["grad_norm"] = global_norm(grads)
-            return _updated(state, grads, model_state, metrics, tx, lr)
+            return _updated(state, grads, model_state, metrics, tx, lr, model.weights)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, tx, partitioner))
     out = (shardings, partitioner.sharding(()))
@@ -98,15 +99,17 @@ def _updated(
     metrics: Metrics,
     tx: optax.GradientTransformation,
     lr: optax.Schedule | None,
+    weights: Tree,
 ) -> tuple[TrainState, Metrics]:
     """The state after an update, or with the old weights if the update must not be applied; and all metrics."""
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     applied = finite & (metrics["weight"] != 0)
 
     def update(params: Tree, opt_state: Any, _: Tree) -> tuple[Tree, Any, Tree]:
+        part = trained(params, weights)
         known = {"grad_norm": metrics["grad_norm"]} if isinstance(tx, Clipped) else {}
-        updates, opt_state = tx.update(grads, opt_state, params, **known)
-        return optax.apply_updates(params, updates), opt_state, model_state
+        updates, opt_state = tx.update(grads, opt_state, part, **known)
+        return merged(optax.apply_updates(part, updates), params), opt_state, model_state
 
     # A branch instead of a choice per element, which would keep the old moments along with the new ones until the end.
     old = (state.params, state.opt_state, state.model_state)

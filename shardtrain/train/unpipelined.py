@@ -17,6 +17,7 @@ from shardtrain.pipeline.slots import microbatch
 from shardtrain.sharding import Partitioner
 from shardtrain.train.loss_sums import LossFunction, aux_scales, microbatches, nonzero, weight_ratios, widened
 from shardtrain.train.split_module import SplitModule, Tree
+from shardtrain.weights.trained import merged, trained
 
 if TYPE_CHECKING:
     from shardtrain.train.gradients import Gradients
@@ -88,9 +89,10 @@ class UnpipelinedModel:
         """Gradients of the summed loss over this region's rows, microbatch by microbatch; of the mean if there is one.
 
         Returns:
-          Gradients, the sums behind the loss, and the module's new state.
+          Gradients of the weights that train, the sums behind the loss, and the module's new state.
         """
         loss, accumulate = options.loss, options.accumulate
+        weights_trained = trained(self.weights, self.weights)
 
         def weights() -> tuple[jax.Array, dict[str, jax.Array]]:
             if loss is not None:
@@ -102,8 +104,8 @@ class UnpipelinedModel:
         scales = aux_scales(weights, options.total) if accumulate > 1 else None
 
         def gradient(batch: Batch, key: jax.Array) -> tuple[Tree, tuple[Sums, Tree]]:
-            def objective(params: Tree) -> tuple[jax.Array, tuple[Sums, Tree]]:
-                sums, aux, new_state = self._sums(loss, params, model_state, batch, key, train=True)
+            def objective(part: Tree) -> tuple[jax.Array, tuple[Sums, Tree]]:
+                sums, aux, new_state = self._sums(loss, merged(part, params), model_state, batch, key, train=True)
                 value, weight = sums["loss"]
                 ratios = scales
                 if ratios is None:
@@ -113,8 +115,8 @@ class UnpipelinedModel:
                     value = value / nonzero(jax.lax.stop_gradient(weight))
                 return value, (joined(sums, aux), new_state)
 
-            grads, rest = jax.grad(objective, has_aux=True)(params)
-            return widened(grads, self.weights, options.partitioner), rest
+            grads, rest = jax.grad(objective, has_aux=True)(trained(params, self.weights))
+            return widened(grads, weights_trained, options.partitioner), rest
 
         if accumulate == 1:
             grads, (sums, new_state) = gradient(batch, key)
@@ -129,7 +131,7 @@ class UnpipelinedModel:
 
         shapes = jax.eval_shape(lambda: gradient(microbatch(micro, 0), key))
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (shapes[0], shapes[1][0]))
-        zeros = (widened(zeros[0], self.weights, options.partitioner), zeros[1])
+        zeros = (widened(zeros[0], weights_trained, options.partitioner), zeros[1])
         (grads, sums), _ = jax.lax.scan(body, zeros, jnp.arange(accumulate))
         return grads, sums, model_state
 
