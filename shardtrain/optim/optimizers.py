@@ -15,6 +15,7 @@ from shardtrain.errors import UserError, did_you_mean, refuse, require_kind
 from shardtrain.host.import_path import find
 from shardtrain.optim.moments import Moments, with_moments
 from shardtrain.optim.per_layer import abstract, over_layers, probe, slices
+from shardtrain.optim.schedule_free import schedule_free_adamw, schedule_free_sgd
 from shardtrain.weights.layout import shardings_like
 from shardtrain.weights.paths import Path, dotted
 from shardtrain.weights.precision import at_least_float32
@@ -30,9 +31,11 @@ OPTIMIZERS: dict[str, Callable[..., Transform]] = {
     "sgd": optax.sgd,
     "adafactor": optax.adafactor,
     "muon": optax.contrib.muon,
+    "schedule_free_adamw": schedule_free_adamw,
+    "schedule_free_sgd": schedule_free_sgd,
 }
 # None of their statistics spans a tensor, so stacking cannot change them.
-_ELEMENTWISE = (optax.adamw, optax.lion, optax.sgd)
+_ELEMENTWISE = (optax.adamw, optax.lion, optax.sgd, schedule_free_adamw, schedule_free_sgd)
 _MASKS = ("mask", "weight_decay_mask")
 # Options of optax that follow from our own arguments, and from which ones.
 _DERIVED = {
@@ -61,7 +64,8 @@ def optimizer(
 
     Args:
       type: `adamw`, `lion`, `sgd`, `adafactor`, `muon` (arXiv:2502.16982; matrices by role, AdamW for the
-        rest), or the import path of an optax-like factory: `optax.lamb`, `package.module:factory`.
+        rest), `schedule_free_adamw`, `schedule_free_sgd`, or the import path of an optax-like factory: `optax.lamb`,
+        `package.module:factory`.
       weights: nested dicts of `Weight`, congruent with the params. Frozen ones are left out.
       lr: learning rate, or a schedule over the number of updates made so far.
       clip_norm: largest norm of the whole gradient, over all weights together.
@@ -130,8 +134,9 @@ def state_shardings(tx: Transform, params: Any, weights: Any) -> Any:
 
 
 def _factory(type: str) -> Callable[..., Transform]:
-    if type in OPTIMIZERS:
-        return OPTIMIZERS[type]
+    known = type.removeprefix("optax.").removeprefix("contrib.")  # Optax's own, as far as they are in the table
+    if known in OPTIMIZERS:
+        return OPTIMIZERS[known]
     module, _, name = type.partition(":") if ":" in type else type.rpartition(".")
     if not module or not name:
         fix = f"{did_you_mean(type, OPTIMIZERS)} (or an import path such as optax.lamb or package.module:factory)"

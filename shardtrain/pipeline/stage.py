@@ -112,7 +112,7 @@ class StageFunctions:
         return jax.tree.map(lambda a: read_at(a, mb.chunk), self.stacked)
 
     def accumulate(self, total: Tree, dparams: Tree, mb: MicrobatchAtStage) -> Tree:
-        """Add `dparams`, the gradient of the stage's trained parameters, to `total`, that of all stages of this rank."""
+        """Add `dparams`, the gradient of the parameters of a stage that train, to `total`, that of all stages here."""
         dparams = dparams if self.skip else masked(mb.active, dparams)
         return jax.tree.map(lambda t, d: add_at(t, d, mb.chunk), total, dparams)
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax.sharding import NamedSharding
 
 from shardtrain.collectives.fsdp import GatheredBytes, gathered_bytes
@@ -26,6 +27,7 @@ from shardtrain.optim import lr_schedules, optimizer
 from shardtrain.pipeline import schedules
 from shardtrain.sharding import Partitioner, make_rules
 from shardtrain.sharding.mesh import MeshSpec
+from shardtrain.train.averages import averaged, start_ema
 from shardtrain.train.jitted_step import JittedStep, Metrics
 from shardtrain.train.loss_sums import LossFunction
 from shardtrain.train.model_def import ModelDef
@@ -58,13 +60,19 @@ class Job:
         """The sharding of a batch `[B, S]`."""
         return self.partitioner.sharding(("batch", "seq"))
 
+    @property
+    def keeps_ema(self) -> bool:
+        """Whether a moving average of the weights is kept."""
+        return self.config.ema.decay is not None
+
     def abstract_state(self) -> TrainState:
         """The state as shapes and shardings."""
-        return abstract_state(self.model, self.tx, self.partitioner)
+        return abstract_state(self.model, self.tx, self.partitioner, ema=self.keeps_ema)
 
-    def abstract_canonical(self) -> TrainState:
-        """The state as checkpoints store it, as shapes and shardings."""
-        return abstract_canonical(self.model, self.tx, self.partitioner)
+    def abstract_canonical(self, ema: bool | None = None) -> TrainState:
+        """The state as checkpoints store it, as shapes and shardings; with an average or not, by config or as told."""
+        ema = self.keeps_ema if ema is None else ema
+        return abstract_canonical(self.model, self.tx, self.partitioner, ema=ema)
 
     @functools.cached_property
     def canonical(self) -> Callable[[TrainState], TrainState]:
@@ -86,7 +94,13 @@ class Job:
 
     def init_state(self) -> TrainState:
         """A fresh sharded state from the config's seed."""
-        return init_state(self.model, self.tx, self.partitioner, seed=self.config.run.seed)
+        state = init_state(self.model, self.tx, self.partitioner, seed=self.config.run.seed)
+        return start_ema(self.model, state) if self.keeps_ema else state
+
+    def evaluated(self, state: TrainState) -> TrainState:
+        """The state that evaluations and samples use: with averaged weights, as far as the config wants them."""
+        kept = state if self.config.ema.evaluate else dataclasses.replace(state, ema={})
+        return averaged(self.model, kept)
 
     def train_step(self) -> JittedStep[tuple[TrainState, Metrics]]:
         """See `make_train_step`."""
@@ -101,6 +115,7 @@ class Job:
             lr=self.lr,
             compiler_options=self.compiler_options,
             gather="tick" if self.whole is None else "step",
+            ema=self.config.ema.decay,
             debug=self.config.run.debug,
         )
 
@@ -120,7 +135,8 @@ class Job:
         flops = flops_per_token(self.model.outline({}), data.seq_len)
         devices = self.partitioner.mesh.devices
         peak = peak_flops(devices.flat[0].device_kind, jnp.dtype(self.precision.compute).name)
-        return Speed(data.global_batch * data.seq_len, flops, None if peak is None else peak * devices.size)
+        whole = None if peak is None else peak * devices.size
+        return Speed(data.global_batch * data.seq_len, flops, whole, rows_per_step=data.global_batch)
 
 
 def build(
@@ -129,6 +145,7 @@ def build(
     processes: int = 1,
     devices: Sequence[jax.Device] | None = None,
     loss: LossFunction | None = None,
+    model: Callable[[nnx.Rngs], nnx.Module] | None = None,
 ) -> Job:
     """Assemble the parts that a config names. Starts JAX's backend; makes no array and touches no file.
 
@@ -138,6 +155,7 @@ def build(
       devices: used instead of the config's `devices`; then its `xla.environment` is not read either. They may be
         compile-only ones (`jax.experimental.topologies`), whose steps can be compiled and read, but not run.
       loss: of a module that does not follow `nn.Model`; see `make_train_step`.
+      model: builds the module, instead of the class that the config names.
 
     Raises:
       UserError: the devices are missing or do not fit the mesh, the rules cannot shard the model on it, the class does
@@ -155,14 +173,9 @@ def build(
     mesh = MeshSpec(**sizes).build(devices)
     partitioner = Partitioner(mesh, make_rules(config.rules))
     precision = _precision(config, devices[0])
-    make, arguments = config.model.load(), config.model.arguments()
-    if loss is None:
-        _require_contract(config.model.type, make)
-    if loss is None or _takes(make, "precision"):
-        arguments["precision"] = precision
     pipeline, ranks = config.pipeline, mesh.shape["pipe"]
-    model = ModelDef(
-        lambda rngs: make(**arguments, rngs=rngs),
+    definition = ModelDef(
+        model or _model(config, precision, loss),
         schedule=None
         if ranks == 1
         else schedules.make(pipeline.schedule, ranks, pipeline.microbatches, pipeline.chunks),
@@ -171,11 +184,21 @@ def build(
         trains=config.optimizer.trains,
         freeze=config.optimizer.freeze,
     )
-    report = sharding_report(model.weights, partitioner)
+    report = sharding_report(definition.weights, partitioner)
     report.check(max_replicated)
-    tx, lr = _optimizer(config, model)
-    whole = gathered_bytes(model.weights, partitioner) if ranks > 1 and pipeline.gather == "step" else None
-    return Job(config, partitioner, model, precision, tx, lr, report, options, whole, loss)
+    tx, lr = _optimizer(config, definition)
+    whole = gathered_bytes(definition.weights, partitioner) if ranks > 1 and pipeline.gather == "step" else None
+    return Job(config, partitioner, definition, precision, tx, lr, report, options, whole, loss)
+
+
+def _model(config: RunConfig, precision: Precision, loss: LossFunction | None) -> Callable[[nnx.Rngs], nnx.Module]:
+    """What builds the module that a config names."""
+    make, arguments = config.model.load(), config.model.arguments()
+    if loss is None:
+        _require_contract(config.model.type, make)
+    if loss is None or _takes(make, "precision"):
+        arguments["precision"] = precision
+    return lambda rngs: make(**arguments, rngs=rngs)
 
 
 def _optimizer(config: RunConfig, model: ModelDef) -> tuple[optax.GradientTransformation, optax.Schedule]:
