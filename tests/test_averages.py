@@ -62,7 +62,10 @@ def test_it_is_the_average_computed_by_hand():
     assert tiny.relative_error(got, want) < 1e-12
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 2}, {"pipe": 2, "data": 2}], ids=str)
+MESHES = [{"pipe": 2, "data": 2}, pytest.param({"fsdp": 2, "tensor": 2}, marks=pytest.mark.full)]
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_it_is_the_same_on_every_mesh(sizes):
     with jax.enable_x64(True):
         model = model_def(schedules.make("1f1b", 2, 4) if "pipe" in sizes else None)

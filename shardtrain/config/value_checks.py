@@ -30,7 +30,7 @@ from shardtrain.optim.lr_schedules import schedule_problems
 from shardtrain.optim.optimizers import option_problems
 
 #: Model options of these names are above 0, and so are sizes.
-POSITIVE = ("sliding_window", "loss_chunk", "rope_theta", "norm_eps", "logit_soft_cap")
+POSITIVE = ("sliding_window", "loss_chunk", "rope_theta", "norm_eps", "logit_soft_cap", "mup_base")
 
 
 def check_devices_section(devices: Devices) -> None:

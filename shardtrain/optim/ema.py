@@ -28,5 +28,10 @@ def next_ema(ema: Tree, params: Tree, step: jax.Array, decay: float) -> Tree:
       step: t, the number of steps before.
       decay: the largest share of the old average. The other bound lets the average forget the first steps sooner.
     """
-    share = jnp.minimum(decay, (1 + step) / (10 + step))
-    return jax.tree.map(lambda e, p: e + (1 - share).astype(e.dtype) * (p.astype(e.dtype) - e), ema, params)
+
+    def one(e: jax.Array, p: jax.Array) -> jax.Array:
+        t = step.astype(e.dtype)
+        share = jnp.minimum(decay, (1 + t) / (10 + t))
+        return e + (1 - share) * (p.astype(e.dtype) - e)
+
+    return jax.tree.map(one, ema, params)

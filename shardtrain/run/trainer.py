@@ -29,6 +29,9 @@ from shardtrain.train.loop import Loop
 from shardtrain.train.loss_sums import LossFunction
 from shardtrain.train.state import TrainState
 
+#: Modules that the loader and the log import; meanwhile the main thread is often in XLA.
+_USED_LATER = ("grain", "shardtrain.metrics.events", "psutil")
+
 
 class Trainer:
     """A training loop with a run directory around it; made by `from_config`.
@@ -91,7 +94,7 @@ class Trainer:
           UserError: anything wrong with config, devices, data, directory or checkpoints.
         """
         directory = Path(config.run.dir or f"runs/{config.run.name}").absolute()
-        threading.Thread(target=importlib.import_module, args=("grain",)).start()  # used by the loader later
+        threading.Thread(target=lambda: [*map(importlib.import_module, _USED_LATER)]).start()
         use_cache(_cache_folder(config.run.compile_cache, directory))
         job = build(config, processes=processes, loss=loss, model=model)
         with contextlib.ExitStack() as on_error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from shardtrain.nn.returned import built
 from shardtrain.pipeline.stage import ModelParts
 from shardtrain.weights.paths import dotted, flatten
 from shardtrain.weights.trained import ALL, marked, trained
+from shardtrain.weights.weight import Weight
 
 Tree = dict[str, Any]  # nested dicts with str keys
 
@@ -55,7 +57,7 @@ class SplitModule:
         module = built(make)
         self.make = make
         self.graph, self._params, self._rngs, self._other = _split(module)
-        self.canonical_weights: Tree = _nested(self._params, describe)
+        self.canonical_weights: Tree = _rates_by_width(_nested(self._params, describe), module)
         _refuse_mesh_axes(self.canonical_weights)
         if replicate_unannotated is None:
             replicate_unannotated = getattr(module, "replicate_unannotated", False)
@@ -151,6 +153,16 @@ def split_layers(params: Tree) -> tuple[Tree, Tree]:
 def join_layers(stacked: Tree, shared: Tree) -> Tree:
     """The inverse of `split_layers`."""
     return {**shared, "blocks": {**shared["blocks"], "layer": stacked}}
+
+
+def _rates_by_width(weights: Tree, module: nnx.Module) -> Tree:
+    """The weights with the learning rates of a mu-parametrised module, see `width_multiplier` of `nn.Model`."""
+    multiplier = getattr(module, "width_multiplier", 1.0)
+
+    def one(weight: Weight) -> Weight:
+        return dataclasses.replace(weight, lr_scale=1 / multiplier) if weight.role in ("matrix", "router") else weight
+
+    return weights if multiplier == 1 else jax.tree.map(one, weights)
 
 
 def _refuse_mesh_axes(weights: Tree) -> None:
