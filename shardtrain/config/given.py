@@ -25,7 +25,7 @@ class GivenModel:
     """
 
     def __init__(self, *, name: str, parameters: int, vocab_size: int):
-        raise _refusal("model.type", f"the model {name} of {parameters:,} parameters")
+        refuse_alone(MODEL)
 
 
 class GivenRows:
@@ -36,8 +36,15 @@ class GivenRows:
     """
 
     def __init__(self, **_: Any):
-        raise _refusal("data.type", "the data")
+        refuse_alone(DATA)
 
 
-def _refusal(key: str, what: str) -> UserError:
-    return UserError(key, None, f"{what} was passed by the program that started this run", "run that program again")
+def refuse_alone(type: str) -> None:
+    """Refuse to build what only a program has.
+
+    Raises:
+      UserError: the type of a config's model or data stands for such a thing.
+    """
+    if type in (MODEL, DATA):
+        key, what = ("model.type", "the model") if type == MODEL else ("data.type", "the data")
+        raise UserError(key, type, f"{what} was passed by the program that started this run", "run that program again")

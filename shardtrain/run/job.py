@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,16 +14,15 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from shardtrain.collectives.fsdp import GatheredBytes, gathered_bytes
-from shardtrain.config import RunConfig, check_devices, thaw
-from shardtrain.errors import UserError
+from shardtrain.config import RunConfig, check_devices
 from shardtrain.launch.cpu_collectives import ordered
 from shardtrain.launch.devices import select_devices
 from shardtrain.launch.xla_flags import compiler_options, set_environment
 from shardtrain.metrics import peak_flops
 from shardtrain.nn.returned import Sums
 from shardtrain.nn.sizes import flops_per_token
-from shardtrain.optim import lr_schedules, optimizer
 from shardtrain.pipeline import schedules
+from shardtrain.run.named import named_model, named_optimizer, named_precision
 from shardtrain.sharding import Partitioner, make_rules
 from shardtrain.sharding.mesh import MeshSpec
 from shardtrain.train.averages import averaged, start_ema
@@ -172,10 +170,10 @@ def build(
     max_replicated = sizes.pop("max_replicated")
     mesh = MeshSpec(**sizes).build(devices)
     partitioner = Partitioner(mesh, make_rules(config.rules))
-    precision = _precision(config, devices[0])
+    precision = named_precision(config, devices[0])
     pipeline, ranks = config.pipeline, mesh.shape["pipe"]
     definition = ModelDef(
-        model or _model(config, precision, loss),
+        model or named_model(config, precision, loss),
         schedule=None
         if ranks == 1
         else schedules.make(pipeline.schedule, ranks, pipeline.microbatches, pipeline.chunks),
@@ -186,64 +184,6 @@ def build(
     )
     report = sharding_report(definition.weights, partitioner)
     report.check(max_replicated)
-    tx, lr = _optimizer(config, definition)
+    tx, lr = named_optimizer(config, definition)
     whole = gathered_bytes(definition.weights, partitioner) if ranks > 1 and pipeline.gather == "step" else None
     return Job(config, partitioner, definition, precision, tx, lr, report, options, whole, loss)
-
-
-def _model(config: RunConfig, precision: Precision, loss: LossFunction | None) -> Callable[[nnx.Rngs], nnx.Module]:
-    """What builds the module that a config names."""
-    make, arguments = config.model.load(), config.model.arguments()
-    if loss is None:
-        _require_contract(config.model.type, make)
-    if loss is None or _takes(make, "precision"):
-        arguments["precision"] = precision
-    return lambda rngs: make(**arguments, rngs=rngs)
-
-
-def _optimizer(config: RunConfig, model: ModelDef) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    section = config.optimizer
-    schedule = section.schedule.model_dump()
-    schedule["decay_steps"] = schedule["decay_steps"] or config.run.steps  # `None` for a constant schedule
-    lr = lr_schedules.schedule(lr=section.lr, **schedule)
-    tx = optimizer(
-        section.type,
-        model.weights,
-        lr=lr,
-        clip_norm=section.clip_norm,
-        weight_decay=section.weight_decay,
-        decay_roles=section.decay_roles,
-        per_layer=section.per_layer,
-        moments=section.moments,
-        **thaw(section.options),
-    )
-    return tx, lr
-
-
-def _require_contract(name: str, model: Any) -> None:
-    """Check that a class follows `nn.Model`, as far as its signature and methods show, before anything runs."""
-    lacking = [f"parameter {p}" for p in ("precision", "rngs") if not _takes(model, p)]
-    lacking += [f"method {m}" for m in ("embedder", "head") if not hasattr(model, m)]
-    if lacking:
-        raise UserError(
-            f"model.type {name} has no {', no '.join(lacking)}: a class named by a config takes precision and rngs and "
-            "follows shardtrain.nn.Model (embedder, blocks, head); to train another module, pass a loss function to "
-            "Trainer.from_config or make_train_step"
-        )
-
-
-def _takes(model: Any, name: str) -> bool:
-    """Whether a class can be called with a keyword argument of that name."""
-    parameters = inspect.signature(model.__init__).parameters
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-
-def _precision(config: RunConfig, device: jax.Device) -> Precision:
-    compute = config.precision.compute
-    if compute == "auto":
-        compute = "float32" if device.platform == "cpu" else "bfloat16"
-    dtypes = (config.precision.params, compute, config.precision.reduce)
-    if "float64" in dtypes:
-        jax.config.update("jax_enable_x64", True)  # otherwise JAX would silently use float32
-    params, used, reduce = map(jnp.dtype, dtypes)
-    return Precision(params, used, reduce, config.precision.matmul)
