@@ -55,6 +55,8 @@ class Llama(nnx.Module):
       scan: one loop over the blocks, see `nn.Stack`.
       z_loss: see `nn.linear_cross_entropy`.
       loss_chunk: `chunk` of `nn.linear_cross_entropy`.
+      mup_base: mu-parametrisation: the width at which the learning rate was tuned, which `d_model` then shares. Widen
+        by heads, not by their width.
       precision: dtypes.
       rngs: seeds of the weights.
     """
@@ -83,10 +85,12 @@ class Llama(nnx.Module):
         scan: bool = True,
         z_loss: float = 0.0,
         loss_chunk: int | Literal["auto"] | None = "auto",
+        mup_base: int | None = None,
         precision: nn.Precision = nn.Precision(),
         rngs: nnx.Rngs,
     ):
         self.z_loss, self.loss_chunk = z_loss, loss_chunk
+        self.width_multiplier = 1.0 if mup_base is None else d_model / mup_base
         options = {
             "n_heads": n_heads,
             "n_kv_heads": n_kv_heads,
@@ -104,7 +108,8 @@ class Llama(nnx.Module):
         def block(rngs: nnx.Rngs) -> Block:
             return Block(options, dim=d_model, hidden=d_ff, dropout=dropout, precision=precision, rngs=rngs)
 
-        self.embedding = nn.Embedding(vocab_size, d_model, precision=precision, rngs=rngs)
+        wide = jax.nn.initializers.normal((mup_base or d_model) ** -0.5)
+        self.embedding = nn.Embedding(vocab_size, d_model, init=wide, precision=precision, rngs=rngs)
         self.blocks = nn.Stack(block, n_layers, remat=remat, scan=scan, rngs=rngs)
         self.norm = nn.RMSNorm(d_model, eps=norm_eps, precision=precision, rngs=rngs)
         head = ("BSD,DV->BSV", (d_model, vocab_size), ("embed", "vocab"))
@@ -124,9 +129,15 @@ class Llama(nnx.Module):
 
     def logits(self, x_BSD: jax.Array) -> jax.Array:
         """Turn the last block's output into logits `[B, S, V]`."""
-        return nn.logits(self.norm(x_BSD), self.unembedding or self.embedding)
+        return nn.logits(self._features(x_BSD), self.unembedding or self.embedding)
 
     def head(self, x_BSD: jax.Array, batch: nn.Batch, ctx: nn.Context) -> nn.Loss:
         """Sum the next-token cross entropy: `(loss_sum, weight_sum, metrics)`."""
         layer, labels = self.unembedding or self.embedding, (batch["targets"], batch["loss_mask"])
-        return nn.linear_cross_entropy(self.norm(x_BSD), layer, *labels, chunk=self.loss_chunk, z_loss=self.z_loss)
+        features_BSD = self._features(x_BSD)
+        return nn.linear_cross_entropy(features_BSD, layer, *labels, chunk=self.loss_chunk, z_loss=self.z_loss)
+
+    def _features(self, x_BSD: jax.Array) -> jax.Array:
+        """The input of the output head."""
+        x_BSD = self.norm(x_BSD)
+        return x_BSD if self.width_multiplier == 1 else x_BSD / self.width_multiplier

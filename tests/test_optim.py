@@ -89,6 +89,12 @@ def decoupled(tx):
 
 muon = partial(optax.contrib.muon, muon_weight_dimension_numbers=partial(by_name, MATRICES.get))
 
+
+def schedule_free(scale):
+    base = optax.chain(scale, optax.add_decayed_weights(WD, decays), optax.scale_by_learning_rate(LR))
+    return optax.contrib.schedule_free(base, LR)
+
+
 # type, options, and the same optimizer from plain optax, for the unstacked tree
 CASES = {
     "adamw": ("adamw", {"b2": 0.95}, optax.adamw(LR, b2=0.95, weight_decay=WD, mask=decays)),
@@ -105,6 +111,12 @@ CASES = {
         {"adaptive": True, "consistent_rms": 0.2, "ns_steps": 2},
         decoupled(muon(LR, adaptive=True, consistent_rms=0.2, ns_steps=2)),
     ),
+    "schedule-free": (
+        "schedule_free_adamw",
+        {},
+        schedule_free(optax.scale_by_rms(0.999, eps_in_sqrt=False, bias_correction=True)),
+    ),
+    "schedule-free-sgd": ("schedule_free_sgd", {}, schedule_free(optax.identity())),
     "lamb": ("optax.lamb", {"b1": 0.8}, optax.lamb(LR, b1=0.8, weight_decay=WD, mask=decays)),
     "novograd": ("optax:novograd", {}, decoupled(optax.novograd(LR))),  # a scalar per weight as state
 }

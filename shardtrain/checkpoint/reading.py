@@ -24,7 +24,7 @@ def read_state(path: Path, abstract: Any, *, cast: bool) -> tuple[Any, dict]:
       UserError: it was written by a newer shardtrain; or paths, shapes or dtypes differ (each is named).
     """
     wanted = {name: names.restorable(name, leaf) for name, leaf in names.flatten(abstract).items()}
-    description = _describe(path)
+    description = describe_intact(path)
     _require_fit(path, description.arrays, wanted, cast)
     loaded = store.load(path, wanted, partial=False)
     return names.unflatten(abstract, loaded), description.record["extra"]
@@ -49,7 +49,7 @@ def load_weights(directory: Path | str, abstract_params: Any, step: int | None =
         trust.require_intact(folder, step)
     path = folder / str(step)
     wanted = {name: names.restorable(name, leaf) for name, leaf in names.flatten({"params": abstract_params}).items()}
-    saved = {name: info for name, info in _describe(path).arrays.items() if name.startswith("params.")}
+    saved = {name: info for name, info in describe_intact(path).arrays.items() if name.startswith("params.")}
     _require_fit(path, saved, wanted, cast)
     loaded = store.load(path, wanted, partial=True)
     return names.unflatten({"params": abstract_params}, loaded)["params"]
@@ -70,7 +70,7 @@ def intact_extra(path: Path) -> dict:
     Raises:
       UserError: it was written by a newer shardtrain.
     """
-    return _describe(path).record["extra"]
+    return describe_intact(path).record["extra"]
 
 
 def describe(directory: Path | str, step: int) -> store.Description:
@@ -83,7 +83,7 @@ def describe(directory: Path | str, step: int) -> store.Description:
     lifecycle.require_manifest(folder, step)
     problem = manifest.problem(folder, step, hash_up_to=_METADATA_BYTES)
     lifecycle.require_no_problem(folder, step, problem)
-    return _describe(folder / str(step))
+    return describe_intact(folder / str(step))
 
 
 def locate(directory: Path | str) -> Path:
@@ -112,7 +112,12 @@ def _is_ours(folder: Path) -> bool:
     return bool(named) or any((step / store.ITEM).is_dir() for step in steps)
 
 
-def _describe(path: Path) -> store.Description:
+def describe_intact(path: Path) -> store.Description:
+    """Return the description of a step that is known to be intact.
+
+    Raises:
+      UserError: it was not written by shardtrain, or by a newer one.
+    """
     description = store.describe(path)
     version = description.record.get("format_version")
     if not isinstance(version, int):

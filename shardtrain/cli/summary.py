@@ -15,7 +15,8 @@ def summary(run: Trainer) -> list[str]:
     job, report = run.job, run.job.report
     mesh = ", ".join(f"{axis} {size}" for axis, size in job.partitioner.mesh.shape.items() if size > 1) or "one device"
     devices = job.partitioner.mesh.devices
-    count = sum(weight.size for weight in flatten(job.model.canonical_weights).values())
+    weights = flatten(job.model.canonical_weights).values()
+    count, training = (sum(weight.size for weight in some) for some in (weights, [w for w in weights if w.trains]))
     lines = [
         f"{job.config.run.name}: {job.config.model.type}, {count:,} parameters on {devices.size} x "
         f"{devices.flat[0].device_kind} ({mesh})",
@@ -23,6 +24,8 @@ def summary(run: Trainer) -> list[str]:
         f"{report.replicated_share:.1%} replicated",
         f"directory: {run.directory}",
     ]
+    if training < count:
+        lines.append(f"of these, {training:,} train ({training / count:.1%}); the others are frozen")
     if (peak := job.speed().peak_flops) is not None:
         lines.append(f"MFU is of {peak / devices.size / 1e12:,.0f} TFLOP/s per device, causal attention counted once")
     if (pipeline := job.model.execution.summary()) is not None:

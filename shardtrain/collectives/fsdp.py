@@ -171,7 +171,8 @@ def gathered_bytes(weights: Tree, partitioner: Partitioner) -> GatheredBytes:
     dims = jax.tree.leaves(split_dims(weights, partitioner))
     for weight, dim in zip(jax.tree.leaves(weights), dims, strict=True):
         shards = math.prod(partitioner.shards(axis) for i, axis in enumerate(weight.axes) if axis and i != dim)
-        held["gradients"] += weight.size // shards * jnp.promote_types(weight.dtype, jnp.float32).itemsize
+        wide = jnp.promote_types(weight.dtype, jnp.float32).itemsize
+        held["gradients"] += weight.size // shards * wide if weight.trains else 0
         held["weights"] += 0 if dim == NONE else weight.nbytes // shards
     return GatheredBytes(**held)
 

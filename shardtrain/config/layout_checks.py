@@ -49,8 +49,8 @@ def check_model_sizes(model: Model, mesh: MeshSizes, rules: RuleTable) -> Iterat
 
 
 def check_batch(data: Data, mesh: MeshSizes, rules: RuleTable) -> None:
-    """Rows of the global batch against the devices that share it."""
-    _check_dim("data.global_batch", data.global_batch, "batch", mesh, rules)
+    """Rows of the smallest global batch against the devices that share it; its multiples follow."""
+    _check_dim(*_smallest_batch(data), "batch", mesh, rules)
 
 
 def check_accumulation(data: Data, mesh: MeshSizes, rules: RuleTable, optimizer: Optimizer) -> None:
@@ -118,4 +118,11 @@ def _check_dim(key: str, size: int, logical: str, mesh: MeshSizes, rules: RuleTa
 
 def _check_rows(key: str, count: int, data: Data, mesh: MeshSizes, rules: RuleTable) -> None:
     """Each device's rows against a number of microbatches. (`check_batch` reports rows that cannot be shared.)"""
-    check_microbatches(key, count, data.global_batch, _split("batch", mesh, rules))
+    check_microbatches(key, count, _smallest_batch(data)[1], _split("batch", mesh, rules))
+
+
+def _smallest_batch(data: Data) -> tuple[str, int]:
+    """The key and the size of the smallest global batch."""
+    if data.first_batch is None:
+        return "data.global_batch", data.global_batch
+    return "data.first_batch", data.first_batch

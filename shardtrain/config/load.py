@@ -42,6 +42,7 @@ VALUES: tuple[Check, ...] = (
     value_checks.check_vocabulary,
     value_checks.check_optimizer,
     value_checks.check_schedule,
+    value_checks.check_ema,
     value_checks.check_sample,
 )
 DISK: tuple[Check, ...] = (

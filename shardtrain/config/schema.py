@@ -116,6 +116,8 @@ class Data(Section):
     path: Annotated[str | tuple[str, ...] | None, Field(examples=["data/*.txt"])] = None  # text and tokens
     seq_len: Annotated[Count, Field(examples=[128])]
     global_batch: Annotated[Count, Field(examples=[16])]
+    first_batch: Count | None = None  # of a batch that grows to global_batch by doubling; null: constant
+    growth_rows: Count | None = None  # how many rows that takes
     tokenizer: TokenizerName | None = None  # corpus and text; default bpe
     vocab_size: Count | None = None  # of a bpe tokenizer; default: the model's
     held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.02  # fraction kept for evaluation
@@ -142,6 +144,8 @@ class Optimizer(Section):
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     weight_decay: Fraction = 0.1
     decay_roles: tuple[Role, ...] = ("matrix", "embedding", "head", "router")
+    trains: tuple[str, ...] = ("*",)  # the weights that may train: paths, with * for any text, or role:NAME
+    freeze: tuple[str, ...] = ()  # the weights that do not
     accumulate: Count = 1  # microbatches per step
     per_layer: bool | None = None  # update each stacked layer separately; default: where the optimizer needs it
     moments: Moments | None = None  # how its state is stored; default: like the weights
@@ -173,6 +177,13 @@ class Eval(Section):
 
     every: Count | None = 50  # null: at the end only
     batches: Count = 8
+
+
+class Ema(Section):
+    """A moving average of the weights, kept beside them."""
+
+    decay: float | None = None  # from 0 to below 1, such as 0.999; null: none is kept
+    evaluate: bool = True  # evaluations and samples use it
 
 
 class Log(Section):
@@ -223,6 +234,7 @@ class RunConfig(Section):
     precision: Precision = Precision()
     checkpoint: Checkpoint = Checkpoint()
     eval: Eval = Eval()
+    ema: Ema = Ema()
     log: Log = Log()
     sample: Sample = Sample()
     pipeline: Pipeline = Pipeline()

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from shardtrain.checkpoint import lifecycle
-from shardtrain.config.schema import Data, Devices, Model, Optimizer, Run, Sample, Xla
+from shardtrain.config.schema import Data, Devices, Ema, Model, Optimizer, Run, Sample, Xla
 from shardtrain.data.catalog import check_type
 from shardtrain.data.checks import NOT_TEXT, READ_FILES, check_prompt, setting_problems, vocabulary_problems
+from shardtrain.data.growth import growth_problems
 from shardtrain.data.listing import check_path, each
 from shardtrain.data.prepare import is_kept
 from shardtrain.errors import UserError, described, mistakes
@@ -24,11 +25,12 @@ from shardtrain.nn.attention import head_problems
 from shardtrain.nn.dropout import check_dropout
 from shardtrain.nn.ranges import check_z_loss, positive_problems
 from shardtrain.nn.remat import ACTIVATIONS, check_remat
+from shardtrain.optim.ema import check_decay
 from shardtrain.optim.lr_schedules import schedule_problems
 from shardtrain.optim.optimizers import option_problems
 
 #: Model options of these names are above 0, and so are sizes.
-POSITIVE = ("sliding_window", "loss_chunk", "rope_theta", "norm_eps", "logit_soft_cap")
+POSITIVE = ("sliding_window", "loss_chunk", "rope_theta", "norm_eps", "logit_soft_cap", "mup_base")
 
 
 def check_devices_section(devices: Devices) -> None:
@@ -77,6 +79,7 @@ def check_data(data: Data) -> Iterator[UserError]:
     """The type of the data, and the settings that it needs or does not use."""
     yield from mistakes(check_type, data.type, data.path, data.tokenizer, data.vocab_size)
     yield from setting_problems(data.type, data.path, data.tokenizer)
+    yield from growth_problems(data.first_batch, data.global_batch, data.growth_rows)
 
 
 def check_vocabulary(data: Data, model: Model) -> Iterator[UserError]:
@@ -106,6 +109,11 @@ def check_schedule(optimizer: Optimizer) -> Iterator[UserError]:
     if plan.type == "constant" and plan.decay_steps is not None:
         yield UserError(key, plan.decay_steps, "a constant schedule does not decay", f"set {key}=null or another type")
     yield from schedule_problems(**dict(plan))
+
+
+def check_ema(ema: Ema) -> None:
+    """The decay of the average."""
+    check_decay(ema.decay)
 
 
 def check_sample(sample: Sample, data: Data) -> None:

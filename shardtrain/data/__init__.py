@@ -9,9 +9,11 @@ A new dataset is one file in `shardtrain/data/formats`, which is found by its na
 anywhere, named by its import path.
 """
 
+from shardtrain.data.adapted import as_source
 from shardtrain.data.catalog import open_source
 from shardtrain.data.corpus import corpus_documents
 from shardtrain.data.document import Document, Text
+from shardtrain.data.growth import BatchGrowth
 from shardtrain.data.listing import text_files
 from shardtrain.data.loader import Batch, Loader, State
 from shardtrain.data.prepare import Kept, load_tokenizer, prepare
@@ -26,6 +28,7 @@ from shardtrain.data.tokens import TokenFile, TokenWindows, open_tokens, write_t
 __all__ = [
     "BPETokenizer",
     "Batch",
+    "BatchGrowth",
     "ByteTokenizer",
     "Document",
     "Kept",
@@ -41,6 +44,7 @@ __all__ = [
     "TokenFile",
     "TokenWindows",
     "Tokenizer",
+    "as_source",
     "corpus_documents",
     "encode_documents",
     "load_tokenizer",

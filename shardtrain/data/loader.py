@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from shardtrain.data.arguments import check_divides, check_sharding, check_sizes, check_source, restore
+from shardtrain.data.growth import BatchGrowth
 from shardtrain.data.rows import MASK, RowCheck, check_last_batch
 from shardtrain.data.source import Source
 
@@ -42,6 +43,7 @@ class Loader:
       prefetch: number of batches made and sent to the devices ahead, while steps run. 0 makes each on demand.
       threads: number of threads that make batches, at most `prefetch` at a time. More than one helps a source that
         waits, for a network say. Otherwise they wait for the interpreter, and two deliver two thirds of what one does.
+      growth: sizes of the batches while they grow; the last size is `global_batch`.
       epochs: end after this many passes over the source, in each of which every row counts once: rows that fill up
         the last batch have a `loss_mask` of 0. For `evaluate`, use 1 and `shuffle` False.
 
@@ -62,13 +64,15 @@ class Loader:
         prefetch: int = 2,
         threads: int = 1,
         epochs: int | None = None,
+        growth: BatchGrowth | None = None,
     ):
         check_source(source)
         check_sizes(source, global_batch, seed, prefetch, threads, epochs)
         check_sharding(sharding)
         self._source, self._global_batch, self._sharding = source, global_batch, sharding
         self._next_row = 0 if state is None else restore(state, source)
-        self._local_rows = self._rows_of_this_process()
+        self._growth = growth
+        self._local_rows = {size: self._rows_of_this_process(size) for size in self._sizes}
         import grain  # only here: it also imports Orbax, which takes 0.2 s
 
         order = grain.MapDataset.range(len(source))  # numbers only: Grain walks and measures its elements
@@ -77,7 +81,7 @@ class Loader:
         self._rows = self._check_first_row()
         self._prefetch = prefetch
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="loader")
-        self._ahead: deque[Future[Batch]] = deque()
+        self._ahead: deque[tuple[Future[Batch], int]] = deque()  # and the row after each
         self._closed = False
 
     @property
@@ -97,7 +101,7 @@ class Loader:
     @property
     def ready(self) -> bool:
         """Whether the next batch is on the devices already, so that `next` returns at once."""
-        return bool(self._ahead) and self._ahead[0].done()
+        return bool(self._ahead) and self._ahead[0][0].done()
 
     def __iter__(self) -> "Loader":
         return self
@@ -110,11 +114,12 @@ class Loader:
             raise ValueError("this loader is closed")
         self._make_ahead(max(1, self._prefetch))
         try:
-            batch = self._ahead.popleft().result()
+            future, after = self._ahead.popleft()
+            batch = future.result()
         except BaseException:
             self.close()  # a loader that continued after an error would leave out a batch
             raise
-        self._next_row = self._until(self._next_row + self._global_batch)
+        self._next_row = after
         self._make_ahead(self._prefetch)
         return batch
 
@@ -132,31 +137,32 @@ class Loader:
 
     def _make_ahead(self, batches: int) -> None:
         while len(self._ahead) < batches:
-            first = self._next_row + len(self._ahead) * self._global_batch
-            if self._until(first) == self._end:
+            first = self._ahead[-1][1] if self._ahead else self._next_row
+            if first == self._end:
                 return
-            self._ahead.append(self._threads.submit(self._batch, first))
+            size = self._global_batch if self._growth is None else self._growth.size(first)
+            self._ahead.append((self._threads.submit(self._batch, first, size), self._until(first + size)))
 
-    def _batch(self, first: int) -> Batch:
-        """Make the batch that begins at row `first` of the endless list, on the devices."""
-        numbers = first + self._local_rows
+    def _batch(self, first: int, size: int) -> Batch:
+        """Make the batch of `size` rows that begins at row `first` of the endless list, on the devices."""
+        local_rows = self._local_rows[size]
+        numbers = first + local_rows
         fill = numbers >= (math.inf if self._end is None else self._end)
         chosen = [int(self._order[int(number)]) for number in np.where(fill, first, numbers)]
         local = self._rows.stack([self._source[row] for row in chosen], chosen)
         if fill.any():
             local[MASK][fill] = 0
-        local["row"] = self._local_rows.astype(np.int32)
-        return {name: self._to_devices(leaf) for name, leaf in local.items()}
+        local["row"] = local_rows.astype(np.int32)
+        return {name: self._to_devices(leaf, size) for name, leaf in local.items()}
 
-    def _to_devices(self, local: np.ndarray) -> jax.Array:
+    def _to_devices(self, local: np.ndarray, B: int) -> jax.Array:
         """Make the global array [B, ...] from `local`, the rows of this process in global order."""
-        B = self._global_batch
 
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None  # None stands for devices of other processes
             start, stop, _ = index[0].indices(B)
             # A device holds consecutive rows, so all of them are consecutive here too.
-            offset = int(np.searchsorted(self._local_rows, start))
+            offset = int(np.searchsorted(self._local_rows[B], start))
             return local[offset : offset + stop - start, *index[1:]]
 
         return jax.make_array_from_callback((B, *local.shape[1:]), self._sharding_of(local.ndim), shard)
@@ -164,9 +170,12 @@ class Loader:
     def _sharding_of(self, ndim: int) -> NamedSharding:
         return NamedSharding(self._sharding.mesh, PartitionSpec(*self._sharding.spec[:ndim]))
 
-    def _rows_of_this_process(self) -> np.ndarray:
-        """Return which rows of each batch to read: by device, never by process index."""
-        B = self._global_batch
+    @property
+    def _sizes(self) -> list[int]:
+        return [self._global_batch] if self._growth is None else self._growth.sizes
+
+    def _rows_of_this_process(self, B: int) -> np.ndarray:
+        """Return which rows of each batch of B to read: by device, never by process index."""
         sharding = self._sharding_of(1)
         check_divides(sharding, (B,), "data.global_batch")
         held = np.zeros(B, bool)
@@ -180,7 +189,7 @@ class Loader:
 
     def _check_first_row(self) -> RowCheck:
         # Also makes Grain build its lazy parts here, before there are threads.
-        rows = RowCheck(self._source, int(self._order[self._next_row + int(self._local_rows[0])]))
+        rows = RowCheck(self._source, int(self._order[self._next_row + int(self._local_rows[self._sizes[0]][0])]))
         for name, leaf in rows.first.items():
             shape = (self._global_batch, *leaf.shape)
             check_divides(self._sharding_of(len(shape)), shape, f"rows' {name!r}, a batch of which")

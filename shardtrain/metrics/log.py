@@ -7,22 +7,16 @@ strings "NaN", "Infinity" and "-Infinity", as in the JSON mapping of protobuf, a
 
 import json
 import math
-import os
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
 
 from shardtrain.errors import UserError
 from shardtrain.host.files import atomic, naming
 
 FILE = "metrics.jsonl"
-_FLUSH_S = 1.0  # at most this much of TensorBoard's events is lost by a kill
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -46,7 +40,11 @@ class MetricsLog:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.touch()
         self.last, self._file = self._open(None)
-        self._events = _Events(self._path.parent / "tensorboard") if tensorboard else None
+        self._events = None
+        if tensorboard:
+            from shardtrain.metrics.events import Events  # imports tensorboardX, which no other use of a log needs
+
+            self._events = Events(self._path.parent / "tensorboard")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line, with `step` first.
@@ -144,40 +142,3 @@ def _number(value: Any) -> float | int | str:
     if math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-
-
-class _Events:
-    """A TensorBoard event file, one event per step.
-
-    The `SummaryWriter` of tensorboardX would pass each scalar to a thread through a pipe, which is slower, and loses
-    them on a kill.
-    """
-
-    def __init__(self, directory: Path):
-        directory.mkdir(parents=True, exist_ok=True)
-        # By itself the name has the time in whole seconds only, and an existing file would be overwritten.
-        self._directory = directory
-        self._writer = EventsWriter(str(directory / "events"), f".{os.getpid()}.{time.time_ns()}")
-        self._flushed = 0.0
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        scalars = [Summary.Value(tag=key, simple_value=value) for key, value in values.items()]
-        self._add(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
-
-    def forget_from(self, step: int) -> None:
-        self._add(Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START)))
-
-    def flush(self) -> None:
-        with naming(self._directory):
-            self._writer.flush()  # which also calls fsync: milliseconds, or many of them on a shared disk
-        self._flushed = time.monotonic()
-
-    def close(self) -> None:
-        with naming(self._directory):
-            self._writer.close()
-
-    def _add(self, event: Event) -> None:
-        with naming(self._directory):
-            self._writer.write_event(event)
-        if time.monotonic() - self._flushed >= _FLUSH_S:
-            self.flush()

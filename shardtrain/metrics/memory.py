@@ -1,9 +1,12 @@
 """The memory that training takes."""
 
 import functools
+from typing import TYPE_CHECKING
 
 import jax
-import psutil
+
+if TYPE_CHECKING:
+    import psutil
 
 
 def memory_bytes() -> int | None:
@@ -19,5 +22,7 @@ def memory_bytes() -> int | None:
 
 
 @functools.cache
-def _this_process() -> psutil.Process:
+def _this_process() -> "psutil.Process":
+    import psutil
+
     return psutil.Process()  # finding the process takes longer than asking it

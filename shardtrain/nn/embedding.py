@@ -15,7 +15,7 @@ from flax import nnx
 from shardtrain.errors import UserError
 from shardtrain.host.typed import typed
 from shardtrain.nn.matmul import added, einsum, gathered, scattered
-from shardtrain.nn.param import param
+from shardtrain.nn.param import Initializer, param
 from shardtrain.sharding import constrain, shards
 from shardtrain.weights.precision import Precision
 
@@ -29,6 +29,7 @@ class Embedding(nnx.Module):
     Args:
       vocab_size: rows of the table.
       dim: width of a vector.
+      init: initialiser; default a normal with variance `1 / dim`.
       precision: dtypes.
       rngs: seeds of the weights.
 
@@ -40,9 +41,17 @@ class Embedding(nnx.Module):
     """
 
     @typed
-    def __init__(self, vocab_size: int, dim: int, *, precision: Precision = Precision(), rngs: nnx.Rngs):
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int,
+        *,
+        init: Initializer | None = None,
+        precision: Precision = Precision(),
+        rngs: nnx.Rngs,
+    ):
         self.axes, self.precision = _AXES, precision
-        init = jax.nn.initializers.normal(dim**-0.5)
+        init = init or jax.nn.initializers.normal(dim**-0.5)
         self.weight = param(
             rngs.params(), (vocab_size, dim), _AXES, init, precision.params, "embedding", 1, precision.compute
         )

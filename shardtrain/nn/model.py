@@ -27,6 +27,8 @@ class Model(Protocol):
       `logits(x)`: the logits of the last block's output, with which text can be generated.
       `flops_per_token(seq_len)`: the FLOPs of a training step per token, for MFU. Without it the matmuls with weights
         count, and nothing else; `Llama` adds those of attention.
+      `width_multiplier`: its width over that of the model whose learning rate it shall use. AdamW and Lion divide the
+        rate of matrices by it (muP, Yang et al. 2022, arXiv:2203.03466); the model does the rest, as `Llama` does.
       `size_options`: a class attribute, from logical axes to the options that are their sizes, where these do not have
         the usual names (`SIZE_OPTIONS` in `nn/sizes.py`): `{"embed": "hidden_size"}`. With it a config is checked
         against the mesh before anything is built.

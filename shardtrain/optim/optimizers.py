@@ -15,11 +15,13 @@ from jax.tree_util import tree_map_with_path
 from shardtrain.errors import UserError, described, did_you_mean, refuse, require_kind
 from shardtrain.host.import_path import accepts, find
 from shardtrain.host.typed import is_number, typed
+from shardtrain.optim.clipping import clipped
 from shardtrain.optim.moments import Moments, with_moments
 from shardtrain.optim.per_layer import abstract, over_layers, probe, slices
+from shardtrain.optim.schedule_free import schedule_free_adamw, schedule_free_sgd
 from shardtrain.weights.layout import shardings_like
 from shardtrain.weights.paths import Path, dotted
-from shardtrain.weights.precision import at_least_float32
+from shardtrain.weights.trained import trained
 from shardtrain.weights.weight import Role, Weight
 
 Transform: TypeAlias = optax.GradientTransformation
@@ -31,10 +33,14 @@ OPTIMIZERS: dict[str, Callable[..., Transform]] = {
     "sgd": optax.sgd,
     "adafactor": optax.adafactor,
     "muon": optax.contrib.muon,
+    "schedule_free_adamw": schedule_free_adamw,
+    "schedule_free_sgd": schedule_free_sgd,
 }
 # None of their statistics spans a tensor, so stacking cannot change them.
-_ELEMENTWISE = (optax.adamw, optax.lion, optax.sgd)
+_ELEMENTWISE = (optax.adamw, optax.lion, optax.sgd, schedule_free_adamw, schedule_free_sgd)
 _MASKS = ("mask", "weight_decay_mask")
+# Those for which the learning rate of a wide matrix is known to scale with 1 / width (Adam's class of muP).
+_SCALABLE = (optax.adamw, optax.lion)
 # Options of optax that follow from our own arguments, and from which ones.
 _DERIVED = {
     "learning_rate": "lr",
@@ -63,8 +69,9 @@ def optimizer(
 
     Args:
       type: `adamw`, `lion`, `sgd`, `adafactor`, `muon` (arXiv:2502.16982; matrices by role, AdamW for the
-        rest), or the import path of an optax-like factory: `optax.lamb`, `package.module:factory`.
-      weights: nested dicts of `Weight`, congruent with the params.
+        rest), `schedule_free_adamw`, `schedule_free_sgd`, or the import path of an optax-like factory: `optax.lamb`,
+        `package.module:factory`.
+      weights: nested dicts of `Weight`, congruent with the params. Frozen ones are left out.
       lr: learning rate, or a schedule over the number of updates made so far.
       clip_norm: largest norm of the whole gradient, over all weights together.
       weight_decay: 0 means none.
@@ -80,6 +87,7 @@ def optimizer(
     """
     for weight in jax.tree.leaves(weights) or [None]:
         require_kind("what optimizer is given as weights", weight, Weight, "pass model.weights of your ModelDef")
+    weights = trained(weights, weights)
     factory = _factory(type)
     refuse(option_problems(type, options))
     for role in decay_roles:
@@ -99,7 +107,7 @@ def optimizer(
         tx = over_layers(tx, weights)
     if moments is not None:
         tx = with_moments(tx, weights, moments)
-    return tx if clip_norm is None else _clipped(tx, clip_norm)
+    return tx if clip_norm is None else clipped(tx, clip_norm)
 
 
 def _check_numbers(lr: float | optax.Schedule, clip_norm: float | None, weight_decay: float) -> None:
@@ -128,8 +136,9 @@ def state_shardings(tx: Transform, params: Any, weights: Any) -> Any:
 
 
 def _factory(type: str) -> Callable[..., Transform]:
-    if type in OPTIMIZERS:
-        return OPTIMIZERS[type]
+    known = type.removeprefix("optax.").removeprefix("contrib.")  # Optax's own, as far as they are in the table
+    if known in OPTIMIZERS:
+        return OPTIMIZERS[known]
     module, _, name = type.partition(":") if ":" in type else type.rpartition(".")
     if not module or not name:
         fix = f"{did_you_mean(type, OPTIMIZERS)} (or an import path such as optax.lamb or package.module:factory)"
@@ -168,6 +177,8 @@ def _build(type: str, weights: Any, lr: Rate, weight_decay: float, decays: Any, 
     mask = next((name for name in _MASKS if name in accepted), None)
     given = {"learning_rate": lr} | options
     groups = [(lr, decays)]
+    if scaled := any(w.lr_scale != 1 for w in jax.tree.leaves(weights)):
+        _check_scalable(type, factory)
     if factory is optax.contrib.muon:
         # Decayed here, because optax decays its AdamW half without a mask, and that half may have its own rate.
         given["muon_weight_dimension_numbers"] = tree_map_with_path(_muon_dims, weights)
@@ -177,7 +188,7 @@ def _build(type: str, weights: Any, lr: Rate, weight_decay: float, decays: Any, 
                 (lr, jax.tree.map(lambda d, m: d and m, decays, is_matrix)),
                 (other, jax.tree.map(lambda d, m: d and not m, decays, is_matrix)),
             ]
-    elif "weight_decay" in accepted and mask:
+    elif "weight_decay" in accepted and mask and not scaled:
         given |= {"weight_decay": weight_decay, mask: decays}
         groups = []
     elif "weight_decay" in accepted:
@@ -186,9 +197,21 @@ def _build(type: str, weights: Any, lr: Rate, weight_decay: float, decays: Any, 
         tx = factory(**given)
     except (TypeError, ValueError) as error:
         raise UserError(f"optimizer {type} with options {options}: {error}") from error
+    if scaled:  # before the decay, which muP does not scale
+        tx = optax.chain(tx, _scale_by(jax.tree.map(lambda w: w.lr_scale, weights)))
     if not weight_decay or not groups:
         return tx
     return optax.chain(tx, *(optax.add_decayed_weights(_decay(r, weight_decay), m) for r, m in groups))
+
+
+def _check_scalable(type: str, factory: Callable[..., Transform]) -> None:
+    if factory not in _SCALABLE:
+        rule = "the model asks for learning rates that depend on width (mup_base), which are known for adamw and lion"
+        raise UserError("optimizer.type", type, rule, "use one of these, or a model without mup_base")
+
+
+def _scale_by(scales: Any) -> Transform:
+    return optax.stateless(lambda updates, _: jax.tree.map(lambda u, s: u if s == 1 else u * s, updates, scales))
 
 
 def _decay(lr: Rate, weight_decay: float) -> optax.Schedule:
@@ -206,15 +229,6 @@ def _muon_dims(path: Path, weight: Weight) -> optax.contrib.MuonDimensionNumbers
     return optax.contrib.MuonDimensionNumbers(weight.input_dims, weight.output_dims)
 
 
-def global_norm(grads: Any) -> jax.Array:
-    """Return the norm of all gradients together, computed in float32 at least, whatever their dtype."""
-    return optax.tree.norm(jax.tree.map(_widened, grads))
-
-
-def _widened(g: jax.Array) -> jax.Array:
-    return g.astype(at_least_float32(g.dtype))
-
-
 def updates_made(opt_state: Any, otherwise: jax.Array) -> jax.Array:
     """Return how many updates an optimizer has made, by its own count, which its schedule uses.
 
@@ -224,26 +238,3 @@ def updates_made(opt_state: Any, otherwise: jax.Array) -> jax.Array:
     """
     leaves = jax.tree_util.tree_leaves_with_path(opt_state)
     return next((leaf for path, leaf in leaves if dotted(path[-1:]) == "count" and leaf.shape == ()), otherwise)
-
-
-class Clipped(optax.GradientTransformationExtraArgs):
-    """A transform that clips the gradient first. Its `update` accepts the `grad_norm` from a caller who knows it."""
-
-
-def _clipped(tx: Transform, clip_norm: float) -> Clipped:
-    """Return `optax.chain(optax.clip_by_global_norm(clip_norm), tx)`, without computing a norm twice.
-
-    Clipping has no state, so the state of `tx` keeps its paths with or without it.
-    """
-
-    def update(grads: Any, state: Any, params: Any = None, *, grad_norm: Any = None, **_: Any) -> tuple[Any, Any]:
-        norm = global_norm(grads) if grad_norm is None else grad_norm
-
-        def clip(g: jax.Array) -> jax.Array:
-            wide = _widened(g)
-            clipped = jax.lax.select(norm < clip_norm, wide, (wide / norm.astype(wide.dtype)) * clip_norm)
-            return clipped.astype(g.dtype)
-
-        return tx.update(jax.tree.map(clip, grads), state, params)
-
-    return Clipped(tx.init, update)

@@ -65,13 +65,15 @@ def pipeline_gradients(
       constrain_gradients: sets sharding and dtype of the gradients of (`stage.stacked`, `stage.shared`).
 
     Returns:
-      This rank's gradients of `stage.stacked` and of `stage.shared`, and `{name: (sum, weight)}` over all ranks.
+      This rank's gradients of what trains of `stage.stacked` and of `stage.shared`, and `{name: (sum, weight)}` over
+      all ranks.
     """
     microbatch_at = _table_lookup(program, layers_CRk, batch_M)
     example = microbatch_at(jnp.int32(0))
     x = jax.eval_shape(stage.embed, example)
     zeros = zeros_like(x)
-    totals = {"sums": _zero_sums(stage, zeros, example), "dshared": jax.tree.map(_wide_zeros, stage.shared)}
+    dstacked, dshared = stage.model.trained_layer(stage.stacked), stage.model.trained_shared(stage.shared)
+    totals = {"sums": _zero_sums(stage, zeros, example), "dshared": jax.tree.map(_wide_zeros, dshared)}
     mode = backward_mode(program)(stage, example)
 
     def constrain(carry: Carry) -> Carry:
@@ -84,7 +86,7 @@ def pipeline_gradients(
         **{kind: buffer(tree, program.slots[kind]) for kind, tree in like.items()},
         "y": zeros,
         "dx": zeros,
-        "dstacked": jax.tree.map(_wide_zeros, stage.stacked),
+        "dstacked": jax.tree.map(_wide_zeros, dstacked),
         **totals,
     }
     carry = _run(program, stage, microbatch_at, mode.phases, constrain, carry)

@@ -18,6 +18,7 @@ import jax
 from shardtrain.pipeline.slots import masked
 from shardtrain.pipeline.split_function import split_function
 from shardtrain.pipeline.stage import MicrobatchAtStage, StageFunctions, Totals, add_to_totals
+from shardtrain.weights.trained import merged
 
 Tree = Any
 
@@ -48,8 +49,8 @@ def split_backward(stage: StageFunctions, example: MicrobatchAtStage) -> SplitBa
     params = jax.eval_shape(lambda: jax.tree.map(lambda a: a[0], stage.params(example)))
 
     def layer(params: Tree, early: Any, dy: Tree) -> tuple[Any, Any]:
-        x, index, mb = early
-        (y, aux), back = jax.vjp(lambda p, x: stage.layer(p, x, index, mb), params, x)
+        (x, index, mb), part = early, stage.model.trained_layer(params)
+        (y, aux), back = jax.vjp(lambda part, x: stage.layer(merged(part, params), x, index, mb), part, x)
         return (y, aux), back((dy, stage.aux_gradient(aux)))
 
     forward = split_function(layer, params, (x, example.layers_k[0], example), x)

@@ -23,6 +23,7 @@ from shardtrain.nn.returned import Sums
 from shardtrain.nn.stack import Aux
 from shardtrain.pipeline.slots import add_at, masked, read_at, select
 from shardtrain.pipeline.split_function import SplitFunction, split_function
+from shardtrain.weights.trained import merged
 
 Tree = Any
 #: The totals over all stages and microbatches: `sums`, and `dshared`, the gradient of the shared parameters.
@@ -39,6 +40,8 @@ class ModelParts:
       head: `(shared, x, batch, ctx) -> {name: (sum, weight)}`, of the loss and metrics, on the last stage.
       remat: wraps a function so that its backward pass keeps only what the model's remat policy names.
       constrain: sets the sharding of the pytree `x` between stages.
+      trained_layer: the part of the parameters of layers that trains: nested dicts without the frozen ones.
+      trained_shared: the same of the shared parameters.
     """
 
     embed: Callable[[Tree, Batch, Context], Tree]
@@ -46,6 +49,8 @@ class ModelParts:
     head: Callable[[Tree, Tree, Batch, Context], Sums]
     remat: Callable[[Callable[..., Any]], Callable[..., Any]]
     constrain: Callable[[Tree], Tree] = lambda x: x
+    trained_layer: Callable[[Tree], Tree] = lambda params: params
+    trained_shared: Callable[[Tree], Tree] = lambda shared: shared
 
 
 @jax.tree_util.register_dataclass
@@ -107,7 +112,7 @@ class StageFunctions:
         return jax.tree.map(lambda a: read_at(a, mb.chunk), self.stacked)
 
     def accumulate(self, total: Tree, dparams: Tree, mb: MicrobatchAtStage) -> Tree:
-        """Add `dparams`, the gradient of the stage's parameters, to `total`, which is shaped like `stacked`."""
+        """Add `dparams`, the gradient of the parameters of a stage that train, to `total`, that of all stages here."""
         dparams = dparams if self.skip else masked(mb.active, dparams)
         return jax.tree.map(lambda t, d: add_at(t, d, mb.chunk), total, dparams)
 
@@ -139,12 +144,12 @@ class StageFunctions:
         On the last stage it is the gradient of the loss, which is added to `totals`; elsewhere it is `g`.
         """
 
-        def loss(shared: Tree, y: Tree) -> tuple[jax.Array, dict[str, Any]]:
-            sums = self.head(shared, y, mb)
+        def loss(part: Tree, y: Tree) -> tuple[jax.Array, dict[str, Any]]:
+            sums = self.head(merged(part, self.shared), y, mb)
             return sums["loss"][0], sums
 
         def compute() -> tuple[Tree, Totals]:
-            _, back, sums = jax.vjp(loss, self.shared, y, has_aux=True)
+            _, back, sums = jax.vjp(loss, self.model.trained_shared(self.shared), y, has_aux=True)
             dshared, dy = back(jnp.ones_like(sums["loss"][0]))
             return self.model.constrain(dy), add_to_totals(totals, sums, dshared)
 
@@ -158,7 +163,8 @@ class StageFunctions:
         """On the first stage, add the embedding's gradient to `totals`, given the gradient `dx` of its output."""
 
         def compute() -> Totals:
-            _, back = jax.vjp(lambda shared: self.embed(mb, shared), self.shared)
+            part = self.model.trained_shared(self.shared)
+            _, back = jax.vjp(lambda part: self.embed(mb, merged(part, self.shared)), part)
             return add_to_totals(totals, {}, back(dx)[0])
 
         return self.when(mb.first, compute, totals)
@@ -176,9 +182,10 @@ class StageFunctions:
           totals: sums and shared gradients so far.
 
         Returns:
-          `((dx, totals), gradient of params)`.
+          `((dx, totals), gradient of those params that train)`.
         """
-        (y, aux), back = jax.vjp(lambda p, x: self.forward(p, x, mb), params, x)
+        part = self.model.trained_layer(params)
+        (y, aux), back = jax.vjp(lambda part, x: self.forward(merged(part, params), x, mb), part, x)
         dy, totals = self.loss(y, g, mb, totals)
         dparams, dx = back((dy, self.aux_gradient(aux)))
         dx = self.model.constrain(dx)
@@ -196,8 +203,8 @@ class StageFunctions:
         """
 
         def both(params: Tree, early: tuple[Tree, MicrobatchAtStage], dy: Tree) -> tuple[Any, Any]:
-            x, mb = early
-            (y, aux), back = jax.vjp(lambda p, x: self.forward(p, x, mb), params, x)
+            (x, mb), part = early, self.model.trained_layer(params)
+            (y, aux), back = jax.vjp(lambda part, x: self.forward(merged(part, params), x, mb), part, x)
             return (y, aux), back((dy, self.aux_gradient(aux)))
 
         x = jax.eval_shape(self.embed, example)

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from jax.sharding import NamedSharding
 
 from shardtrain.config import RunConfig
-from shardtrain.data import Batch, Loader, Rows, Source, Tokenizer, open_source, split
+from shardtrain.config.schema import Data
+from shardtrain.data import Batch, BatchGrowth, Loader, Rows, Source, Tokenizer, open_source, split
 from shardtrain.data.arguments import check_source
 from shardtrain.data.checks import check_prompt, check_row_length, check_source_vocabulary, check_tokenizer
 from shardtrain.data.rows import check_last_batch
@@ -155,7 +156,14 @@ def training_batches(
         sharding=sharding,
         state=position,
         shuffle=config.data.shuffle,
+        growth=_growth(config.data),
     )
+
+
+def _growth(data: Data) -> BatchGrowth | None:
+    if data.first_batch is None or data.growth_rows is None:
+        return None
+    return BatchGrowth(data.first_batch, data.global_batch, data.growth_rows)
 
 
 def eval_batches(source: Source, config: RunConfig, sharding: NamedSharding) -> Iterator[Batch]:

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax.sharding import NamedSharding
 
 from shardtrain.collectives.fsdp import GatheredBytes, gathered_bytes
-from shardtrain.config import RunConfig, check_devices, thaw
-from shardtrain.errors import UserError
-from shardtrain.host.import_path import accepts
+from shardtrain.config import RunConfig, check_devices
 from shardtrain.launch.cpu_collectives import ordered
 from shardtrain.launch.devices import select_devices
 from shardtrain.launch.xla_flags import compiler_options, set_environment
 from shardtrain.metrics import peak_flops
 from shardtrain.nn.returned import Sums
 from shardtrain.nn.sizes import flops_per_token
-from shardtrain.optim import lr_schedules, optimizer
 from shardtrain.pipeline import schedules
+from shardtrain.run.named import named_model, named_optimizer, named_precision
 from shardtrain.sharding import Partitioner, make_rules
+from shardtrain.train.averages import averaged, start_ema
 from shardtrain.train.jitted_step import JittedStep, Metrics
 from shardtrain.train.loss_sums import LossFunction
 from shardtrain.train.model_def import ModelDef
@@ -58,13 +57,19 @@ class Job:
         """The sharding of a batch `[B, S]`."""
         return self.partitioner.sharding(("batch", "seq"))
 
+    @property
+    def keeps_ema(self) -> bool:
+        """Whether a moving average of the weights is kept."""
+        return self.config.ema.decay is not None
+
     def abstract_state(self) -> TrainState:
         """The state as shapes and shardings."""
-        return abstract_state(self.model, self.tx, self.partitioner)
+        return abstract_state(self.model, self.tx, self.partitioner, ema=self.keeps_ema)
 
-    def abstract_canonical(self) -> TrainState:
-        """The state as checkpoints store it, as shapes and shardings."""
-        return abstract_canonical(self.model, self.tx, self.partitioner)
+    def abstract_canonical(self, ema: bool | None = None) -> TrainState:
+        """The state as checkpoints store it, as shapes and shardings; with an average or not, by config or as told."""
+        ema = self.keeps_ema if ema is None else ema
+        return abstract_canonical(self.model, self.tx, self.partitioner, ema=ema)
 
     @functools.cached_property
     def canonical(self) -> Callable[[TrainState], TrainState]:
@@ -86,7 +91,13 @@ class Job:
 
     def init_state(self) -> TrainState:
         """A fresh sharded state from the config's seed."""
-        return init_state(self.model, self.tx, self.partitioner, seed=self.config.run.seed)
+        state = init_state(self.model, self.tx, self.partitioner, seed=self.config.run.seed)
+        return start_ema(self.model, state) if self.keeps_ema else state
+
+    def evaluated(self, state: TrainState) -> TrainState:
+        """The state that evaluations and samples use: with averaged weights, as far as the config wants them."""
+        kept = state if self.config.ema.evaluate else dataclasses.replace(state, ema={})
+        return averaged(self.model, kept)
 
     def train_step(self) -> JittedStep[tuple[TrainState, Metrics]]:
         """See `make_train_step`."""
@@ -101,6 +112,7 @@ class Job:
             lr=self.lr,
             compiler_options=self.compiler_options,
             gather="tick" if self.whole is None else "step",
+            ema=self.config.ema.decay,
             debug=self.config.run.debug,
         )
 
@@ -120,7 +132,8 @@ class Job:
         flops = flops_per_token(self.model.outline({}), data.seq_len)
         devices = self.partitioner.mesh.devices
         peak = peak_flops(devices.flat[0].device_kind, jnp.dtype(self.precision.compute).name)
-        return Speed(data.global_batch * data.seq_len, flops, None if peak is None else peak * devices.size)
+        whole = None if peak is None else peak * devices.size
+        return Speed(data.global_batch * data.seq_len, flops, whole, rows_per_step=data.global_batch)
 
 
 def build(
@@ -129,6 +142,7 @@ def build(
     processes: int = 1,
     devices: Sequence[jax.Device] | None = None,
     loss: LossFunction | None = None,
+    model: Callable[[nnx.Rngs], nnx.Module] | None = None,
 ) -> Job:
     """Assemble the parts that a config names. Starts JAX's backend; makes no array and touches no file.
 
@@ -138,6 +152,7 @@ def build(
       devices: used instead of the config's `devices`; then its `xla.environment` is not read either. They may be
         compile-only ones (`jax.experimental.topologies`), whose steps can be compiled and read, but not run.
       loss: of a module that does not follow `nn.Model`; see `make_train_step`.
+      model: builds the module, instead of the class that the config names.
 
     Raises:
       UserError: the devices are missing or do not fit the mesh, the rules cannot shard the model on it, the class does
@@ -152,70 +167,20 @@ def build(
     options = compiler_options(config.xla.preset, config.xla.options, (here or devices)[0])
     mesh = config.mesh.spec().build(devices)
     partitioner = Partitioner(mesh, make_rules(config.rules))
-    precision = _precision(config, devices[0])
-    make, arguments = config.model.load(), config.model.arguments()
-    if loss is None:
-        _require_contract(config.model.type, make)
-    if loss is None or _takes(make, "precision"):
-        arguments["precision"] = precision
+    precision = named_precision(config, devices[0])
     pipeline, ranks = config.pipeline, mesh.shape["pipe"]
-    model = ModelDef(
-        lambda rngs: make(**arguments, rngs=rngs),
+    definition = ModelDef(
+        model or named_model(config, precision, loss),
         schedule=None
         if ranks == 1
         else schedules.make(pipeline.schedule, ranks, pipeline.microbatches, pipeline.chunks),
         backward=pipeline.backward,
         idle=pipeline.idle,
+        trains=config.optimizer.trains,
+        freeze=config.optimizer.freeze,
     )
-    report = sharding_report(model.weights, partitioner)
+    report = sharding_report(definition.weights, partitioner)
     report.check(config.mesh.max_replicated)
-    tx, lr = _optimizer(config, model)
-    whole = gathered_bytes(model.weights, partitioner) if ranks > 1 and pipeline.gather == "step" else None
-    return Job(config, partitioner, model, precision, tx, lr, report, options, whole, loss)
-
-
-def _optimizer(config: RunConfig, model: ModelDef) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    section = config.optimizer
-    schedule = section.schedule.model_dump()
-    schedule["decay_steps"] = schedule["decay_steps"] or config.run.steps  # `None` for a constant schedule
-    lr = lr_schedules.schedule(lr=section.lr, **schedule)
-    tx = optimizer(
-        section.type,
-        model.weights,
-        lr=lr,
-        clip_norm=section.clip_norm,
-        weight_decay=section.weight_decay,
-        decay_roles=section.decay_roles,
-        per_layer=section.per_layer,
-        moments=section.moments,
-        **thaw(section.options),
-    )
-    return tx, lr
-
-
-def _require_contract(name: str, model: Any) -> None:
-    """Check that a class follows `nn.Model`, as far as its signature and methods show, before anything runs."""
-    lacking = [f"parameter {p}" for p in ("precision", "rngs") if not _takes(model, p)]
-    lacking += [f"method {m}" for m in ("embedder", "head") if not hasattr(model, m)]
-    if lacking:
-        raise UserError(
-            f"model.type {name} has no {', no '.join(lacking)}: a class named by a config takes precision and rngs and "
-            "follows shardtrain.nn.Model (embedder, blocks, head); to train another module, pass a loss function to "
-            "Trainer.from_config or make_train_step"
-        )
-
-
-def _takes(model: Any, name: str) -> bool:
-    """Whether a class can be called with a keyword argument of that name."""
-    return accepts(inspect.signature(model.__init__).parameters, name)
-
-
-def _precision(config: RunConfig, device: jax.Device) -> Precision:
-    compute = config.precision.compute
-    if compute == "auto":
-        compute = "float32" if device.platform == "cpu" else "bfloat16"
-    dtypes = (config.precision.params, compute, config.precision.reduce)
-    if "float64" in dtypes:
-        jax.config.update("jax_enable_x64", True)  # otherwise JAX would silently use float32
-    params, used, reduce = map(jnp.dtype, dtypes)
-    return Precision(params, used, reduce, config.precision.matmul)
+    tx, lr = named_optimizer(config, definition)
+    whole = gathered_bytes(definition.weights, partitioner) if ranks > 1 and pipeline.gather == "step" else None
+    return Job(config, partitioner, definition, precision, tx, lr, report, options, whole, loss)

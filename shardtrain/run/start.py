@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ from shardtrain.host.agree import decide_on_process_zero
 from shardtrain.host.files import write_text
 from shardtrain.metrics import MetricsLog
 from shardtrain.run.job import Job
+from shardtrain.train.averages import start_ema
 from shardtrain.train.callbacks import Values
 from shardtrain.train.state import TrainState
+
+_log = logging.getLogger(__name__)
 
 
 def open_checkpoints(config: RunConfig, directory: Path) -> Checkpointer:
@@ -76,12 +80,14 @@ class Start:
         Raises:
           UserError: a checkpoint that does not verify or does not fit the model.
         """
-        cast = config.checkpoint.cast
-        restored = None if step is None else checkpointer.restore(job.abstract_canonical(), step, cast=cast)
-        if restored is None:
+        if step is None:
             state = job.init_state()
             return cls(state if config.init_from is None else _with_weights_of(config.init_from, state, job))
-        return cls(job.live(restored.state), restored.extra["data"], restored.extra.get("unevaluated"))
+        ema = any(name.startswith("ema.") for name in checkpointer.names(step))
+        restored = checkpointer.restore(job.abstract_canonical(ema=ema), step, cast=config.checkpoint.cast)
+        assert restored is not None, "a step was named"
+        state = job.live(_with_ema(restored.state, job) if ema != job.keeps_ema else restored.state)
+        return cls(state, restored.extra["data"], restored.extra.get("unevaluated"))
 
     def unevaluated_by(self, log: MetricsLog | None) -> Values | None:
         """`unevaluated`, unless the log shows that the evaluation was made later; if not, drops the step's line.
@@ -109,4 +115,14 @@ def _with_weights_of(path: str, state: TrainState, job: Job) -> TrainState:
     step = int(place.name) if is_step else None
     folder, cast = place.parent if is_step else place, job.config.checkpoint.cast
     params = load_weights(folder, job.abstract_canonical().params, step, cast=cast)
-    return job.live(dataclasses.replace(job.canonical(state), params=params))
+    loaded = dataclasses.replace(job.canonical(state), params=params)
+    return job.live(start_ema(job.model, loaded) if job.keeps_ema else loaded)
+
+
+def _with_ema(state: TrainState, job: Job) -> TrainState:
+    """A state, as checkpoints store it, with the average that the config wants and the checkpoint lacks, or without."""
+    if job.keeps_ema:
+        _log.warning("the checkpoint has no average of the weights (ema): it starts from the weights")
+        return start_ema(job.model, state)
+    _log.warning("the average of the weights (ema) is dropped, since ema.decay is null")
+    return dataclasses.replace(state, ema={})

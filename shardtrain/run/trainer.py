@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
+from flax import nnx
 
 from shardtrain.checkpoint import Checkpointer, RunLock
 from shardtrain.config import RunConfig
@@ -28,6 +29,9 @@ from shardtrain.train.generate import generate
 from shardtrain.train.loop import Loop
 from shardtrain.train.loss_sums import LossFunction, check_loss
 from shardtrain.train.state import TrainState
+
+#: Modules that the loader and the log import; meanwhile the main thread is often in XLA.
+_USED_LATER = ("grain", "shardtrain.metrics.events", "psutil")
 
 
 class Trainer:
@@ -56,6 +60,7 @@ class Trainer:
         *,
         source: Source | None = None,
         loss: LossFunction | None = None,
+        model: Callable[[nnx.Rngs], nnx.Module] | None = None,
         callbacks: Sequence[Callback] = (),
         should_stop: Callable[[int], bool] = lambda step: False,
         interrupted: Callable[[], bool] = lambda: False,
@@ -72,6 +77,7 @@ class Trainer:
             attribute `tokenizer` follows `shardtrain.data.Tokenizer`.
           loss: `(module, batch, ctx) -> (loss_sum, weight_sum, metrics)`, for a plain Flax module that does not follow
             `nn.Model`; see `make_train_step`.
+          model: builds the module, instead of the class that the config names.
           callbacks: see `Loop`.
           should_stop: see `Loop`.
           interrupted: polled while text is tokenised, on this process alone; True ends that with an error.
@@ -82,12 +88,12 @@ class Trainer:
           UserError: anything wrong with config, devices, data, directory or checkpoints.
         """
         directory = config.run.directory.absolute()
-        threading.Thread(target=importlib.import_module, args=("grain",)).start()  # used by the loader later
+        threading.Thread(target=lambda: [*map(importlib.import_module, _USED_LATER)]).start()
         use_cache(_cache_folder(config.run.compile_cache, directory))
         check_callbacks(callbacks)
         if loss is not None:
             check_loss(loss)
-        job = build(config, processes=processes, loss=loss)
+        job = build(config, processes=processes, loss=loss, model=model)
         with contextlib.ExitStack() as on_error:
             if (lock := on_process_zero(lambda: RunLock(directory))) is not None:
                 on_error.callback(lock.release)
@@ -159,7 +165,7 @@ class Trainer:
           prompt: text to continue; default: `sample.prompt` of the config, else the start of the held-out text.
         """
         config = self.job.config
-        if self.tokenizer is None or config.sample.tokens == 0 or not hasattr(config.model.load(), "logits"):
+        if self.tokenizer is None or config.sample.tokens == 0 or not hasattr(self.job.model.outline({}), "logits"):
             return None
         prompt = config.sample.prompt if prompt is None else prompt
         if prompt is not None:
@@ -170,7 +176,7 @@ class Trainer:
             ids = [self.tokenizer.separator]
         samples = generate(
             self.job.model,
-            self.state,
+            self.job.evaluated(self.state),
             self.job.partitioner,
             ids,
             tokens=config.sample.tokens,
@@ -213,6 +219,7 @@ def _loop(
         eval_step=job.eval_step(),
         eval_batches=None if held_out is None else lambda: eval_batches(held_out, config, sharding),
         eval_every=config.eval.every,
+        eval_weights=job.evaluated,
         log=log,
         log_every=config.log.every,
         callbacks=callbacks,

@@ -27,10 +27,17 @@ class Evaluation:
       step: `(state, batch) -> sums`, from `make_eval_step`.
       make_batches: makes the held-out batches.
       callbacks: whose `on_eval` is called.
+      weights: turns a state into the one that is evaluated, see `averaged`.
     """
 
-    def __init__(self, step: EvalStep, make_batches: Callable[[], Iterable[Batch]], callbacks: Sequence[Callback]):
-        self._step, self._make_batches, self._callbacks = step, make_batches, callbacks
+    def __init__(
+        self,
+        step: EvalStep,
+        make_batches: Callable[[], Iterable[Batch]],
+        callbacks: Sequence[Callback],
+        weights: Callable[[TrainState], TrainState],
+    ):
+        self._step, self._make_batches, self._callbacks, self._weights = step, make_batches, callbacks, weights
 
     def __call__(
         self, number: int, state: TrainState, known: Values, should_stop: Callable[[], bool] = lambda: False
@@ -53,7 +60,7 @@ class Evaluation:
                     raise InterruptedEvaluationError
                 yield batch
 
-        means = evaluate(self._step, state, batches())
+        means = evaluate(self._step, self._weights(state), batches())
         values = {f"eval_{name}": value for name, value in means.items()}
         taken = {**known, **values}
         for callback in self._callbacks:

@@ -18,6 +18,7 @@ from shardtrain.train.loss_sums import LossFunction, nonzero, row_axes
 from shardtrain.train.model_def import ModelDef
 from shardtrain.train.split_module import Tree
 from shardtrain.train.state import TrainState
+from shardtrain.weights.trained import trained
 from shardtrain.weights.weight import Weight
 
 
@@ -57,7 +58,7 @@ class Gradients:
           key: for dropout.
 
         Returns:
-          Gradients, the sums behind the loss, and the model's new state.
+          Gradients of the weights that train, the sums behind the loss, and the model's new state.
         """
         weights, run = self.model.weights, functools.partial(self._of_region, key)
         if manual := {*self._reduced, *self._pipe}:
@@ -66,7 +67,7 @@ class Gradients:
                 run,
                 mesh=self.partitioner.mesh,
                 in_specs=(params_spec, PartitionSpec(), PartitionSpec(self._reduced or None)),
-                out_specs=(params_spec, PartitionSpec(), PartitionSpec()),
+                out_specs=(trained(params_spec, weights), PartitionSpec(), PartitionSpec()),
                 axis_names=manual,
                 check_vma=False,  # other axes stay Auto, for which the check does not hold
             )
@@ -74,7 +75,7 @@ class Gradients:
         if not self._is_one_piece:
             weight = nonzero(sums["loss"][1])
             grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
-        return jax.tree.map(lambda g, w: g.astype(w.dtype), grads, weights), sums, model_state
+        return jax.tree.map(lambda g, w: g.astype(w.dtype), grads, trained(weights, weights)), sums, model_state
 
     def total(self, tree: Any) -> Any:
         """A tree added up over the devices of the region that have rows of their own."""
@@ -109,7 +110,7 @@ class Gradients:
             params = gathered(params, weights, self._split_dims, self.partitioner)
         grads, sums, model_state = self.model.execution.gradients(self, params, model_state, batch, key)
         if self._reduced or self._pipe:
-            grads = on_shards(self._added_up, weights, self.partitioner)(grads)
+            grads = on_shards(self._added_up, trained(weights, weights), self.partitioner)(grads)
             sums = self.total(sums)
         return grads, sums, model_state
 
@@ -118,4 +119,5 @@ class Gradients:
             grad = summed(grad, self._reduced, self.reduce_dtype, dim)
             return grad if "stages" in weight.axes else summed(grad, self._pipe, jnp.float32)
 
-        return jax.tree.map(one, grads, self.model.weights, self._split_dims)
+        weights = self.model.weights
+        return jax.tree.map(one, grads, trained(weights, weights), trained(self._split_dims, weights))

@@ -41,6 +41,7 @@ class Loop:
       eval_step: `(state, batch) -> sums`, from `make_eval_step`.
       eval_batches: makes the held-out batches of an evaluation.
       eval_every: steps from evaluation to evaluation; the last step is always evaluated.
+      eval_weights: turns the state into the one that is evaluated, see `averaged`.
       log: metrics on disk.
       log_every: steps from line to line; evaluated steps and the last one always have a line.
       callbacks: see `Callback`.
@@ -72,6 +73,7 @@ class Loop:
         eval_step: EvalStep | None = None,
         eval_batches: Callable[[], Iterable[Batch]] | None = None,
         eval_every: int | None = None,
+        eval_weights: Callable[[TrainState], TrainState] = lambda state: state,
         log: MetricsLog | None = None,
         log_every: int = 1,
         callbacks: Sequence[Callback] = (),
@@ -92,7 +94,7 @@ class Loop:
         self._saved = self.step or None
         self._evaluation = None
         if eval_step is not None and eval_batches is not None:
-            self._evaluation = Evaluation(eval_step, eval_batches, self.callbacks)
+            self._evaluation = Evaluation(eval_step, eval_batches, self.callbacks, eval_weights)
         self._display: Progress | None = None
         self._skipped = SkippedSteps(max_skipped, self.step, self._warn)
         self._timer = StepTimer(speed)
@@ -109,7 +111,7 @@ class Loop:
         self._display = display
         with Background("report") as reports:
             if self._unevaluated is not None:
-                pending = PendingStep(self.step, {}, dict(self._unevaluated))
+                pending = PendingStep(self.step, {}, 0, dict(self._unevaluated))
                 pending.values |= self._evaluate_unless_stopped(pending.values)
                 self._finish(pending, reports)
             if self.step < self.steps and not self.stopped_early:
@@ -126,14 +128,18 @@ class Loop:
     def _train(self, reports: Background) -> None:
         batches = iter(self.batches)
         batch = next(batches)
-        train_step = self._compile(batch)
         pending: PendingStep | None = None
-        self._timer.restart()
+        compiled: dict[int, Callable[[TrainState, Batch], tuple[TrainState, Metrics]]] = {}
         while True:
-            self.state, metrics = train_step(self.state, batch)
+            if (rows := _rows(batch)) not in compiled:  # at first, and whenever the batch grows
+                if pending is not None:
+                    self._timer.wait_for(pending)
+                compiled[rows] = self._compile(batch)
+                self._timer.restart()
+            self.state, metrics = compiled[rows](self.state, batch)
             self.step += 1
             # The step before is fetched only now, while this one runs: two in flight, never more.
-            pending, previous = PendingStep(self.step, self._with_callbacks(metrics)), pending
+            pending, previous = PendingStep(self.step, self._with_callbacks(metrics), rows), pending
             if previous is not None:
                 self._finish(previous, reports)
             last = self.step >= self.steps
@@ -234,6 +240,10 @@ class Loop:
     def _message(self, text: str) -> None:
         if self._display is not None:
             self._display.message(text)
+
+
+def _rows(batch: Batch) -> int:
+    return next(iter(batch.values())).shape[0]
 
 
 def _due(step: int, every: int | None) -> bool:

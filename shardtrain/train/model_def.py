@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import jax
@@ -15,6 +15,7 @@ from shardtrain.pipeline.schedules import Schedule
 from shardtrain.train.pipelined import PipelinedModel
 from shardtrain.train.split_module import SplitModule, Tree
 from shardtrain.train.unpipelined import UnpipelinedModel
+from shardtrain.weights.trained import ALL
 
 
 class ModelDef(SplitModule):
@@ -29,6 +30,9 @@ class ModelDef(SplitModule):
         embedding and head on all ranks but those at the ends. See `shardtrain.pipeline.idle` for when that is refused.
       replicate_unannotated: accept weights without logical axes, and replicate them. By default a module opts in with
         an attribute of that name.
+      trains: patterns of the weights that may train, by path (`blocks.layer.attention`, `*.norm`) or role
+        (`role:embedding`); see `weights.trained.marked`.
+      freeze: patterns of the weights that do not. They have no gradient, no optimizer state and no decay.
 
     Attributes:
       execution: how the model computes gradients, evaluation sums and outputs: an `UnpipelinedModel` or a
@@ -40,7 +44,7 @@ class ModelDef(SplitModule):
       UserError: a `make` that builds no module from `nnx.Rngs`, or one that keeps bare arrays; weights without logical
         axes in a module that did not opt in, or with the axes of a mesh; names them. Under a schedule, a module that
         does not follow `nn.Model`, whose forward pass changes state, or with fewer layers than stages; or a `backward`
-        that the schedule does not have.
+        that the schedule does not have. A pattern that matches no weight, or none that trains.
     """
 
     execution: UnpipelinedModel | PipelinedModel
@@ -53,8 +57,10 @@ class ModelDef(SplitModule):
         backward: BackwardName = "remat",
         idle: Idle = "compute",
         replicate_unannotated: bool | None = None,
+        trains: Sequence[str] = ALL,
+        freeze: Sequence[str] = (),
     ):
-        super().__init__(make, replicate_unannotated=replicate_unannotated)
+        super().__init__(make, replicate_unannotated=replicate_unannotated, trains=trains, freeze=freeze)
         if idle not in get_args(Idle):
             fix = did_you_mean(idle, get_args(Idle))
             raise UserError("pipeline.idle", idle, "there is no such thing for idle ranks to do", fix)

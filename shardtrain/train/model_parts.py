@@ -12,6 +12,7 @@ from shardtrain.nn.remat import rematerialized
 from shardtrain.pipeline.stage import ModelParts
 from shardtrain.train.split_module import SplitModule, Tree
 from shardtrain.weights.paths import dotted, flatten
+from shardtrain.weights.trained import trained
 
 #: Where `nn.Model` keeps the parameters of its layers.
 _LAYER = ("blocks", "layer")
@@ -26,6 +27,7 @@ def model_parts(module: SplitModule, constrain: Callable[[Any], Any]) -> ModelPa
     """
     layer = [(path[2:], variable) for path, variable in nnx.to_flat_state(module.params) if path[:2] == _LAYER]
     blocks = module.outline({}).blocks
+    of_layers, of_shared = split_layers(module.canonical_weights)
 
     def of_layer(params: Tree) -> nnx.State:
         flat = flatten(params)
@@ -37,6 +39,8 @@ def model_parts(module: SplitModule, constrain: Callable[[Any], Any]) -> ModelPa
         head=lambda shared, x, batch, ctx: head_sums(module.outline(shared), x, batch, ctx),
         remat=lambda body: rematerialized(body, blocks.remat),
         constrain=constrain,
+        trained_layer=lambda params: trained(params, of_layers),
+        trained_shared=lambda shared: trained(shared, of_shared),
     )
 
 

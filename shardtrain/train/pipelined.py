@@ -30,6 +30,7 @@ from shardtrain.train.loss_sums import LossFunction, aux_scales, row_axes, widen
 from shardtrain.train.model_parts import join_layers, model_parts, split_layers
 from shardtrain.train.split_module import SplitModule, Tree
 from shardtrain.weights.layout import Layout
+from shardtrain.weights.trained import trained
 
 if TYPE_CHECKING:
     from shardtrain.train.gradients import Gradients
@@ -142,7 +143,7 @@ class PipelinedModel:
             weight = parts.head(shared, x, batch, ctx)["loss"][1]
             return weight, {name: w * self._layout.n_layers for name, (_, w) in aux.items()}
 
-        weights_stacked, weights_shared = split_layers(self.weights)
+        weights_stacked, weights_shared = split_layers(trained(self.weights, self.weights))
         of_rank = jax.tree.map(lambda w: dataclasses.replace(w, axes=(w.axes[0], *w.axes[2:])), weights_stacked)
 
         def constrain_gradients(stacked: Tree, shared: Tree) -> tuple[Tree, Tree]:

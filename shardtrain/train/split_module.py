@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,8 @@ from shardtrain.nn.context import Context
 from shardtrain.nn.param import describe
 from shardtrain.nn.returned import built
 from shardtrain.weights.paths import dotted, flatten
+from shardtrain.weights.trained import ALL, marked
+from shardtrain.weights.weight import Weight
 
 Tree = dict[str, Any]  # nested dicts with str keys
 
@@ -25,6 +28,8 @@ class SplitModule:
     Args:
       make: builds the module from `nnx.Rngs`. Called abstractly here, and again inside jit by `draw`.
       replicate_unannotated: see `ModelDef`.
+      trains: patterns of the weights that may train, see `weights.trained.marked`.
+      freeze: patterns of the weights that do not.
 
     Attributes:
       params: the parameters, as shapes.
@@ -34,11 +39,18 @@ class SplitModule:
       UserError: as `ModelDef` without a schedule.
     """
 
-    def __init__(self, make: Callable[[nnx.Rngs], nnx.Module], *, replicate_unannotated: bool | None = None):
+    def __init__(
+        self,
+        make: Callable[[nnx.Rngs], nnx.Module],
+        *,
+        replicate_unannotated: bool | None = None,
+        trains: Sequence[str] = ALL,
+        freeze: Sequence[str] = (),
+    ):
         module = built(make)
         self.make = make
         self.graph, self.params, self._rngs, self._other = _split(module)
-        self.canonical_weights: Tree = _nested(self.params, describe)
+        self.canonical_weights: Tree = _rates_by_width(_nested(self.params, describe), module)
         _refuse_mesh_axes(self.canonical_weights)
         if replicate_unannotated is None:
             replicate_unannotated = getattr(module, "replicate_unannotated", False)
@@ -49,6 +61,7 @@ class SplitModule:
                 f"{', ...' if len(bare) > 4 else ''}), so they could not be sharded; declare them with nn.param or "
                 "nnx.with_partitioning, or set replicate_unannotated = True on the model to keep them whole everywhere"
             )
+        self.canonical_weights = marked(self.canonical_weights, trains, freeze)
 
     def context(self, batch: Mapping[str, jax.Array], key: jax.Array | None = None, *, train: bool = False) -> Context:
         """The context of a batch, which all parts of the module receive."""
@@ -102,6 +115,16 @@ class SplitModule:
     def model_state(self, module: nnx.Module) -> Tree:
         """The variables in `mutable` after the forward pass of a module that `merge` made."""
         return _nested(_split(module)[-1], lambda v: v[...])
+
+
+def _rates_by_width(weights: Tree, module: nnx.Module) -> Tree:
+    """The weights with the learning rates of a mu-parametrised module, see `width_multiplier` of `nn.Model`."""
+    multiplier = getattr(module, "width_multiplier", 1.0)
+
+    def one(weight: Weight) -> Weight:
+        return dataclasses.replace(weight, lr_scale=1 / multiplier) if weight.role in ("matrix", "router") else weight
+
+    return weights if multiplier == 1 else jax.tree.map(one, weights)
 
 
 def _refuse_mesh_axes(weights: Tree) -> None:

@@ -17,6 +17,8 @@ from shardtrain.train.model_def import ModelDef
 from shardtrain.train.split_module import Tree
 from shardtrain.weights.layout import shardings_like
 from shardtrain.weights.paths import dotted
+from shardtrain.weights.precision import at_least_float32
+from shardtrain.weights.trained import trained
 from shardtrain.weights.weight import Weight
 
 
@@ -29,9 +31,10 @@ class TrainState:
       step: int32 scalar, number of updates tried so far.
       params: the model's weights, nested dicts.
       model_state: other variables that the forward pass changes (BatchNorm statistics, ...); usually empty.
-      opt_state: the optimizer's own state.
+      opt_state: the optimizer's own state, of the weights that train.
       skipped: int32 scalar, number of updates skipped because loss or gradient was not finite.
       skipped_in_row: the same, since the last applied update.
+      ema: a moving average of the weights that train, if there is one; see `averages.py`.
     """
 
     step: jax.Array
@@ -40,10 +43,19 @@ class TrainState:
     opt_state: optax.OptState
     skipped: jax.Array
     skipped_in_row: jax.Array
+    ema: Tree = dataclasses.field(default_factory=dict)
 
 
-def abstract_state(model: ModelDef, tx: optax.GradientTransformation, partitioner: Partitioner) -> TrainState:
+def abstract_state(
+    model: ModelDef, tx: optax.GradientTransformation, partitioner: Partitioner, *, ema: bool = False
+) -> TrainState:
     """The state that `init_state` makes, as `ShapeDtypeStruct`s with shardings.
+
+    Args:
+      model: the definition of the model.
+      tx: the optimizer.
+      partitioner: the mesh and its rules.
+      ema: whether there is also a moving average of the weights, see `start_ema`.
 
     Raises:
       UserError: an argument of another kind; a schedule that does not fit the mesh; or a weight that the rules cannot
@@ -59,10 +71,12 @@ def abstract_state(model: ModelDef, tx: optax.GradientTransformation, partitione
         return jax.ShapeDtypeStruct(weight.shape, weight.dtype, sharding=sharding)
 
     params = jax.tree_util.tree_map_with_path(place, model.weights)
-    shapes = jax.eval_shape(tx.init, params)
-    opt_state = _with_sharding(shapes, state_shardings(tx, params, model.weights))
+    part = trained(params, model.weights)
+    shapes = jax.eval_shape(tx.init, part)
+    opt_state = _with_sharding(shapes, state_shardings(tx, part, trained(model.weights, model.weights)))
     scalar: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    return TrainState(scalar, params, _with_sharding(model.abstract_model_state(), whole), opt_state, scalar, scalar)
+    model_state = _with_sharding(model.abstract_model_state(), whole)
+    return TrainState(scalar, params, model_state, opt_state, scalar, scalar, _abstract_ema(part) if ema else {})
 
 
 def check_parts(model: ModelDef, partitioner: Partitioner) -> None:
@@ -76,9 +90,11 @@ def check_parts(model: ModelDef, partitioner: Partitioner) -> None:
     model.execution.check_mesh(partitioner.mesh)
 
 
-def abstract_canonical(model: ModelDef, tx: optax.GradientTransformation, partitioner: Partitioner) -> TrainState:
+def abstract_canonical(
+    model: ModelDef, tx: optax.GradientTransformation, partitioner: Partitioner, *, ema: bool = False
+) -> TrainState:
     """`abstract_state` as checkpoints store it: `[layers, ...]`, split over `pipe` if it divides the layers."""
-    live = abstract_state(model, tx, partitioner)
+    live = abstract_state(model, tx, partitioner, ema=ema)
     if model.is_canonical:
         return live
     shapes = jax.eval_shape(model.canonical, live)
@@ -89,7 +105,8 @@ def abstract_canonical(model: ModelDef, tx: optax.GradientTransformation, partit
         model.canonical_weights,
     )
     opt_state = _with_sharding(shapes.opt_state, shardings_like(shapes.opt_state, params, model.canonical_weights))
-    return dataclasses.replace(live, params=params, opt_state=opt_state)
+    average = _abstract_ema(trained(params, model.canonical_weights)) if ema else {}
+    return dataclasses.replace(live, params=params, opt_state=opt_state, ema=average)
 
 
 def init_state(
@@ -109,10 +126,17 @@ def init_function(model: ModelDef, tx: optax.GradientTransformation, partitioner
         with use(partitioner):
             params, other = model.init(key)
             zero = jnp.zeros((), jnp.int32)
-            return TrainState(zero, params, other, tx.init(params), zero, zero)
+            return TrainState(zero, params, other, tx.init(trained(params, model.weights)), zero, zero)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, tx, partitioner))
     return jax.jit(init, out_shardings=shardings, compiler_options=ordered(partitioner.devices))
+
+
+def _abstract_ema(part: Tree) -> Tree:
+    def one(a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(a.shape, at_least_float32(a.dtype), sharding=a.sharding)
+
+    return jax.tree.map(one, part)
 
 
 def _with_sharding(shapes: Any, shardings: Any) -> Any:

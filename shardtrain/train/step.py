@@ -17,6 +17,7 @@ from shardtrain.launch.cpu_collectives import ordered
 from shardtrain.nn.model import Batch, Model
 from shardtrain.nn.returned import Sums
 from shardtrain.optim import Clipped, global_norm, updates_made
+from shardtrain.optim.ema import check_decay, next_ema
 from shardtrain.pipeline.idle import UNIFORM
 from shardtrain.sharding import Partitioner, use
 from shardtrain.train.gradients import Gradients
@@ -27,6 +28,7 @@ from shardtrain.train.model_def import ModelDef
 from shardtrain.train.split_module import Tree
 from shardtrain.train.state import TrainState, abstract_state, check_parts
 from shardtrain.weights.precision import check_dtype
+from shardtrain.weights.trained import merged, trained
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ def make_train_step(
     reduce_dtype: Any = jnp.float32,
     lr: optax.Schedule | None = None,
     gather: Gather = "tick",
+    ema: float | None = None,
     compiler_options: Mapping[str, Any] | None = None,
     debug: bool = False,
 ) -> JittedStep[tuple[TrainState, Metrics]]:
@@ -62,6 +65,7 @@ def make_train_step(
         each crosses where it is computed, in the model's own `Precision.reduce`.
       lr: the schedule, to report.
       gather: for a pipeline, whether the weights that fsdp splits are gathered in each `tick`, or once per `step`.
+      ema: the decay of a moving average of the weights, for a state of `start_ema`; see `next_ema`.
       compiler_options: for XLA; `shardtrain.launch.xla_flags.compiler_options` checks and completes them.
       debug: look for ids out of range in each batch first, and wait for the result. See `IdCheck`, also for its limits.
 
@@ -75,20 +79,23 @@ def make_train_step(
     """
     _check(model, loss, partitioner, accumulate, gather)
     check_dtype("reduce_dtype", reduce_dtype)
+    check_decay(ema)
     if (warning := model.execution.warning()) and jax.process_index() == 0:
         _log.warning(warning)
     gradients = Gradients(model, partitioner, loss, accumulate, reduce_dtype, gather)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         check_batch(batch, partitioner)
+        _check_ema(state, ema)
         with use(partitioner):
             key = jax.random.fold_in(jax.random.key(seed), state.step)
             grads, sums, model_state = gradients(state, batch, key)
             metrics = means(sums)
             metrics["grad_norm"] = global_norm(grads)
-            return _updated(state, grads, model_state, metrics, tx, lr)
+            return _updated(state, grads, model_state, metrics, tx, lr, model.weights, ema)
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, tx, partitioner))
+    wanted = abstract_state(model, tx, partitioner, ema=ema is not None)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted)
     out = (shardings, partitioner.sharding(()))
     options = ordered(partitioner.devices, compiler_options)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=options)
@@ -102,26 +109,32 @@ def _updated(
     metrics: Metrics,
     tx: optax.GradientTransformation,
     lr: optax.Schedule | None,
+    weights: Tree,
+    decay: float | None,
 ) -> tuple[TrainState, Metrics]:
     """The state after an update, or with the old weights if the update must not be applied; and all metrics."""
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     applied = finite & (metrics["weight"] != 0)
 
-    def update(params: Tree, opt_state: Any, _: Tree) -> tuple[Tree, Any, Tree]:
+    def update(params: Tree, opt_state: Any, _: Tree, ema: Tree) -> tuple[Tree, Any, Tree, Tree]:
+        part = trained(params, weights)
         known = {"grad_norm": metrics["grad_norm"]} if isinstance(tx, Clipped) else {}
-        updates, opt_state = tx.update(grads, opt_state, params, **known)
-        return optax.apply_updates(params, updates), opt_state, model_state
+        updates, opt_state = tx.update(grads, opt_state, part, **known)
+        part = optax.apply_updates(part, updates)
+        if decay is not None:
+            ema = next_ema(ema, part, state.step, decay)
+        return merged(part, params), opt_state, model_state, ema
 
     # A branch instead of a choice per element, which would keep the old moments along with the new ones until the end.
-    old = (state.params, state.opt_state, state.model_state)
+    old = (state.params, state.opt_state, state.model_state, state.ema)
     with jax.named_scope(UNIFORM):
-        params, opt_state, model_state = jax.lax.cond(applied, update, lambda *old: old, *old)
+        params, opt_state, model_state, ema = jax.lax.cond(applied, update, lambda *old: old, *old)
     skipped = state.skipped + ~finite
     in_row = jnp.where(applied, 0, state.skipped_in_row + ~finite)
     if lr is not None:
         metrics["lr"] = jnp.asarray(lr(updates_made(state.opt_state, state.step - state.skipped)))
     metrics |= {"skipped": skipped, "skipped_in_row": in_row}
-    return TrainState(state.step + 1, params, model_state, opt_state, skipped, in_row), metrics
+    return TrainState(state.step + 1, params, model_state, opt_state, skipped, in_row, ema), metrics
 
 
 def make_eval_step(
@@ -149,6 +162,16 @@ def make_eval_step(
     options = ordered(partitioner.devices, compiler_options)
     jitted = jax.jit(step, out_shardings=partitioner.sharding(()), compiler_options=options)
     return _finished(jitted, model, partitioner, debug)
+
+
+def _check_ema(state: TrainState, decay: float | None) -> None:
+    """Refuse a state with an average for a step that keeps none, and the other way round."""
+    if (decay is not None) != bool(jax.tree.leaves(state.ema)):
+        has, wants = ("has no", "keeps") if decay is not None else ("has an", "does not keep")
+        raise UserError(
+            f"the state {has} average of the weights (ema), and this step {wants} one; use start_ema(model, state) and "
+            "make_train_step(ema=...) together, or neither"
+        )
 
 
 def _finished(jitted: Any, model: ModelDef, partitioner: Partitioner, debug: bool) -> JittedStep[Any]:

@@ -24,15 +24,17 @@ class Speed:
       tokens_per_step: number of tokens in the global batch.
       flops_per_token: model FLOPs, forward and backward; `None` if unknown.
       peak_flops: FLOP/s of all devices together; `None` if unknown (CPU): then no MFU is reported.
+      rows_per_step: number of rows in the global batch, for steps with fewer; `None` if there are none.
     """
 
     tokens_per_step: int
     flops_per_token: float | None = None
     peak_flops: float | None = None
+    rows_per_step: int | None = None
 
-    def values(self, seconds: float) -> Values:
-        """`step_time_s`, `tokens_per_s` and, where known, `mfu`."""
-        rate = self.tokens_per_step / seconds
+    def values(self, seconds: float, rows: int) -> Values:
+        """`step_time_s`, `tokens_per_s` and, where known, `mfu`, of a step over this number of rows."""
+        rate = self.tokens_per_step / seconds * (1 if self.rows_per_step is None else rows / self.rows_per_step)
         values = {"step_time_s": seconds, "tokens_per_s": rate}
         if self.flops_per_token and self.peak_flops:
             values["mfu"] = mfu(rate, self.flops_per_token, self.peak_flops)
@@ -46,11 +48,13 @@ class PendingStep:
     Attributes:
       number: of the step, from 1 on.
       metrics: scalars on the devices.
+      rows: number of rows in its batch.
       values: the numbers that are reported, once the metrics have arrived.
     """
 
     number: int
     metrics: Mapping[str, Any]
+    rows: int
     values: Values = dataclasses.field(default_factory=dict)
 
 
@@ -75,7 +79,7 @@ class StepTimer:
         # For an array that has arrived, `np.asarray` takes 2 us on CPU; `jax.device_get` takes 15, `float` 6.
         step.values |= {name: float(np.asarray(value)) for name, value in metrics.items()}
         now = time.perf_counter()
-        step.values |= self.speed.values(now - self._clock)
+        step.values |= self.speed.values(now - self._clock, step.rows)
         self._clock = now
         if now >= self._memory_due:  # a query takes 50 us on CPU, 5% of a short step
             self._memory, self._memory_due = memory_bytes(), now + _MEMORY_S

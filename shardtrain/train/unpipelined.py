@@ -18,6 +18,7 @@ from shardtrain.pipeline.slots import zeros_like
 from shardtrain.sharding import Partitioner
 from shardtrain.train.loss_sums import LossFunction, aux_scales, nonzero, weight_ratios, widened
 from shardtrain.train.split_module import SplitModule, Tree
+from shardtrain.weights.trained import merged, trained
 
 if TYPE_CHECKING:
     from shardtrain.train.gradients import Gradients
@@ -89,9 +90,10 @@ class UnpipelinedModel:
         """Gradients of the summed loss over this region's rows, microbatch by microbatch; of the mean if there is one.
 
         Returns:
-          Gradients, the sums behind the loss, and the module's new state.
+          Gradients of the weights that train, the sums behind the loss, and the module's new state.
         """
         loss, accumulate = options.loss, options.accumulate
+        weights_trained = trained(self.weights, self.weights)
 
         def weights() -> tuple[jax.Array, dict[str, jax.Array]]:
             if loss is not None:
@@ -103,8 +105,8 @@ class UnpipelinedModel:
         scales = aux_scales(weights, options.total) if accumulate > 1 else None
 
         def gradient(batch: Batch, key: jax.Array) -> tuple[Tree, tuple[Sums, Tree]]:
-            def objective(params: Tree) -> tuple[jax.Array, tuple[Sums, Tree]]:
-                sums, aux, new_state = self._sums(loss, params, model_state, batch, key, train=True)
+            def objective(part: Tree) -> tuple[jax.Array, tuple[Sums, Tree]]:
+                sums, aux, new_state = self._sums(loss, merged(part, params), model_state, batch, key, train=True)
                 value, weight = sums["loss"]
                 ratios = scales
                 if ratios is None:
@@ -114,8 +116,8 @@ class UnpipelinedModel:
                     value = value / nonzero(jax.lax.stop_gradient(weight))
                 return value, (joined(sums, aux), new_state)
 
-            grads, rest = jax.grad(objective, has_aux=True)(params)
-            return widened(grads, self.weights, options.partitioner), rest
+            grads, rest = jax.grad(objective, has_aux=True)(trained(params, self.weights))
+            return widened(grads, weights_trained, options.partitioner), rest
 
         if accumulate == 1:
             grads, (sums, new_state) = gradient(batch, key)
@@ -129,7 +131,7 @@ class UnpipelinedModel:
             return jax.tree.map(jnp.add, carry, (grads, sums)), None
 
         grads, (sums, _) = zeros_like(jax.eval_shape(lambda: gradient(microbatch(batch_M, 0), key)))
-        zeros = (widened(grads, self.weights, options.partitioner), sums)
+        zeros = (widened(grads, weights_trained, options.partitioner), sums)
         (grads, sums), _ = jax.lax.scan(body, zeros, jnp.arange(accumulate))
         return grads, sums, model_state
 

@@ -24,6 +24,8 @@ class Weight:
       inputs: dims after the stack dims that a matmul contracts; all further dims are outputs.
       annotated: False for a parameter that came from a plain Flax layer without logical axes.
       compute: dtype to which its layer casts it before anything else; `None` if it does not, or does not say.
+      lr_scale: factor of its learning rate, 1 / width for the matrices of a mu-parametrised model.
+      trains: False for a frozen weight, which has no gradient and no optimizer state.
 
     Example:
       >>> weight = nn.Weight((8, 16), jnp.float32, ("embed", "mlp"), "matrix", inputs=1)
@@ -39,6 +41,8 @@ class Weight:
     inputs: int = 0
     annotated: bool = True
     compute: Any = None
+    lr_scale: float = 1.0
+    trains: bool = True
 
     @property
     def input_dims(self) -> tuple[int, ...]:
