@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from shardtrain.run import Trainer as Trainer
     from shardtrain.run.job import Job as Job
     from shardtrain.run.job import build as build
+    from shardtrain.run.writer import Writer as Writer
+    from shardtrain.run.writer import sample as sample
     from shardtrain.sharding import MeshSpec as MeshSpec
     from shardtrain.sharding import Partitioner as Partitioner
     from shardtrain.sharding import constrain as constrain
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from shardtrain.train.evaluation import evaluate as evaluate
     from shardtrain.train.generate import generate as generate
     from shardtrain.train.model_def import ModelDef as ModelDef
+    from shardtrain.train.sampler import Sampler as Sampler
+    from shardtrain.train.sampling import Sampling as Sampling
     from shardtrain.train.state import TrainState as TrainState
     from shardtrain.train.state import init_state as init_state
     from shardtrain.train.step import make_eval_step as make_eval_step
@@ -48,9 +52,12 @@ _HOME = {
     "Partitioner": "sharding",
     "Precision": "weights.precision",
     "RunConfig": "config",
+    "Sampler": "train.sampler",
+    "Sampling": "train.sampling",
     "TrainState": "train.state",
     "Trainer": "run",
     "UserError": "errors",
+    "Writer": "run.writer",
     "build": "run",
     "constrain": "sharding",
     "evaluate": "train.evaluation",
@@ -62,6 +69,7 @@ _HOME = {
     "make_train_step": "train.step",
     "open_source": "data",
     "optimizer": "optim",
+    "sample": "run.writer",
     "select_devices": "launch.devices",
     "sharding_report": "weights.report",
 }

@@ -117,9 +117,9 @@ def test_no_private_jax():
 
 
 PUBLIC = """
-    Callback Checkpointer ConfigError Job Loader MeshSpec ModelDef Partitioner Precision RunConfig TrainState Trainer
-    UserError __version__ build constrain evaluate generate init_state load_config make_eval_step make_rules
-    make_train_step open_source optimizer select_devices sharding_report
+    Callback Checkpointer ConfigError Job Loader MeshSpec ModelDef Partitioner Precision RunConfig Sampler Sampling
+    TrainState Trainer UserError Writer __version__ build constrain evaluate generate init_state load_config
+    make_eval_step make_rules make_train_step open_source optimizer sample select_devices sharding_report
 """
 
 
