@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -48,6 +49,8 @@ def sample(
     from shardtrain.run.writer import Writer
     from shardtrain.train.sampling import Sampling
 
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("shardtrain.train.sampler").setLevel(logging.INFO)
     options: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
     Sampling(1.0 if temperature is None else temperature, **options)  # refuses them before anything is loaded
     if batch is not None and prompt is not None:
@@ -64,9 +67,9 @@ def sample(
 def _write(writer: Writer, prompt: str, count: int, options: dict[str, Any]) -> None:
     """Print one text as it comes; of several, each when it has ended."""
     if count == 1:
-        print(prompt, end="", flush=True)
         for piece in writer.stream([prompt], **options):
-            print(piece.text, end="", flush=True)
+            print(prompt + piece.text, end="", flush=True)
+            prompt = ""
         print()
         return
     texts = [prompt] * count
@@ -79,11 +82,13 @@ def _write(writer: Writer, prompt: str, count: int, options: dict[str, Any]) -> 
 def _write_batch(writer: Writer, records: Sequence[dict[str, Any]], count: int, options: dict[str, Any]) -> None:
     """Print each record with what follows its prompt, in the order of the file."""
     jobs = [(record, number) for record in records for number in range(count)]
-    for start in range(0, len(jobs), _TOGETHER):
-        some = jobs[start : start + _TOGETHER]
-        numbers = range(start, start + len(some))
-        texts = writer.write([record["prompt"] for record, _ in some], numbers=numbers, **options)
-        for (record, number), (text, finish) in zip(some, texts, strict=True):
+    size = min(_TOGETHER, len(jobs))
+    for start in range(0, len(jobs), size or 1):
+        some = jobs[start : start + size]
+        prompts = [record["prompt"] for record, _ in some]
+        prompts += prompts[:1] * (size - len(some))  # so that no program is compiled for fewer texts
+        texts = writer.write(prompts, numbers=range(start, start + size), **options)
+        for (record, number), (text, finish) in zip(some, texts, strict=False):
             more = {"sample": number} if count > 1 else {}
             print(json.dumps({**record, **more, "completion": text, "finish": finish}, ensure_ascii=False), flush=True)
 

@@ -39,7 +39,7 @@ class Cache:
       kept: of the present tokens, one entry per call of `extend`.
 
     Example:
-      >>> cache = Cache(None)
+      >>> cache = nn.Cache(None)
       >>> cache.extend(jnp.ones((1, 5, 2, 4)), axes=("kv_heads", None)) is None
       True
       >>> cache.kept[0].arrays[0].shape

@@ -11,9 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from shardtrain.checkpoint.reading import intact_extra, intact_step, load_parts
-from shardtrain.config import RunConfig, parse_config
+from shardtrain.checkpoint.reading import intact_step, load_parts
+from shardtrain.config import RunConfig, parse_config, thaw
+from shardtrain.config.files import read_file
+from shardtrain.config.overrides import apply_overrides
 from shardtrain.errors import UserError
+from shardtrain.launch.compile_cache import cache_folder, use_cache
 from shardtrain.launch.cpu_collectives import ordered
 from shardtrain.launch.devices import select_devices
 from shardtrain.run.job import Job, build
@@ -28,7 +31,7 @@ class Trained:
     Attributes:
       directory: of the run.
       step: of the checkpoint.
-      config: of the run, as the checkpoint has it.
+      config: of the run.
       job: mesh and model on the devices here. Its config is that of the run with another mesh, if the run's does not
         fit these devices.
       state: with the weights, and without a state of the optimizer.
@@ -52,15 +55,14 @@ class Trained:
         Raises:
           UserError: no such checkpoint, one that does not verify, or a config that does not fit the devices here.
         """
-        path = intact_step(directory, step)
-        extra = intact_extra(path)
-        if "config" not in extra:
-            raise UserError(
-                f"{path} has no config, since `shardtrain train` did not save it; load it with load_weights"
-            )
-        stored = {**extra["config"], "run": {**extra["config"]["run"], "dir": str(directory)}}
-        config = parse_config(stored, source=str(path), check_files=False)
+        if not (file := directory / "config.yaml").is_file():
+            raise UserError(f"{directory} has no config.yaml, which `shardtrain train` writes at the start of a run")
+        stored = read_file(file)  # that of a checkpoint would start JAX, whose devices are not chosen yet
+        stored["run"]["dir"] = str(directory)
+        config = parse_config(stored, source=str(file), check_files=False)
+        use_cache(cache_folder(config.run.compile_cache, directory))
         job = build_here(stored, overrides)
+        path = intact_step(directory, step)
         return cls(directory, int(path.name), config, job, _weights(path, job))
 
 
@@ -73,19 +75,18 @@ def build_here(stored: dict[str, Any], overrides: Sequence[str]) -> Job:
     Raises:
       UserError: the config, with its overrides, does not fit these devices.
     """
-    if stored["devices"]["emulate"] is None:
-        stored = {**stored, "devices": {**stored["devices"], "platform": "auto"}}
-    config = parse_config(stored, overrides, check_files=False)
-    devices = select_devices(config.devices.platform, config.devices.emulate)
-    sizes = [getattr(config.mesh, axis) for axis in AXES]
+    wanted = thaw(stored)
+    if wanted["devices"]["emulate"] is None:
+        wanted["devices"]["platform"] = "auto"
+    asked = thaw(wanted)
+    apply_overrides(asked, overrides)  # whose problems `parse_config` reports
+    devices = select_devices(asked["devices"]["platform"], asked["devices"]["emulate"])
+    sizes = [wanted["mesh"][axis] for axis in AXES]
     fits = -1 in sizes or math.prod(sizes) == len(devices)
     if not fits and not any(override.startswith("mesh") for override in overrides):
-        rows = math.ceil(config.data.global_batch / len(devices)) * len(devices)
-        ones = dict.fromkeys(AXES, 1)
-        mesh = {**config.mesh.model_dump(mode="json"), **ones, "slow": {}, "fsdp": len(devices)}
-        data = {**config.data.model_dump(mode="json"), "global_batch": rows}
-        config = parse_config({**config.to_dict(), "mesh": mesh, "data": data}, check_files=False)
-    return build(config, devices=devices)
+        wanted["mesh"] |= {**dict.fromkeys(AXES, 1), "slow": {}, "fsdp": len(devices)}
+        wanted["data"]["global_batch"] = math.ceil(wanted["data"]["global_batch"] / len(devices)) * len(devices)
+    return build(parse_config(wanted, overrides, check_files=False), devices=devices)
 
 
 def _weights(path: Path, job: Job) -> TrainState:

@@ -81,7 +81,7 @@ class Writer:
 
     def stream(
         self,
-        prompts: Sequence[str],
+        prompts: str | Sequence[str],
         *,
         tokens: int | None = None,
         temperature: float | None = None,
@@ -95,7 +95,7 @@ class Writer:
         """Yield pieces of the texts that follow the prompts, each as soon as it is known, until all have ended.
 
         Args:
-          prompts: several texts, not necessarily different ones. An empty one is the start of a document.
+          prompts: a text, or several, not necessarily different ones. An empty one is the start of a document.
           tokens: most tokens of each text.
           temperature: see `Sampling`, as for the next three.
           top_k: see there.
@@ -111,6 +111,7 @@ class Writer:
         sampling = Sampling(self.temperature if temperature is None else temperature, top_k, top_p, min_p)
         if "" in stop:
             raise UserError("stop", "", "an empty string would end every text at once", "leave it out")
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         count = self.tokens if tokens is None else tokens
         if count < 1:
             raise UserError("tokens", count, "there would be nothing to write", "use 1 or more")
@@ -133,8 +134,9 @@ class Writer:
             if not texts:
                 return
 
-    def write(self, prompts: Sequence[str], **options: Any) -> list[tuple[str, Finish]]:
+    def write(self, prompts: str | Sequence[str], **options: Any) -> list[tuple[str, Finish]]:
         """The texts that follow the prompts, and why each ends; options and errors as for `stream`."""
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         texts: list[list[str]] = [[] for _ in prompts]
         ends: list[Finish] = ["length"] * len(prompts)
         for piece in self.stream(prompts, **options):
@@ -160,10 +162,8 @@ def sample(run: str | Path, prompts: str | Sequence[str], *, overrides: Sequence
     Raises:
       UserError: as `Writer.open` and `Writer.stream`.
     """
-    one = isinstance(prompts, str)
-    texts = Writer.open(run, overrides).write([prompts] if one else prompts, **options)  # type: ignore[list-item]
-    found = [text for text, _ in texts]
-    return found[0] if one else found
+    texts = [text for text, _ in Writer.open(run, overrides).write(prompts, **options)]
+    return texts[0] if isinstance(prompts, str) else texts
 
 
 def _tokenizer(trained: Trained) -> Tokenizer:

@@ -41,7 +41,8 @@ class NextToken:
         # One token has no sequence to split; those before it stay split as the sequence was.
         rules = {**partitioner.rules, "seq": (), "seq_residual": (), "past": partitioner.rules["seq"]}
         self._one = dataclasses.replace(partitioner, rules=rules)
-        options: dict[str, Any] = {"compiler_options": ordered(partitioner.devices)}
+        whole = partitioner.sharding(())
+        options: dict[str, Any] = {"out_shardings": (whole, None), "compiler_options": ordered(partitioner.devices)}
         self.read = jax.jit(self._read, static_argnames="slots", **options)
         self.step = jax.jit(self._step, donate_argnames="cache", **options)
 
@@ -114,7 +115,7 @@ class NextToken:
             module.eval()
             logits_BSV = self._logits(module, batch, self._model.context(batch))
             logits_BV, kept = _wide(at_mask(logits_BSV, batch["loss_mask"])[:, 0]), ()
-        return self._place.constrain(logits_BV, None, None), kept
+        return logits_BV, kept
 
 
 def at_mask(x: Any, mask_BS: jax.Array) -> Any:

@@ -65,6 +65,7 @@ class Sampler:
         self.uncached: str | None = None if logits is None else "it does not follow nn.Model"
         self._name, self._place, self._window = name, partitioner, window
         self._vocabulary: int | None = None
+        self._compared = False
         self._programs = NextToken(model, partitioner, logits)
         self._draw = jax.jit(
             Sampling.draw,
@@ -104,7 +105,7 @@ class Sampler:
         rows = np.zeros(len(texts), np.uint32)
         rows[:count] = np.arange(count) if numbers is None else numbers
         weights, key = (state.params, state.model_state), jax.random.key(seed)
-        longest = max(map(len, texts))
+        sampling, longest = sampling or Sampling(), max(map(len, texts))
         read = longest + tokens - 1  # the last token is not read any more
         slots, length = self._size(read), self._size(longest if read <= self._window else read)
         self._prepare(weights, texts, length, slots)
@@ -117,7 +118,7 @@ class Sampler:
             else:
                 positions = np.array([len(text) - 1 for text in texts], np.int32)
                 logits, cache = self._programs.step(*weights, cache, chosen, positions)
-            chosen = self._draw(sampling or Sampling(), logits, key, rows, index)
+            chosen = self._draw(sampling, logits, key, rows, index)
             found = np.asarray(jax.block_until_ready(chosen))  # waits for all devices; reading waits for one only
             for text, token in zip(texts, found.tolist(), strict=True):
                 text.append(token)
@@ -145,26 +146,30 @@ class Sampler:
             self._vocabulary = logits.shape[1]
             if self.uncached is None and not cache:
                 self.uncached = "its blocks have no nn.Attention"
-            elif self.uncached is None and length > 1 and (apart := self._apart(weights, len(texts), length, slots)):
-                self.uncached = (
-                    f"its blocks do not see other tokens by nn.Attention alone (its logits differ by {apart:.0e})"
-                )
-            if self.uncached is not None:
-                _log.warning(
-                    "%s samples without a cache, each token by a pass over all tokens before it: %s",
-                    self._name,
-                    self.uncached,
-                )
         if wrong := [token for text in texts for token in text if not 0 <= token < self._vocabulary]:
             fix = f"the model's ids are 0 to {self._vocabulary - 1}"
             raise UserError("the prompt", wrong[0], "there is no such token", fix)
+        if self._compared:
+            return
+        self._compared = True
+        level = logging.INFO  # of a model without attention nobody expects a cache
+        if self.uncached is None and length > 1 and (apart := self._apart(weights, len(texts), length, slots)):
+            self.uncached = (
+                f"its blocks do not see other tokens by nn.Attention alone (its logits differ by {apart:.0e})"
+            )
+            level = logging.WARNING
+        if self.uncached is not None:
+            say = "%s samples without a cache, each token by a pass over all tokens before it: %s"
+            _log.log(level, say, self._name, self.uncached)
 
     def _apart(self, weights: Any, rows: int, length: int, slots: int) -> float:
         """How far a random text's last logits with a cache are from those without, relative; 0 if only by rounding."""
         texts = np.random.default_rng(0).integers(0, self._vocabulary, (rows, length)).tolist()
         whole, cache = self._read(weights, texts, length, slots)
         want, rounding = np.asarray(jax.block_until_ready(whole)), jnp.finfo(jax.tree.leaves(cache)[0].dtype).eps
-        last = np.array([text[-1] for text in texts], np.int32)
+        last = jax.device_put(
+            np.array([text[-1] for text in texts], np.int32), self._place.sharding(())
+        )  # as drawn ones
         got, _ = self._programs.step(*weights, cache, last, np.full(rows, length - 1, np.int32))
-        error = float(np.abs(np.asarray(jax.block_until_ready(got)) - want).max() / np.ptp(want))
+        error = float(np.abs(np.asarray(jax.block_until_ready(got)) - want).max() / (np.ptp(want) or 1))
         return error if error > math.sqrt(rounding) else 0.0
