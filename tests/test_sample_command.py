@@ -103,7 +103,7 @@ def test_a_checkpoint_and_another_mesh_are_runs_too(run):
     ("words", "message"),
     [
         (["{runs}/word"], "there is no run {runs}/word; did you mean {runs}/words?"),
-        (["{run}/checkpoints/31"], "step 31 does not exist in {run}/checkpoints"),
+        (["{run}/checkpoints/31"], "step 31 in {run}/checkpoints does not exist; the verifiable steps are [30, 60]"),
         (["{run}", "--top-p", "7"], "top_p = 7.0: must be above 0 and at most 1"),
         (["{run}", "--stop", ""], "stop: an empty string would end every text"),
         (["{run}", "a", "--batch", "b.jsonl"], "--batch = b.jsonl: brings its own prompts"),
