@@ -121,32 +121,36 @@ def test_beyond_the_window_a_token_is_predicted_from_the_last_ones():
         np.testing.assert_array_equal(got, wanted("grouped"))
 
 
+@pytest.fixture(scope="module")
+def sampler_and_state():
+    with jax.enable_x64(True):
+        place, model = tiny.partitioner(fsdp=2, context=2, tensor=2), llama("grouped")
+        return Sampler(model, place, window=WINDOW), state_of(model, place)
+
+
 @pytest.mark.usefixtures("x64")
-def test_each_program_is_compiled_once_and_the_cache_is_split_like_the_heads():
-    place, model = tiny.partitioner(fsdp=2, context=2, tensor=2), llama("grouped")
-    sampler, state = Sampler(model, place, window=WINDOW), state_of(model, place)
-    first = continued(sampler, state)
-    sampled = [continued(sampler, state, [[7, 7], [8]], 4, Sampling(1.0, top_k=k), seed=k) for k in (1, 5)]
+def test_each_program_is_compiled_once_and_the_cache_is_split_like_the_heads(sampler_and_state):
+    sampler, state = sampler_and_state
+    first, second = (
+        continued(sampler, state, prompts, 6, Sampling(1.0, top_k=k), seed=k)
+        for k, prompts in ((1, [[7, 7, 7], [8]]), (5, [[9], [1, 2, 3, 4]]))
+    )
+    assert first.shape == second.shape == (2, 6)
     programs = sampler._programs
-    assert (programs.read._cache_size(), programs.step._cache_size()) == (2, 2)  # 4 rows, then 2
-    np.testing.assert_array_equal(continued(sampler, state), first)
-    assert (sampled[0] != sampled[1]).any()
-    assert programs.read._cache_size() == 2
+    assert (programs.read._cache_size(), programs.step._cache_size()) == (1, 1)
     text, lengths = np.zeros((2, 16), np.int32), np.array([3, 2], np.int32)
-    _, kept = programs.read(state.params, state.model_state, text, lengths, slots=WINDOW)
+    _, kept = programs.read(state.params, state.model_state, text, lengths, slots=16)
     for array in jax.tree.leaves(kept):
-        assert array.shape == (3, 2, WINDOW, 2, 8)
-        assert array.sharding.shard_shape(array.shape) == (3, 1, WINDOW // 2, 1, 8)
+        assert array.shape == (3, 2, 16, 2, 8)
+        assert array.sharding.shard_shape(array.shape) == (3, 1, 16 // 2, 1, 8)
 
 
 @pytest.mark.usefixtures("x64")
-def test_a_text_is_sampled_alike_whatever_is_sampled_with_it():
-    place, model = tiny.partitioner(), llama("grouped")
-    sampler, state = Sampler(model, place, window=WINDOW), state_of(model, place)
-    sample = partial(continued, sampler, state, tokens=6, sampling=Sampling(1.5, top_p=0.9), seed=4)
-    together = sample(numbers=[10, 11, 12])
-    np.testing.assert_array_equal(sample([PROMPTS[1]], numbers=[11])[0], together[1])
-    assert (sample(numbers=[20, 21, 22]) != together).any()
+def test_a_text_is_sampled_alike_whatever_is_sampled_with_it(sampler_and_state):
+    sample = partial(continued, *sampler_and_state, tokens=6, sampling=Sampling(1.5, top_p=0.9), seed=4)
+    together = sample([[7, 7], [8]], numbers=[10, 11])
+    np.testing.assert_array_equal(sample([[8]], numbers=[11])[0], together[1])
+    assert (sample([[7, 7], [8]], numbers=[20, 21]) != together).any()
 
 
 class Mixing(nnx.Module):

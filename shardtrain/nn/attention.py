@@ -127,8 +127,8 @@ class Attention(nnx.Module):
     def _attend(self, q_BSHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, ctx: Context) -> jax.Array:
         past = None if ctx.cache is None else ctx.cache.extend(k_BSGK, v_BSGK, axes=("kv_heads", None))
         if past is not None:
-            positions, seen = ctx.inputs["positions"], {"window": self.window, "soft_cap": self.soft_cap}
-            return attend_past(q_BSHK, (k_BSGK, v_BSGK), past, positions, **seen)
+            positions, new = ctx.inputs["positions"], (k_BSGK, v_BSGK)
+            return attend_past(q_BSHK, new, past, positions, window=self.window, soft_cap=self.soft_cap)
         return attend(
             checkpoint_name(q_BSHK, "query"),
             checkpoint_name(k_BSGK, "key"),

@@ -56,10 +56,10 @@ def attend_past(
     own_BGRSS = scores(new[0], among_BSS >= 0, among_BSS)
     # A token always sees itself, so the maximum is finite.
     top_BGRS1 = jnp.maximum(old_BGRST.max(-1, keepdims=True), own_BGRSS.max(-1, keepdims=True))
-    parts = [(jnp.exp(s - top_BGRS1), values) for s, values in ((old_BGRST, past[1]), (own_BGRSS, new[1]))]
-    total_BGRS = sum(weights.sum(-1) for weights, _ in parts)
-    y_BGRSK = sum(
-        jnp.einsum("BGRST,BTGK->BGRSK", (weights / total_BGRS[..., None]).astype(values.dtype), values)
-        for weights, values in parts
-    )
-    return jnp.moveaxis(y_BGRSK, 3, 1).reshape(B, S, H, K)
+    old_BGRST, own_BGRSS = jnp.exp(old_BGRST - top_BGRS1), jnp.exp(own_BGRSS - top_BGRS1)
+    total_BGRS1 = old_BGRST.sum(-1, keepdims=True) + own_BGRSS.sum(-1, keepdims=True)
+
+    def mixed(weights_BGRST: jax.Array, v_BTGK: jax.Array) -> jax.Array:
+        return jnp.einsum("BGRST,BTGK->BSGRK", (weights_BGRST / total_BGRS1).astype(v_BTGK.dtype), v_BTGK)
+
+    return (mixed(old_BGRST, past[1]) + mixed(own_BGRSS, new[1])).reshape(B, S, H, K)

@@ -76,8 +76,14 @@ class Writer:
         trained = Trained.open(directory.absolute(), step, overrides)
         tokenizer, config = _tokenizer(trained), trained.job.config
         sampler = Sampler(trained.job.model, trained.job.partitioner, window=config.data.seq_len)
-        options = {"temperature": config.sample.temperature, "prompt": config.sample.prompt}
-        return cls(sampler, trained.state, tokenizer, tokens=config.sample.tokens or 128, **options)
+        return cls(
+            sampler,
+            trained.state,
+            tokenizer,
+            tokens=config.sample.tokens or 128,
+            temperature=config.sample.temperature,
+            prompt=config.sample.prompt,
+        )
 
     def stream(
         self,

@@ -93,7 +93,7 @@ class NextToken:
         tokens_BS: jax.Array,
         positions_BS: jax.Array,
         last_BS: jax.Array,
-        past: Tree,
+        past: Tree | None,
         place: Partitioner,
     ) -> tuple[jax.Array, Tree]:
         batch = {
@@ -109,13 +109,11 @@ class NextToken:
                 return _wide(module.logits(last)[:, 0])
 
         if self._logits is None:
-            logits_BV, kept = self._model.execution.extend(params, model_state, batch, past, place, next_BV)
-        else:
-            module = self._model.merge(params, model_state)
-            module.eval()
-            logits_BSV = self._logits(module, batch, self._model.context(batch))
-            logits_BV, kept = _wide(at_mask(logits_BSV, batch["loss_mask"])[:, 0]), ()
-        return logits_BV, kept
+            return self._model.execution.extend(params, model_state, batch, past, place, next_BV)
+        module = self._model.merge(params, model_state)
+        module.eval()
+        logits_BSV = self._logits(module, batch, self._model.context(batch))
+        return _wide(at_mask(logits_BSV, batch["loss_mask"])[:, 0]), {}
 
 
 def at_mask(x: Any, mask_BS: jax.Array) -> Any:

@@ -162,7 +162,7 @@ class UnpipelinedModel:
         params: Tree,
         model_state: Tree,
         batch: Batch,
-        past: Tree,
+        past: Tree | None,
         partitioner: Partitioner,
         result: Callable[[Any, Any, Batch], jax.Array],
     ) -> tuple[jax.Array, Tree]:
