@@ -1,6 +1,6 @@
 """The time of a token: with a cache of keys and values, and by a pass over all tokens before it.
 
-    python benchmarks/generation.py                                   # three meshes, 16 tokens each way
+    python benchmarks/generation.py                                   # three meshes, 12 tokens each way
     python benchmarks/generation.py --out docs/benchmarks/generation.md
     python benchmarks/generation.py --tiny                            # to see that it runs
 
@@ -48,7 +48,7 @@ LIMIT = 0.1
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--window", type=int, default=1024)
-    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=12)
     parser.add_argument("--out", type=Path, help="write a page with the result")
     parser.add_argument("--tiny", action="store_true", help="a window of 64 and 4 tokens, without a limit")
     args = parser.parse_args()
