@@ -102,6 +102,7 @@ def stream(sampler: Sampler, state: TrainState, prompts: list[list[int]], tokens
 
 def page(args: argparse.Namespace, rows: list[list[str]]) -> str:
     """The committed page."""
+    sizes = ", ".join(f"{name} {size}" for name, size in SIZES.items())
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return f"""# Generation: a token with a cache and without
 
@@ -109,10 +110,10 @@ def page(args: argparse.Namespace, rows: list[list[str]]) -> str:
 
     python benchmarks/generation.py --out docs/benchmarks/generation.md
 
-A Llama with {SIZES["n_layers"]} layers, d {SIZES["d_model"]}, {SIZES["n_heads"]} heads, {SIZES["n_kv_heads"]} key/value
-heads, ff {SIZES["d_ff"]} and vocab {SIZES["vocab_size"]}, in float32, writes the last {args.tokens} tokens of a window
-of {args.window:,}; there is one text for each shard of the batch. Times are medians from one token to the next,
-measured in turns. The tokens are the same. Limit: a ratio of {LIMIT:g}.
+A Llama ({sizes}) in float32
+writes the last {args.tokens} tokens of a window of {args.window:,}. There is one text for each shard of the batch. Times
+are medians from one token to the next, measured in turns; the tokens are the same. All emulated devices share the cores
+of one machine. Limit: a ratio of {LIMIT:g}.
 
 {table}
 """
