@@ -111,9 +111,9 @@ def page(args: argparse.Namespace, rows: list[list[str]]) -> str:
     python benchmarks/generation.py --out docs/benchmarks/generation.md
 
 A Llama ({sizes}) in float32
-writes the last {args.tokens} tokens of a window of {args.window:,}. There is one text for each shard of the batch. Times
-are medians from one token to the next, measured in turns; the tokens are the same. All emulated devices share the cores
-of one machine. Limit: a ratio of {LIMIT:g}.
+writes the last {args.tokens} tokens of a window of {args.window:,}. There is one text for each shard of the batch.
+Times are medians from one token to the next, measured in turns; the tokens are the same. All emulated devices share
+the cores of one machine. Limit: a ratio of {LIMIT:g}.
 
 {table}
 """
