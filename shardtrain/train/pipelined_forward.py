@@ -110,7 +110,7 @@ class PipelinedForward:
         def output(shared: Tree, y: Any, batch: Batch, ctx: Context) -> jax.Array:
             return result(self.module.outline(shared), y, batch)
 
-        def local(params: Tree, batch: Batch, past: Tree) -> tuple[jax.Array, Tree]:
+        def local(params: Tree, batch: Batch, past: Tree | None) -> tuple[jax.Array, Tree]:
             stage = dataclasses.replace(self._stage(params, batch, self.module.context(batch)), skip=False)
             mine = jax.tree.map(lambda a: a[:, 0], past)  # as in `_stage`
             found, kept = pipeline_extend(program, self.layers_CRk, stage, batch, mine, output)
