@@ -94,7 +94,7 @@ class Writer:
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         seed: int = 0,
         numbers: Sequence[int] | None = None,
     ) -> Iterator[Piece]:
@@ -107,7 +107,7 @@ class Writer:
           top_k: see there.
           top_p: see there.
           min_p: see there.
-          stop: a text ends before the first of these strings.
+          stop: a text ends before this string, or the first of these.
           seed: of the sampling.
           numbers: see `Sampler.stream`.
 
@@ -115,6 +115,7 @@ class Writer:
           UserError: an option out of range, or an empty stop string.
         """
         sampling = Sampling(self.temperature if temperature is None else temperature, top_k, top_p, min_p)
+        stop = [stop] if isinstance(stop, str) else stop
         if "" in stop:
             raise UserError("stop", "", "an empty string would end every text at once", "leave it out")
         prompts = [prompts] if isinstance(prompts, str) else prompts
@@ -126,17 +127,10 @@ class Writer:
         found = self.sampler.stream(self.state, ids, tokens=count, sampling=sampling, seed=seed, numbers=numbers)
         for index, tokens_B in enumerate(found):
             for row, text in [*texts.items()]:
-                ended = tokens_B[row] == self.tokenizer.separator
-                piece = "" if ended else text.push(int(tokens_B[row]))
-                finish: Finish | None = "end" if ended else "stop" if text.stopped else None
-                if finish is None and index + 1 == count:
-                    finish = "length"
-                if finish in ("end", "length"):
-                    piece += text.end()
-                    finish = "stop" if text.stopped else finish
-                if finish is not None:
+                piece = self._piece(row, text, int(tokens_B[row]), last=index + 1 == count)
+                if piece.finish is not None:
                     del texts[row]
-                yield Piece(row, piece, finish)
+                yield piece
             if not texts:
                 return
 
@@ -149,6 +143,14 @@ class Writer:
             texts[piece.row].append(piece.text)
             ends[piece.row] = piece.finish or "length"
         return [("".join(pieces), finish) for pieces, finish in zip(texts, ends, strict=True)]
+
+    def _piece(self, row: int, text: TextStream, token: int, *, last: bool) -> Piece:
+        finish: Finish | None = "length" if last else None
+        if token == self.tokenizer.separator:
+            piece, finish = text.end(), "end"
+        else:
+            piece = text.push(token) + (text.end() if last else "")
+        return Piece(row, piece, "stop" if text.stopped else finish)
 
 
 def sample(run: str | Path, prompts: str | Sequence[str], *, overrides: Sequence[str] = (), **options: Any) -> Any:
