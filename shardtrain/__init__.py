@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from shardtrain.run.fit import fit as fit
     from shardtrain.run.job import Job as Job
     from shardtrain.run.job import build as build
+    from shardtrain.run.writer import Writer as Writer
+    from shardtrain.run.writer import sample as sample
     from shardtrain.sharding import MeshSpec as MeshSpec
     from shardtrain.sharding import Partitioner as Partitioner
     from shardtrain.sharding import constrain as constrain
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from shardtrain.train.generate import generate as generate
     from shardtrain.train.loop import Loop as Loop
     from shardtrain.train.model_def import ModelDef as ModelDef
+    from shardtrain.train.sampler import Sampler as Sampler
+    from shardtrain.train.sampling import Sampling as Sampling
     from shardtrain.train.state import TrainState as TrainState
     from shardtrain.train.state import abstract_state as abstract_state
     from shardtrain.train.state import init_state as init_state
@@ -55,9 +59,12 @@ _HOME = {
     "Partitioner": "sharding",
     "Precision": "weights.precision",
     "RunConfig": "config",
+    "Sampler": "train.sampler",
+    "Sampling": "train.sampling",
     "TrainState": "train.state",
     "Trainer": "run",
     "UserError": "errors",
+    "Writer": "run.writer",
     "abstract_state": "train.state",
     "averaged": "train.averages",
     "build": "run",
@@ -73,6 +80,7 @@ _HOME = {
     "open_source": "data",
     "optimizer": "optim",
     "parse_config": "config",
+    "sample": "run.writer",
     "select_devices": "launch.devices",
     "sharding_report": "weights.report",
     "start_ema": "train.averages",

@@ -117,10 +117,10 @@ def test_no_private_jax():
 
 
 PUBLIC = """
-    Callback Checkpointer ConfigError Job Loader Loop MeshSpec ModelDef Partitioner Precision RunConfig
-    TrainState Trainer UserError __version__ abstract_state averaged build constrain evaluate fit generate
-    init_state load_config make_eval_step make_rules make_train_step open_source optimizer parse_config
-    select_devices sharding_report start_ema
+    Callback Checkpointer ConfigError Job Loader Loop MeshSpec ModelDef Partitioner Precision RunConfig Sampler
+    Sampling TrainState Trainer UserError Writer __version__ abstract_state averaged build constrain evaluate fit
+    generate init_state load_config make_eval_step make_rules make_train_step open_source optimizer parse_config
+    sample select_devices sharding_report start_ema
 """
 
 

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -18,8 +19,8 @@ from shardtrain.launch.cpu_collectives import THREADS
 from shardtrain.models.llama import Llama
 from shardtrain.optim import optimizer
 from shardtrain.pipeline import schedules
-from shardtrain.train.generate import next_token
 from shardtrain.train.model_def import ModelDef
+from shardtrain.train.next_token import NextToken
 from shardtrain.train.state import abstract_state
 from shardtrain.train.step import make_eval_step, make_train_step
 
@@ -113,14 +114,12 @@ def test_no_program_can_take_all_threads_of_the_pool(mesh, options):
     model = ModelDef(lambda rngs: Llama(**sizes, rngs=rngs), schedule=table, backward=options.get("backward", "remat"))
     tx = optimizer("adamw", model.weights, lr=0.1, clip_norm=1.0)
     state, batch = abstract_state(model, tx, place), tiny.batch(place, rows=32)
-    rows, i32 = place.shards("batch"), jnp.int32
-    text, last, key = (
-        jax.ShapeDtypeStruct((rows, 16), i32),
-        jax.ShapeDtypeStruct((), i32),
-        jax.eval_shape(lambda: jax.random.key(0)),
-    )
+    ids = [jax.ShapeDtypeStruct((place.shards("batch"), *dims), jnp.int32) for dims in ((), (16,))]
+    weights, text = (state.params, state.model_state), NextToken(model, place)
+    _, kept = jax.eval_shape(partial(text.read, slots=16), *weights, *ids[::-1])
     programs = {
-        "generate": next_token(model, place, 0.5).lower(state.params, state.model_state, text, last, key),
+        "read": text.read.lower(*weights, *ids[::-1], slots=16),
+        "next token": text.step.lower(*weights, kept, ids[0], ids[0]),
         "train": make_train_step(model, tx, place, accumulate=options.get("accumulate", 1)).lower(state, batch),
         "evaluate": make_eval_step(model, place).lower(state, batch),
     }

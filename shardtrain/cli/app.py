@@ -12,6 +12,7 @@ import shardtrain
 from shardtrain.cli.checkpoint import checkpoint_app
 from shardtrain.cli.config import config
 from shardtrain.cli.report import report
+from shardtrain.cli.sample import sample
 from shardtrain.cli.schedule import schedule
 from shardtrain.cli.train import train
 from shardtrain.errors import UserError
@@ -19,7 +20,7 @@ from shardtrain.host.streams import safe_streams
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(checkpoint_app, name="checkpoint")
-for verb in (schedule, train, config):
+for verb in (schedule, train, config, sample):
     app.command()(verb)
 
 

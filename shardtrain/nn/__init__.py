@@ -2,6 +2,7 @@
 
 from shardtrain.nn.attention import Attention
 from shardtrain.nn.attention_kernels import Implementation, attend
+from shardtrain.nn.cache import Cache
 from shardtrain.nn.context import Context
 from shardtrain.nn.dropout import Dropout
 from shardtrain.nn.embedding import Embedding, PositionEmbedding
@@ -20,6 +21,7 @@ from shardtrain.weights.weight import Weight
 __all__ = [
     "Attention",
     "Batch",
+    "Cache",
     "Context",
     "Dropout",
     "Embedding",

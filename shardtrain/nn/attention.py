@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from shardtrain.errors import UserError, refuse
 from shardtrain.host.typed import typed
 from shardtrain.nn.attention_kernels import Implementation, attend
+from shardtrain.nn.attention_past import attend_past
 from shardtrain.nn.context import Context
 from shardtrain.nn.dropout import Dropout
 from shardtrain.nn.linear import Linear, together
@@ -119,15 +120,7 @@ class Attention(nnx.Module):
         q_BSHK = constrain(self._position(q_BSHK, self.query_norm, ctx), "batch", "seq", "heads", None)
         k_BSGK = constrain(self._position(k_BSGK, self.key_norm, ctx), "batch", "seq", "kv_heads", None)
         v_BSGK = constrain(v_BSGK, "batch", "seq", "kv_heads", None)
-        y_BSHK = attend(
-            checkpoint_name(q_BSHK, "query"),
-            checkpoint_name(k_BSGK, "key"),
-            checkpoint_name(v_BSGK, "value"),
-            window=self.window,
-            segment_ids_BS=ctx.inputs.get("segment_ids"),
-            soft_cap=self.soft_cap,
-            implementation=self.implementation,
-        )
+        y_BSHK = self._attend(q_BSHK, k_BSGK, v_BSGK, ctx)
         y_BSD = self.out(checkpoint_name(constrain(y_BSHK, "batch", "seq", "heads", None), "attn_mixed"))
         return self.dropout(checkpoint_name(constrain(y_BSD, "batch", "seq_residual", None), "attn_out"), ctx)
 
@@ -139,6 +132,21 @@ class Attention(nnx.Module):
         """
         heads, head_dim = self.query.weight.shape[-2:]
         return 12.0 * heads * head_dim * (seq_len + 1) / 2
+
+    def _attend(self, q_BSHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, ctx: Context) -> jax.Array:
+        past = None if ctx.cache is None else ctx.cache.extend(k_BSGK, v_BSGK, axes=("kv_heads", None))
+        if past is not None:
+            positions, new = ctx.inputs["positions"], (k_BSGK, v_BSGK)
+            return attend_past(q_BSHK, new, past, positions, window=self.window, soft_cap=self.soft_cap)
+        return attend(
+            checkpoint_name(q_BSHK, "query"),
+            checkpoint_name(k_BSGK, "key"),
+            checkpoint_name(v_BSGK, "value"),
+            window=self.window,
+            segment_ids_BS=ctx.inputs.get("segment_ids"),
+            soft_cap=self.soft_cap,
+            implementation=self.implementation,
+        )
 
     def _position(self, x_BSHK: jax.Array, norm: RMSNorm | None, ctx: Context) -> jax.Array:
         x_BSHK = x_BSHK if norm is None else norm(x_BSHK)

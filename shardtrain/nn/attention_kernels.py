@@ -82,7 +82,7 @@ def attend(
         implementation = "einsum" if obstacles else "cudnn"
     if implementation == "xla" and soft_cap is not None:
         raise UserError(f"attention: xla has no logit_soft_cap, which is {soft_cap}; use attention: einsum")
-    if not _groups_stay_together():
+    if not groups_stay_together():
         k_BTGK, v_BTGK = (jnp.repeat(a, q_BSHK.shape[2] // a.shape[2], axis=2) for a in (k_BTGK, v_BTGK))
     if implementation == "einsum":
         mask = attention_mask(q_BSHK.shape[1], window, segment_ids_BS, causal)
@@ -103,7 +103,7 @@ def attend(
     return _by_rows_and_heads(attention, q_BSHK, k_BTGK, v_BTGK, segment_ids_BS)
 
 
-def _groups_stay_together() -> bool:
+def groups_stay_together() -> bool:
     """Whether a device that holds some query heads also holds their keys, and starts at the first head of a group."""
     partitioner = current()
     return partitioner is None or partitioner.spec("heads") == partitioner.spec("kv_heads")

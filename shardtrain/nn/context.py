@@ -9,6 +9,8 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from shardtrain.nn.cache import Cache
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Context:
       key: random key of this step, already folded with seed and step; `None` in evaluation.
       layer: int32 scalar, index of the layer in the whole model.
       train: whether dropout and the like are active.
+      cache: what the layers of a block keep of each token; `None` except while text is generated.
 
     Example:
       >>> ctx = nn.Context({"row": jnp.arange(4)}, key=jax.random.key(0), train=True)
@@ -32,6 +35,7 @@ class Context:
     key: jax.Array | None = None
     layer: jax.Array | int = 0
     train: bool = dataclasses.field(default=False, metadata={"static": True})
+    cache: Cache | None = dataclasses.field(default=None, metadata={"static": True})
 
     def at_layer(self, layer: jax.Array | int) -> Context:
         """Return the same context, `layer` layers further on."""

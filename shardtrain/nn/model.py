@@ -24,7 +24,7 @@ class Model(Protocol):
     only, never on parameters.
 
     A model may also have:
-      `logits(x)`: the logits of the last block's output, with which text can be generated.
+      `logits(x)`: the logits of the last block's output, of any number of positions, with which text can be generated.
       `flops_per_token(seq_len)`: the FLOPs of a training step per token, for MFU. Without it the matmuls with weights
         count, and nothing else; `Llama` adds those of attention.
       `width_multiplier`: its width over that of the model whose learning rate it shall use. AdamW and Lion divide the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from flax import nnx
 
 from shardtrain.errors import UserError
 from shardtrain.host.typed import typed
+from shardtrain.nn.cache import Cache, Kept
 from shardtrain.nn.context import Context
 from shardtrain.nn.param import describe, stacked
 from shardtrain.nn.remat import Remat, remat_policy, rematerialized
@@ -114,6 +116,24 @@ class Stack(nnx.Module):
         refuse_sown(block)
         y, aux = checked_block(type(block).__name__, x, returned)
         return constrain_residual(y, ctx.inputs), aux
+
+    def extend(self, x: Any, ctx: Context, past: Any) -> tuple[Any, tuple[Kept, ...]]:
+        """Apply all layers to new tokens of a text; returns the final `x` and what the layers keep of these tokens.
+
+        Args:
+          x: the embedded tokens.
+          ctx: their context.
+          past: what the layers kept of the tokens before, with a leading `layers` dim; `None` at the start of a text.
+        """
+
+        def body(x: Any, layer: tuple[Any, jax.Array, Any]) -> tuple[Any, tuple[Kept, ...]]:
+            params, index, past = layer
+            cache = Cache(past)
+            x, _ = self.apply_block(params, x, dataclasses.replace(ctx.at_layer(index), cache=cache))
+            return x, tuple(cache.kept)
+
+        layers = (self.params(), jnp.arange(self.n_layers, dtype=jnp.int32), past)
+        return jax.lax.scan(body, constrain_residual(x, ctx.inputs), layers)
 
     def params(self) -> Any:
         """Return the parameters of all layers, `[layers, ...]` each."""

@@ -40,7 +40,7 @@ from shardtrain.pipeline.slots import buffer, select, write, zeros_like
 from shardtrain.pipeline.stage import MicrobatchAtStage, StageFunctions
 from shardtrain.weights.precision import at_least_float32
 
-_AXIS = "pipe"
+AXIS = "pipe"
 #: The most loops over ticks. The built-in schedules make two to four, whatever their size.
 _MOST_SEGMENTS = 8
 Tree = Any
@@ -68,7 +68,7 @@ def pipeline_gradients(
       This rank's gradients of what trains of `stage.stacked` and of `stage.shared`, and `{name: (sum, weight)}` over
       all ranks.
     """
-    microbatch_at = _table_lookup(program, layers_CRk, batch_M)
+    microbatch_at = microbatch_lookup(program, layers_CRk, batch_M)
     example = microbatch_at(jnp.int32(0))
     x = jax.eval_shape(stage.embed, example)
     zeros = zeros_like(x)
@@ -89,8 +89,8 @@ def pipeline_gradients(
         "dstacked": jax.tree.map(_wide_zeros, dstacked),
         **totals,
     }
-    carry = _run(program, stage, microbatch_at, mode.phases, constrain, carry)
-    return carry["dstacked"], carry["dshared"], jax.lax.psum(carry["sums"], _AXIS)
+    carry = run_ticks(program, stage, microbatch_at, mode.phases, constrain, carry)
+    return carry["dstacked"], carry["dshared"], jax.lax.psum(carry["sums"], AXIS)
 
 
 def pipeline_forward(
@@ -108,7 +108,7 @@ def pipeline_forward(
     Returns:
       Outputs and auxiliary terms, each summed over microbatches and ranks.
     """
-    microbatch_at = _table_lookup(program, layers_CRk, batch_M)
+    microbatch_at = microbatch_lookup(program, layers_CRk, batch_M)
 
     def constrain(carry: Carry) -> Carry:
         return carry | {"x": jax.vmap(stage.model.constrain)(carry["x"])}
@@ -117,11 +117,11 @@ def pipeline_forward(
     x = jax.eval_shape(stage.embed, example)
     _, sums = jax.eval_shape(partial(stage_output, stage, output), x, example)
     carry = {"x": buffer(x, program.slots["x"]), "y": zeros_like(x), "sums": zeros_like(sums)}
-    carry = _run(program, stage, microbatch_at, {"F": forward_only(stage, output)}, constrain, carry)
-    return jax.lax.psum(carry["sums"], _AXIS)
+    carry = run_ticks(program, stage, microbatch_at, {"F": forward_only(stage, output)}, constrain, carry)
+    return jax.lax.psum(carry["sums"], AXIS)
 
 
-def _run(
+def run_ticks(
     program: Program,
     stage: StageFunctions,
     microbatch_at: Callable[[jax.Array], MicrobatchAtStage],
@@ -130,7 +130,7 @@ def _run(
     carry: Carry,
 ) -> Carry:
     """Run all ticks, one after the other."""
-    rank = jax.lax.axis_index(_AXIS)
+    rank = jax.lax.axis_index(AXIS)
     segments = program.segments()
     irregular = len(segments) > _MOST_SEGMENTS and not stage.skip
 
@@ -168,9 +168,11 @@ def _run(
     return carry
 
 
-def _table_lookup(program: Program, layers_CRk: np.ndarray, batch_M: Batch) -> Callable[[jax.Array], MicrobatchAtStage]:
+def microbatch_lookup(
+    program: Program, layers_CRk: np.ndarray, batch_M: Batch
+) -> Callable[[jax.Array], MicrobatchAtStage]:
     """Return a function from a table entry to the microbatch at this rank's stage; for -1 it is not active."""
-    schedule, rank = program.schedule, jax.lax.axis_index(_AXIS)
+    schedule, rank = program.schedule, jax.lax.axis_index(AXIS)
 
     def microbatch_at(entry: jax.Array) -> MicrobatchAtStage:
         active = entry >= 0
@@ -208,7 +210,7 @@ def _permute(sent: Tree, edges: Edges, rank: jax.Array) -> Tree:
     with cycles on GPUs (openxla/xla#45222).
     """
     down, up = (tuple(e for e in edges if (e[0] < e[1]) == way) for way in (True, False))
-    permuted = [jax.tree.map(lambda a, e=e: jax.lax.ppermute(a, _AXIS, e), sent) for e in (down, up) if e]
+    permuted = [jax.tree.map(lambda a, e=e: jax.lax.ppermute(a, AXIS, e), sent) for e in (down, up) if e]
     if len(permuted) < 2:
         return permuted[0] if permuted else sent
     return select((rank == np.array([to for _, to in down])).any(), *permuted)

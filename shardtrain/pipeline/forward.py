@@ -51,8 +51,20 @@ def stage_output(
       the microbatch is not active.
     """
     y, aux = stage.forward(stage.params(mb), x, mb)
+    return y, (output_of_last_stage(stage, output, y, mb), masked(mb.active, aux))
 
-    def of_last_stage() -> Tree:
+
+def output_of_last_stage(stage: StageFunctions, output: OutputFunction, y: Tree, mb: MicrobatchAtStage) -> Tree:
+    """Compute the outputs from a stage's `y` if it is the last stage and active; else zeros.
+
+    Args:
+      stage: the functions of the stage.
+      output: computes the outputs.
+      y: the stage's output.
+      mb: the microbatch.
+    """
+
+    def compute() -> Tree:
         return output(stage.shared, y, mb.batch, stage.context(mb))
 
-    return y, (stage.when(mb.last, of_last_stage, zeros_like(jax.eval_shape(of_last_stage))), masked(mb.active, aux))
+    return stage.when(mb.last, compute, zeros_like(jax.eval_shape(compute)))

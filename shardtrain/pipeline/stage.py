@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from shardtrain.nn.cache import Cache
 from shardtrain.nn.context import Context
 from shardtrain.nn.model import Batch
 from shardtrain.nn.returned import Sums
@@ -133,6 +134,18 @@ class StageFunctions:
 
         x, aux = jax.lax.scan(self.model.remat(layer), x, (params, mb.layers_k))
         return self.model.constrain(x), jax.tree.map(lambda a: a.sum(0), aux)
+
+    def extend(self, params: Tree, x: Tree, past: Tree, mb: MicrobatchAtStage) -> tuple[Tree, Tree]:
+        """Apply the layers of a stage to new tokens of a text; see `Stack.extend`. No auxiliary terms are computed."""
+
+        def layer(x: Tree, one: tuple[Tree, jax.Array, Tree]) -> tuple[Tree, Tree]:
+            params, index, past = one
+            cache = Cache(past)
+            y, _ = self.model.block(params, x, dataclasses.replace(self.context(mb).at_layer(index), cache=cache))
+            return select(index >= 0, y, x), tuple(cache.kept)
+
+        x, kept = jax.lax.scan(layer, x, (params, mb.layers_k, past))
+        return self.model.constrain(x), kept
 
     def head(self, shared: Tree, y: Tree, mb: MicrobatchAtStage) -> Sums:
         """Compute the loss and the metrics from the last stage's output `y`, as `{name: (sum, weight)}`."""

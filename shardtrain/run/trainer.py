@@ -19,7 +19,7 @@ from shardtrain.host.agree import on_process_zero
 from shardtrain.host.closing import close_all
 from shardtrain.host.files import write_text
 from shardtrain.host.typed import typed
-from shardtrain.launch.compile_cache import use_cache
+from shardtrain.launch.compile_cache import cache_folder, use_cache
 from shardtrain.metrics import Progress, plot_loss
 from shardtrain.run.data import OpenedData, eval_batches, open_data, training_batches
 from shardtrain.run.job import Job, build
@@ -89,7 +89,7 @@ class Trainer:
         """
         directory = config.run.directory.absolute()
         threading.Thread(target=lambda: [*map(importlib.import_module, _USED_LATER)]).start()
-        use_cache(_cache_folder(config.run.compile_cache, directory))
+        use_cache(cache_folder(config.run.compile_cache, directory))
         check_callbacks(callbacks)
         if loss is not None:
             check_loss(loss)
@@ -227,9 +227,3 @@ def _loop(
         should_stop=should_stop,
         unevaluated=start.unevaluated_by(log),
     )
-
-
-def _cache_folder(chosen: str | None, directory: Path) -> Path | None:
-    if chosen is None:
-        return None
-    return directory.parent / ".jax_cache" if chosen == "auto" else Path(chosen).expanduser().absolute()

@@ -1,103 +1,61 @@
-"""Text from a trained model, one token at a time."""
+"""Tokens from a trained model, in one call."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from shardtrain.errors import UserError
-from shardtrain.launch.cpu_collectives import ordered
-from shardtrain.sharding import Partitioner, use
-from shardtrain.train.jitted_step import refuse_donated
+from shardtrain.sharding import Partitioner
 from shardtrain.train.model_def import ModelDef
-from shardtrain.train.state import TrainState, check_parts
+from shardtrain.train.next_token import LogitsFunction
+from shardtrain.train.sampler import Sampler
+from shardtrain.train.sampling import Sampling
+from shardtrain.train.state import TrainState
 
 
 def generate(
     model: ModelDef,
     state: TrainState,
     partitioner: Partitioner,
-    prompt: Sequence[int],
+    prompt: Sequence[int] | Sequence[Sequence[int]],
     *,
     tokens: int,
     window: int,
     temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
     seed: int = 0,
+    logits: LogitsFunction | None = None,
 ) -> np.ndarray:
-    """Continue a prompt; several samples at once, one per shard of the batch.
+    """Continue one prompt in several samples, one per shard of the batch, or several prompts.
 
-    Every token runs the whole window through the model (no key/value cache), under a pipeline as one microbatch, rank
-    after rank: good enough for samples, not for serving.
+    To see tokens as they come, or to go on without compiling again, use a `Sampler`.
 
     Args:
-      model: a definition whose module follows `nn.Model` and has `logits(x)`.
-      state: the state of a training run.
+      model: as for `Sampler`.
+      state: the state of a training run, or the weights of one.
       partitioner: the mesh and its rules.
-      prompt: token ids, at least one; only the last `window` of them are used.
+      prompt: token ids, at least one; or several prompts. Only the last `window` ids are used.
       tokens: how many to generate.
-      window: context length in tokens, at most that of the training rows.
-      temperature: of the sampling; 0 takes the likeliest token.
+      window: as for `Sampler`.
+      temperature: as for `Sampling`, as are the next three.
+      top_k: see there.
+      top_p: see there.
+      min_p: see there.
       seed: of the sampling.
+      logits: as for `Sampler`.
 
     Returns:
-      int32 `[samples, tokens]`, without the prompt.
+      int32 `[samples or prompts, tokens]`, without the prompt.
 
     Raises:
       UserError: an empty prompt, a model without `logits` or for another mesh, or a state that was donated.
     """
-    check_parts(model, partitioner)
-    if not prompt:
-        raise UserError("generation needs a prompt of at least one token; give sample.prompt some text")
-    if not hasattr(outline := model.outline({}), "logits"):
-        raise UserError(f"{type(outline).__name__} has no method logits(x), which generation needs; add one")
-    refuse_donated(state)
-    rows = partitioner.shards("batch")
-    step = next_token(model, partitioner, float(temperature))
-    known = min(len(prompt), window)
-    text = np.zeros((rows, window), np.int32)
-    text[:, :known] = list(prompt)[-known:]
-    out = np.zeros((rows, tokens), np.int32)
-    key = jax.random.key(seed)
-    for i in range(tokens):
-        chosen = step(state.params, state.model_state, text, known - 1, jax.random.fold_in(key, i))
-        out[:, i] = jax.block_until_ready(chosen)  # waits for all devices; reading waits for one only
-        if known == window:
-            text[:, :-1] = text[:, 1:].copy()
-        else:
-            known += 1
-        text[:, known - 1] = out[:, i]
-    return out
-
-
-def next_token(model: ModelDef, partitioner: Partitioner, temperature: float) -> Any:
-    """The jitted function behind `generate`: one more token for every row.
-
-    Returns:
-      `(params, model_state, text [B, S] int32, index of the last token, key) -> token ids [B]`.
-    """
-
-    @partial(jax.jit, out_shardings=partitioner.sharding(()), compiler_options=ordered(partitioner.devices))
-    def step(params: Any, model_state: Any, text_BS: jax.Array, last: jax.Array, key: jax.Array) -> jax.Array:
-        with use(partitioner):
-            rows, length = text_BS.shape
-            batch = {
-                "tokens": partitioner.constrain(text_BS, "batch", "seq"),
-                "positions": jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), text_BS.shape),
-                "row": jnp.arange(rows, dtype=jnp.int32),
-            }
-
-            def next_BV(module: Any, x_BSD: Any) -> jax.Array:
-                logits_BSV = module.logits(x_BSD)
-                return jax.lax.dynamic_index_in_dim(logits_BSV, last, axis=1, keepdims=False).astype(jnp.float32)
-
-            logits_BV = model.execution.outputs(params, model_state, batch, partitioner, next_BV)
-            if temperature == 0:
-                return logits_BV.argmax(-1)
-            return jax.random.categorical(key, logits_BV / temperature)
-
-    return step
+    sampling = Sampling(temperature, top_k, top_p, min_p)
+    sampler = Sampler(model, partitioner, window=window, logits=logits)
+    several: Any = prompt if len(prompt) and not np.isscalar(prompt[0]) else [prompt] * partitioner.shards("batch")
+    found = [*sampler.stream(state, several, tokens=tokens, sampling=sampling, seed=seed)]
+    return np.stack(found, axis=1) if found else np.zeros((len(several), 0), np.int32)

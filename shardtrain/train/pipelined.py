@@ -3,41 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
-from shardtrain.collectives.fsdp import NONE, Gather, entry_spec, split_dims
+from shardtrain.collectives.fsdp import Gather, split_dims
 from shardtrain.errors import UserError
-from shardtrain.nn.context import Context
-from shardtrain.nn.model import Batch, head_sums
-from shardtrain.nn.returned import Sums, joined
-from shardtrain.nn.stack import Stack, constrain_residual
-from shardtrain.pipeline.executor import pipeline_forward, pipeline_gradients
-from shardtrain.pipeline.forward import OutputFunction
+from shardtrain.nn.model import Batch
+from shardtrain.nn.returned import Sums
+from shardtrain.nn.stack import Stack
+from shardtrain.pipeline.executor import pipeline_gradients
 from shardtrain.pipeline.idle import CheckedStep
 from shardtrain.pipeline.layers import check_accumulate, check_ranks, layer_table
 from shardtrain.pipeline.microbatches import microbatches
 from shardtrain.pipeline.phases import BackwardName, check_backward
-from shardtrain.pipeline.schedules import Schedule, allocate, bubble_warning, check_trains, forward, simulate
-from shardtrain.pipeline.stage import StageFunctions
+from shardtrain.pipeline.schedules import Schedule, allocate, bubble_warning, check_trains, simulate
 from shardtrain.sharding import Partitioner
-from shardtrain.train.loss_sums import LossFunction, aux_scales, row_axes, widened
-from shardtrain.train.model_parts import join_layers, model_parts, split_layers
+from shardtrain.train.loss_sums import LossFunction, aux_scales, widened
+from shardtrain.train.model_parts import join_layers, split_layers
+from shardtrain.train.pipelined_forward import PipelinedForward
 from shardtrain.train.split_module import SplitModule, Tree
 from shardtrain.weights.layout import Layout
 from shardtrain.weights.trained import trained
 
 if TYPE_CHECKING:
     from shardtrain.train.gradients import Gradients
-    from shardtrain.train.state import TrainState
 
 
-class PipelinedModel:
+class PipelinedModel(PipelinedForward):
     """A model whose layers are cut into stages. It has the methods of `UnpipelinedModel`.
 
     Args:
@@ -56,8 +51,6 @@ class PipelinedModel:
       UserError: a module that does not follow `nn.Model`, whose forward pass changes state, or with fewer layers than
         stages; or a `backward` that the schedule does not have.
     """
-
-    manual_axes: tuple[str, ...] = ("pipe",)
 
     def __init__(self, module: SplitModule, schedule: Schedule, backward: BackwardName, *, skip: bool):
         self.module, self.skip = module, skip
@@ -157,83 +150,6 @@ class PipelinedModel:
             constrain_gradients,
         )
         return join_layers(jax.tree.map(lambda g: g[:, None], dstacked), dshared), sums, model_state
-
-    def sums(self, state: TrainState, batch: Batch, partitioner: Partitioner, loss: LossFunction | None = None) -> Sums:
-        """The evaluation sums of one batch: loss, metrics and auxiliary terms.
-
-        The batch is cut into as many microbatches as the schedule has, or where the rows of a device are not a multiple
-        of these, into the largest smaller number that divides them: the sums are the same.
-
-        Raises:
-          UserError: the number of rows is not a multiple of the devices that share them.
-        """
-
-        def sums(shared: Tree, y: Any, batch: Batch, ctx: Context) -> Sums:
-            return head_sums(self.module.outline(shared), y, batch, ctx)
-
-        most = self.program.schedule.microbatches
-        return joined(*self._forward(state.params, batch, partitioner, most, sums, added=True))
-
-    def outputs(
-        self,
-        params: Tree,
-        model_state: Tree,
-        batch: Batch,
-        partitioner: Partitioner,
-        result: Callable[[Any, Any], jax.Array],
-    ) -> jax.Array:
-        """`result(module, x)`, `[B, ...]`, for the output `x` of the last block, on all ranks.
-
-        The batch is one microbatch. `result` may use all parameters of the module but those of its blocks.
-
-        Raises:
-          UserError: the number of rows is not a multiple of the devices that share them.
-        """
-
-        def rows(shared: Tree, y: Any, batch: Batch, ctx: Context) -> jax.Array:
-            return result(self.module.outline(shared), y)
-
-        return self._forward(params, batch, partitioner, 1, rows, added=False)[0]
-
-    def _forward(
-        self, params: Tree, batch: Batch, partitioner: Partitioner, most: int, result: OutputFunction, *, added: bool
-    ) -> tuple[Any, Any]:
-        """Results and auxiliary terms, added up over at most `most` microbatches.
-
-        Args:
-          added: whether they are also added up over the rows of all devices; otherwise the results of each device's
-            rows are concatenated, and the auxiliary terms, which every device has for its own rows, mean nothing.
-        """
-        for name, a in batch.items():
-            partitioner.sharding(("batch", *[None] * (a.ndim - 1)), a.shape, f"batch[{name!r}]")  # checks the rows
-        skip = added and self.skip  # nothing checks the program of a generation, so its idle ranks compute
-        manual = row_axes(partitioner)
-
-        def local(params: Tree, batch: Batch) -> tuple[Any, Any]:
-            rows = jax.tree.leaves(batch)[0].shape[0] // partitioner.shards("batch")
-            count = next(m for m in range(min(most, rows), 0, -1) if rows % m == 0)
-            stage = dataclasses.replace(self._stage(params, batch, self.module.context(batch)), skip=skip)
-            program = allocate(forward(self.program.schedule, count))
-            batch_M = microbatches(batch, count, "pipeline.microbatches")
-            found = pipeline_forward(program, self.layers_CRk, stage, batch_M, result)
-            return jax.lax.psum(found, manual) if manual and added else found
-
-        rows = PartitionSpec(manual or None)
-        return jax.shard_map(
-            local,
-            mesh=partitioner.mesh,
-            in_specs=(jax.tree.map(partial(entry_spec, dim=NONE), self.weights), rows),
-            out_specs=(PartitionSpec() if added else rows, PartitionSpec()),
-            axis_names={*self.manual_axes, *manual},
-            check_vma=False,  # other axes stay Auto, for which the check does not hold
-        )(params, batch)
-
-    def _stage(self, params: Tree, batch: Batch, ctx: Context) -> StageFunctions:
-        """The functions and parameters of this rank's stages."""
-        stacked, shared = split_layers(params)
-        mine = jax.tree.map(lambda a: a[:, 0], stacked)  # [chunks, 1, k, ...]: the only rank here is this one
-        parts = model_parts(self.module, partial(constrain_residual, inputs=batch))
-        return StageFunctions(parts, mine, shared, ctx, skip=self.skip)
 
 
 def _layers(module: SplitModule) -> int:

@@ -37,6 +37,8 @@ class UnpipelinedModel:
     """
 
     manual_axes: tuple[str, ...] = ()
+    #: The logical axes of the dims before the batch in what layers keep of a text.
+    kept_axes: tuple[str | None, ...] = ("layers",)
 
     def __init__(self, module: SplitModule):
         self.module, self.weights = module, module.canonical_weights
@@ -156,6 +158,33 @@ class UnpipelinedModel:
         module: Any = self.module.merge(params, model_state)
         ctx = self.module.context(batch)
         return result(module, module.blocks(embedded(module, batch, ctx), ctx)[0])
+
+    def extend(
+        self,
+        params: Tree,
+        model_state: Tree,
+        batch: Batch,
+        past: Tree | None,
+        partitioner: Partitioner,
+        result: Callable[[Any, Any, Batch], jax.Array],
+    ) -> tuple[jax.Array, Tree]:
+        """Pass new tokens of a text through the model.
+
+        Args:
+          params: live parameters.
+          model_state: the module's other variables.
+          batch: the new tokens.
+          past: what the layers kept of the tokens before, `[*kept_axes, B, slots, ...]`; `None` at the start of a text.
+          partitioner: the mesh and its rules.
+          result: `(module, x, batch) -> [B, ...]`, for the output `x` of the last block.
+
+        Returns:
+          The result, and what the layers keep of the new tokens.
+        """
+        module: Any = self.module.merge(params, model_state)
+        ctx = self.module.context(batch)
+        x, kept = module.blocks.extend(embedded(module, batch, ctx), ctx, past)
+        return result(module, x, batch), kept
 
     def _sums(
         self,

@@ -18,8 +18,9 @@ from shardtrain.models.llama import Llama
 from shardtrain.nn import Precision
 from shardtrain.pipeline import schedules
 from shardtrain.sharding import use
-from shardtrain.train.generate import generate, next_token
+from shardtrain.train.generate import generate
 from shardtrain.train.model_def import ModelDef
+from shardtrain.train.next_token import NextToken
 from shardtrain.train.state import abstract_state, init_state
 from shardtrain.train.step import make_eval_step
 from shardtrain.train.unpipelined import UnpipelinedModel
@@ -207,18 +208,23 @@ def test_between_ranks_only_activations_move_once_per_tick_and_sums_at_the_end(s
     assert {shape for c in found if c not in moves for shape in c.shapes} == {()}
 
 
-def test_generation_moves_activations_and_the_logits_of_one_position():
+@pytest.mark.parametrize("tokens", [8, 1], ids=["reading", "a token"])
+def test_generation_moves_activations_and_the_logits_of_one_position(tokens):
     def step(model, place):
-        return jax.jit(
-            lambda state, batch: next_token(model, place, 0.0)(
-                state.params, {}, batch["tokens"], jnp.int32(3), jax.random.key(0)
-            )
-        )
+        programs = NextToken(model, place)
+
+        def run(state, batch):
+            text, lengths = batch["tokens"], jnp.full(len(batch["tokens"]), 3, jnp.int32)
+            logits, cache = programs.read(state.params, {}, text, lengths, slots=8)
+            return (logits, cache) if tokens > 1 else programs.step(state.params, {}, cache, text[:, 0], lengths)
+
+        return jax.jit(run)
 
     program, model, place = compiled(step, 1)
     assert temporaries(program) < layers(model) / 2
     found = [c for c in collectives(program.as_text(), place.mesh) if "pipe" in c.axes]
+    moves = {((1, length, 256),) for length in {8, tokens}}
     assert {(c.kind, c.shapes) for c in found} == {
-        ("collective-permute", ((1, 8, 256),)),
+        *(("collective-permute", shapes) for shapes in moves),
         ("all-reduce", ((1, tiny.SIZES["vocab_size"]),)),
     }
