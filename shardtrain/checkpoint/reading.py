@@ -42,17 +42,43 @@ def load_weights(directory: Path | str, abstract_params: Any, step: int | None =
     Raises:
       UserError: no intact step; or paths, shapes or dtypes differ (each is named).
     """
+    path = intact_step(directory, step)
+    return load_parts(path, {"params": abstract_params}, cast=cast)["params"]
+
+
+def intact_step(directory: Path | str, step: int | None = None) -> Path:
+    """Verify a step of a run, and return its directory. The directory of the run is not changed.
+
+    Args:
+      directory: a run directory or its `checkpoints`.
+      step: which step; None means the newest that verifies, with a warning for each newer one that does not.
+
+    Raises:
+      UserError: no intact step.
+    """
     folder = locate(directory)
     if step is None:
         step = trust.newest_intact(folder)
     else:
         trust.require_intact(folder, step)
-    path = folder / str(step)
-    wanted = {name: names.restorable(name, leaf) for name, leaf in names.flatten({"params": abstract_params}).items()}
-    saved = {name: info for name, info in _describe(path).arrays.items() if name.startswith("params.")}
+    return folder / str(step)
+
+
+def load_parts(path: Path, parts: dict[str, Any], *, cast: bool) -> dict[str, Any]:
+    """Load some parts of the state in an intact step, such as `params` and `model_state`.
+
+    Args:
+      path: the directory of the step.
+      parts: the name of each part to its tree; leaves with shape, dtype and sharding.
+      cast: allow a change of dtype.
+
+    Raises:
+      UserError: paths, shapes or dtypes differ (each is named).
+    """
+    wanted = {name: names.restorable(name, leaf) for name, leaf in names.flatten(parts).items()}
+    saved = {name: info for name, info in _describe(path).arrays.items() if name.partition(".")[0] in parts}
     _require_fit(path, saved, wanted, cast)
-    loaded = store.load(path, wanted, partial=True)
-    return names.unflatten({"params": abstract_params}, loaded)["params"]
+    return names.unflatten(parts, store.load(path, wanted, partial=True))
 
 
 def read_extra(directory: Path | str, step: int) -> dict:

@@ -10,17 +10,22 @@ import typer
 
 import shardtrain
 from shardtrain.cli.checkpoint import checkpoint_app
+from shardtrain.cli.compare import compare
 from shardtrain.cli.config import config
+from shardtrain.cli.evaluate import evaluate
 from shardtrain.cli.report import report
+from shardtrain.cli.runs import runs
 from shardtrain.cli.schedule import schedule
 from shardtrain.cli.train import train
+from shardtrain.cli.watch import watch
 from shardtrain.errors import UserError
 from shardtrain.host.streams import safe_streams
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(checkpoint_app, name="checkpoint")
-for verb in (schedule, train, config):
+for verb in (train, runs, watch, compare, schedule, config):
     app.command()(verb)
+app.command("eval")(evaluate)
 
 
 def main() -> None:

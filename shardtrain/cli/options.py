@@ -12,3 +12,6 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as mesh.tensor=4.", show_default=False),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Run = Annotated[
+    str, typer.Argument(help="Run directory, or the name of a run below runs/.", metavar="RUN", show_default=False)
+]

@@ -66,18 +66,22 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
     return _parse(raw, str(path), apply_overrides(raw, overrides), check_files)
 
 
-def parse_config(raw: Mapping[str, Any], *, source: str = "config", check_files: bool = True) -> RunConfig:
+def parse_config(
+    raw: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "config", check_files: bool = True
+) -> RunConfig:
     """Check plain data, as `RunConfig.to_dict` returns it, in the same way.
 
     Args:
       raw: the sections.
+      overrides: as for `load_config`.
       source: where they come from, for messages.
       check_files: as for `load_config`.
 
     Raises:
       ConfigError: every problem found.
     """
-    return _parse(thaw(raw), source, [], check_files)
+    sections = thaw(raw)
+    return _parse(sections, source, apply_overrides(sections, overrides), check_files)
 
 
 def check_devices(config: RunConfig, devices: int) -> None:

@@ -52,6 +52,13 @@ def use_cache(folder: Path | None) -> bool:
     return _mine is not None
 
 
+def cache_folder(chosen: str | None, run: Path) -> Path | None:
+    """The folder that `run.compile_cache` means: that path, or for `auto` one that all runs beside a run share."""
+    if chosen is None:
+        return None
+    return run.parent / ".jax_cache" if chosen == "auto" else Path(chosen).expanduser().absolute()
+
+
 def _obstacle(folder: Path) -> str | None:
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -119,7 +119,28 @@ def read(directory: Path | str) -> list[dict[str, float]]:
     path = Path(directory) / FILE
     if not path.is_file():
         raise UserError(f"no {FILE} in {directory}: give the directory of a run that has started")
-    return [{key: _NOT_FINITE.get(v, v) for key, v in row.items()} for row, _ in _lines(path)]
+    return [_parsed(row) for row, _ in _lines(path)]
+
+
+def tail(directory: Path | str, size: int = 2**16) -> list[dict[str, float]]:
+    """Return the last lines of `metrics.jsonl`, oldest first, without reading all of it; none if there is no file.
+
+    Args:
+      directory: the run directory.
+      size: bytes to read; a line that begins before them is left out, and so is an incomplete last one.
+    """
+    try:
+        with open(Path(directory) / FILE, "rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - size))
+            lines = file.read().split(b"\n")[end > size : -1]
+    except FileNotFoundError:
+        return []
+    return [_parsed(json.loads(line)) for line in lines]
+
+
+def _parsed(row: dict[str, Any]) -> dict[str, float]:
+    return {key: _NOT_FINITE.get(value, value) for key, value in row.items()}
 
 
 def _lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:

@@ -17,7 +17,7 @@ from shardtrain.errors import UserError
 from shardtrain.host.agree import on_process_zero
 from shardtrain.host.closing import close_all
 from shardtrain.host.files import write_text
-from shardtrain.launch.compile_cache import use_cache
+from shardtrain.launch.compile_cache import cache_folder, use_cache
 from shardtrain.metrics import plot_loss
 from shardtrain.run.data import OpenedData, eval_batches, open_data, training_batches
 from shardtrain.run.job import Job, build
@@ -89,7 +89,7 @@ class Trainer:
         """
         directory = Path(config.run.dir or f"runs/{config.run.name}").absolute()
         threading.Thread(target=importlib.import_module, args=("grain",)).start()  # used by the loader later
-        use_cache(_cache_folder(config.run.compile_cache, directory))
+        use_cache(cache_folder(config.run.compile_cache, directory))
         job = build(config, processes=processes, loss=loss)
         with contextlib.ExitStack() as on_error:
             if (lock := on_process_zero(lambda: RunLock(directory))) is not None:
@@ -223,9 +223,3 @@ def _loop(
         should_stop=should_stop,
         unevaluated=start.unevaluated_by(log),
     )
-
-
-def _cache_folder(chosen: str | None, directory: Path) -> Path | None:
-    if chosen is None:
-        return None
-    return directory.parent / ".jax_cache" if chosen == "auto" else Path(chosen).expanduser().absolute()

@@ -1,0 +1,25 @@
+"""Tables on standard output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[str] = ()) -> None:
+    """Print rows below a header, as wide as they need.
+
+    Args:
+      header: names of the columns.
+      rows: texts.
+      numbers: the columns to align at the right.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in header:
+        table.add_column(name, justify="right" if name in numbers else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console(soft_wrap=True, markup=False).print(table)
