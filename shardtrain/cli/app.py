@@ -13,6 +13,7 @@ from shardtrain.cli.checkpoint import checkpoint_app
 from shardtrain.cli.compare import compare
 from shardtrain.cli.config import config
 from shardtrain.cli.evaluate import evaluate
+from shardtrain.cli.init import init
 from shardtrain.cli.report import report
 from shardtrain.cli.runs import runs
 from shardtrain.cli.schedule import schedule
@@ -23,7 +24,7 @@ from shardtrain.host.streams import safe_streams
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(checkpoint_app, name="checkpoint")
-for verb in (train, runs, watch, compare, schedule, config):
+for verb in (init, train, runs, watch, compare, schedule, config):
     app.command()(verb)
 app.command("eval")(evaluate)
 

@@ -25,7 +25,7 @@ def compare(
     """Compare runs: how far they are, how good, how fast, what differs in their configs; and draw their losses."""
     from shardtrain.metrics.find import find_run
 
-    directories = list(dict.fromkeys(find_run(run) for run in runs))
+    directories = list({(found := find_run(run)).resolve(): found for run in runs}.values())
     if len(directories) < 2:
         raise UserError(f"compare needs two runs, and was given {directories[0]} alone; name another one")
     compare_runs(directories, out or directories[0].parent / "compare.png")
@@ -45,7 +45,15 @@ def compare_runs(directories: list[Path], out: Path) -> None:
     print_table(("", *names), rows, numbers=names)
     if not settings:
         print("their configs are the same, but for name and directory")
-    print(f"drawn into {plot_runs(dict(zip(names, directories, strict=True)), out)}")
+    labels = [_label(name, settings, column) for column, name in enumerate(names)]
+    print(f"drawn into {plot_runs(dict(zip(labels, directories, strict=True)), out)}")
+
+
+def _label(name: str, settings: dict[str, list[Any]], column: int, most: int = 4) -> str:
+    """The name of a run, with the settings in which it differs from the others."""
+    shown = [f"{key.rpartition('.')[2]} {_shown(values[column])}" for key, values in list(settings.items())[:most]]
+    more = [f"{len(settings) - most} more"] if len(settings) > most else []
+    return f"{name}: {', '.join([*shown, *more])}" if shown else name
 
 
 def _settings(directories: list[Path]) -> dict[str, list[Any]]:
@@ -63,7 +71,7 @@ def short_names(directories: list[Path]) -> list[str]:
         names = ["/".join(directory.absolute().parts[-parts:]) for directory in directories]
         if len(set(names)) == len(names):
             return names
-    raise AssertionError("the paths are distinct")
+    raise AssertionError("the directories are distinct")
 
 
 def _shown(value: Any) -> str:

@@ -29,7 +29,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Print loss, perplexity, bits per byte and accuracy of a run, or of one of its checkpoints, on the devices here."""
+    """Print loss, perplexity, bits per byte and accuracy of a run or a checkpoint, on the devices here."""
     from shardtrain.metrics.find import find_step
     from shardtrain.run.report import report
     from shardtrain.run.trained import Trained

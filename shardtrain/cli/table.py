@@ -19,7 +19,8 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in header:
-        table.add_column(name, justify="right" if name in numbers else "left", no_wrap=True)
+        table.add_column(name, justify="right" if name in numbers else "left")
     for row in rows:
         table.add_row(*row)
-    Console(soft_wrap=True, markup=False).print(table)
+    console = Console(markup=False, highlight=False)
+    console.print(table, width=None if console.is_terminal else 1000)  # a file is as wide as the table

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from shardtrain.cli.dry_run import dry_run
 from shardtrain.cli.options import Debug, File, Overrides
 from shardtrain.cli.report import report
 from shardtrain.cli.summary import summary
@@ -32,6 +33,9 @@ def train(
         bool,
         typer.Option(help="Resume although model, data, optimizer or seed differ from the stored run's."),
     ] = False,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="Do everything but the steps: checks, shardings, memory, one batch.")
+    ] = False,
     coordinator: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Of several processes: where process 0 listens.")
     ] = None,
@@ -45,16 +49,17 @@ def train(
     """Train, or resume where the run directory holds checkpoints. Ctrl-C saves; the same command goes on."""
     gc.set_threshold(100_000)  # imports and tracing make many objects and little garbage: a tenth of a warm start
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    run = dry_run if dry else _train
     if processes == 1 and not process and coordinator is None:
         from shardtrain.config import load_config
 
-        _train(load_config(file, overrides or ()), allow_changes, processes)
+        run(load_config(file, overrides or ()), allow_changes, processes)
     else:
         from shardtrain.launch.processes import exit_after, join
 
         others = join(coordinator, processes, process, join_timeout)  # before a model is imported, which may use JAX
         with exit_after(report):
-            _train(_same_config(file, overrides or (), others), allow_changes, processes)
+            run(_same_config(file, overrides or (), others), allow_changes, processes)
 
 
 def _same_config(file: str, overrides: Sequence[str], others: RollCall) -> RunConfig:
@@ -98,7 +103,7 @@ def _train(config: RunConfig, allow_changes: bool, processes: int) -> None:
             print(f"the run in {run.directory} is finished: {run.step} of {config.run.steps} steps; {left}")
         elif jax.process_index() == 0:
             with progress(config.run.steps, run.step) as display:
-                for line in summary(run):
+                for line in summary(run.job, run.directory, run.resumed_from):
                     display.message(line)
                 run.fit(display)
             _report_end(run)

@@ -58,7 +58,7 @@ def plot_runs(directories: Mapping[str, Path], path: Path) -> Path:
     Raises:
       UserError: one of them has no metrics.
     """
-    figure, ax = _axes(", ".join(directories) if len(directories) <= 3 else f"{len(directories)} runs")
+    figure, ax = _axes(f"{len(directories)} runs")
     for label, directory in directories.items():
         rows = read(directory)
         steps, loss = _series(rows, "loss")

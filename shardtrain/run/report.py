@@ -1,4 +1,4 @@
-"""What an evaluation of a run's weights says: loss, perplexity, bits per byte, accuracy, and the model's own metrics."""
+"""What an evaluation of a checkpoint says: loss, perplexity, bits per byte, accuracy, and the model's own metrics."""
 
 from __future__ import annotations
 
