@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -77,7 +78,7 @@ def test_eval_counts_the_likeliest_token(trained, home):
     module = model.merge(state.params, state.model_state)
     ctx = model.context(batch)
     logits = module.logits(module.blocks(module.embedder(batch, ctx), ctx)[0])
-    right = np.mean(np.argmax(logits, -1) == batch["targets"])
+    right = float(np.mean(np.argmax(logits, -1) == batch["targets"]))
     assert 0 < right < 1
     assert report(opened).values["accuracy"] == pytest.approx(right, abs=1e-6)
 
@@ -201,7 +202,6 @@ def test_a_dry_run_tells_all_and_makes_no_step(trained, tmp_path):
         "words: mlp, ",
         "layers, embed, mlp",
         "tokens      8 x 16",
-        "targets  of row 0: 'o be",
         "100% of its targets count",
         "memory of a step on each device: ",
         "of weights and optimizer",
@@ -209,6 +209,9 @@ def test_a_dry_run_tells_all_and_makes_no_step(trained, tmp_path):
         "no step was made",
     ):
         assert part in result.out, part
+    tokens, targets = (re.search(rf"{name} +of row 0: '(.*)'", result.out)[1] for name in ("tokens", "targets"))
+    assert tokens[1:] + targets[-1] == targets
+    assert targets in TEXT
     assert sorted(path.name for path in directory.iterdir()) == ["data", "lock"]
     resumed = shardtrain("train", CONFIG, *trained.overrides, "run.steps=8", "--dry-run")
     assert "it would resume from the checkpoint of step 6" in resumed.out
@@ -233,3 +236,20 @@ def test_a_new_project_trains_at_once(tmp_path):
         "my_model.py",
         "test_project.py",
     }
+
+
+def completed(monkeypatch, *words):
+    monkeypatch.setenv("_SHARDTRAIN_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", " ".join(words))
+    monkeypatch.setenv("COMP_CWORD", str(len(words) - 1))
+    return shardtrain().out.split()
+
+
+def test_tab_completes_verbs_runs_files_and_settings(home, monkeypatch):
+    assert "compare" in completed(monkeypatch, "shardtrain", "com")
+    assert "words" in completed(monkeypatch, "shardtrain", "eval", "w")
+    assert "mesh.tensor=" in completed(monkeypatch, "shardtrain", "train", "a.yaml", "mesh.t")
+    assert "devices.platform=cuda" in completed(monkeypatch, "shardtrain", "train", "a.yaml", "devices.platform=")
+    (home / "a.yaml").touch()
+    assert completed(monkeypatch, "shardtrain", "train", "a") == ["a.yaml"]
+    assert "_SHARDTRAIN_COMPLETE" in shardtrain("--show-completion", "bash").out

@@ -22,11 +22,19 @@ from shardtrain.cli.watch import watch
 from shardtrain.errors import UserError
 from shardtrain.host.streams import safe_streams
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(checkpoint_app, name="checkpoint")
-for verb in (init, train, runs, watch, compare, schedule, config):
-    app.command()(verb)
-app.command("eval")(evaluate)
+for name, verb in {
+    "init": init,
+    "train": train,
+    "eval": evaluate,
+    "runs": runs,
+    "watch": watch,
+    "compare": compare,
+    "config": config,
+    "schedule": schedule,
+}.items():
+    app.command(name)(verb)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from shardtrain.cli import complete
 from shardtrain.cli.options import Debug
 from shardtrain.cli.runs import cells
 from shardtrain.cli.table import print_table
@@ -15,7 +16,12 @@ from shardtrain.errors import UserError
 
 
 def compare(
-    runs: Annotated[list[str], typer.Argument(help="Run directories, or names below runs/.", metavar="RUN RUN ...")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            help="Run directories, or names below runs/.", metavar="RUN RUN ...", autocompletion=complete.run_names
+        ),
+    ],
     *,
     out: Annotated[
         Path | None, typer.Option(help="The picture to draw, a PNG.", show_default="compare.png beside the first run")

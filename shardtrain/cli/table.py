@@ -23,4 +23,6 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers
     for row in rows:
         table.add_row(*row)
     console = Console(markup=False, highlight=False)
-    console.print(table, width=None if console.is_terminal else 1000)  # a file is as wide as the table
+    if not console.is_terminal:
+        console.width = 1000  # as wide as the table, which `print` does not fill up
+    console.print(table)
