@@ -18,6 +18,8 @@ from shardtrain.cli.dry_run import dry_run
 from shardtrain.cli.options import Debug, File, Overrides
 from shardtrain.cli.report import report
 from shardtrain.cli.summary import summary
+from shardtrain.cli.sweep import sweep
+from shardtrain.errors import UserError
 
 if TYPE_CHECKING:
     from shardtrain.config import RunConfig
@@ -36,6 +38,10 @@ def train(
     dry: Annotated[
         bool, typer.Option("--dry-run", help="Do everything but the steps: checks, shardings, memory, one batch.")
     ] = False,
+    write_jobs: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Of a grid of runs: write their commands, one per line, instead of running."),
+    ] = None,
     coordinator: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Of several processes: where process 0 listens.")
     ] = None,
@@ -46,7 +52,19 @@ def train(
     ] = 120,
     debug: Debug = False,
 ) -> None:
-    """Train, or resume where the run directory holds checkpoints. Ctrl-C saves; the same command goes on."""
+    """Train, or resume where the run directory holds checkpoints. Ctrl-C saves; the same command goes on.
+
+    Several values for a key, as in optimizer.lr=1e-4,3e-4, train a grid of runs, one after the other.
+    """
+    from shardtrain.config.grid import grid
+
+    if len(grid(overrides or ())) > 1:
+        if processes > 1 or coordinator is not None or dry:
+            raise UserError("a grid of runs is trained by one process; write its jobs by --write-jobs, to start each")
+        sweep(file, overrides or (), ["--allow-changes"] if allow_changes else [], write_jobs)
+        return
+    if write_jobs is not None:
+        raise UserError("--write-jobs is for a grid of runs; give a key several values: optimizer.lr=1e-4,3e-4")
     gc.set_threshold(100_000)  # imports and tracing make many objects and little garbage: a tenth of a warm start
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     run = dry_run if dry else _train
