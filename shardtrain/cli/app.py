@@ -54,7 +54,7 @@ def _run() -> int:
     """Run the command; returns its exit code."""
     try:
         sys.path.append(_here())  # `type: my_model:MyModel` finds a file in this directory, as with `python -m`
-        app()
+        app(prog_name="shardtrain")
     except SystemExit as end:  # raised by typer
         if isinstance(end.code, str):  # raised by a user's own code
             print(end.code, file=sys.stderr)

@@ -114,6 +114,7 @@ def _train(config: RunConfig, allow_changes: bool, processes: int) -> None:
             processes=processes,
         )
         stop.follow(run.loop)
+        stop.trace = run.profiler.ask
         _say(f"prepared in {time.perf_counter() - start:.1f} s")
         if run.step >= config.run.steps:
             run.fit()

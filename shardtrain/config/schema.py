@@ -164,6 +164,13 @@ class Log(Section):
 
     every: Count = 1
     tensorboard: bool = True
+    norms: Count | None = None  # steps from one log of the norms of gradients and weights, by layer, to the next
+
+
+class Profile(Section):
+    """A trace of some steps for TensorBoard and Perfetto, and a table of where their time went."""
+
+    steps: tuple[Count, Count] | None = None  # the first and the last; SIGUSR1 traces the next three at any time
 
 
 class Sample(Section):
@@ -208,6 +215,7 @@ class RunConfig(Section):
     checkpoint: Checkpoint = Checkpoint()
     eval: Eval = Eval()
     log: Log = Log()
+    profile: Profile = Profile()
     sample: Sample = Sample()
     pipeline: Pipeline = Pipeline()
     xla: Xla = Xla()

@@ -8,21 +8,17 @@ strings "NaN", "Infinity" and "-Infinity", as in the JSON mapping of protobuf, a
 import json
 import math
 import os
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
 
 from shardtrain.errors import UserError
 from shardtrain.host.files import atomic, naming
+from shardtrain.metrics.tensorboard import Events
 
 FILE = "metrics.jsonl"
-_FLUSH_S = 1.0  # at most this much of TensorBoard's events is lost by a kill
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -46,7 +42,7 @@ class MetricsLog:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.touch()
         self.last, self._file = self._open(None)
-        self._events = _Events(self._path.parent / "tensorboard") if tensorboard else None
+        self._events = Events(self._path.parent / "tensorboard") if tensorboard else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line, with `step` first.
@@ -70,6 +66,11 @@ class MetricsLog:
         self.last = line
         if self._events:
             self._events.write(step, {key: float(value) for key, value in plain.items()})
+
+    def text(self, name: str, text: str, step: int = 0) -> None:
+        """Show a text in TensorBoard, as it is: the config, a sample."""
+        if self._events:
+            self._events.text(name, text, step)
 
     def truncate(self, step: int) -> None:
         """Drop the lines after `step`. A run that resumes from `step` writes them again.
@@ -165,40 +166,3 @@ def _number(value: Any) -> float | int | str:
     if math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-
-
-class _Events:
-    """A TensorBoard event file, one event per step.
-
-    The `SummaryWriter` of tensorboardX would pass each scalar to a thread through a pipe, which is slower, and loses
-    them on a kill.
-    """
-
-    def __init__(self, directory: Path):
-        directory.mkdir(parents=True, exist_ok=True)
-        # By itself the name has the time in whole seconds only, and an existing file would be overwritten.
-        self._directory = directory
-        self._writer = EventsWriter(str(directory / "events"), f".{os.getpid()}.{time.time_ns()}")
-        self._flushed = 0.0
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        scalars = [Summary.Value(tag=key, simple_value=value) for key, value in values.items()]
-        self._add(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
-
-    def forget_from(self, step: int) -> None:
-        self._add(Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START)))
-
-    def flush(self) -> None:
-        with naming(self._directory):
-            self._writer.flush()  # which also calls fsync: milliseconds, or many of them on a shared disk
-        self._flushed = time.monotonic()
-
-    def close(self) -> None:
-        with naming(self._directory):
-            self._writer.close()
-
-    def _add(self, event: Event) -> None:
-        with naming(self._directory):
-            self._writer.write_event(event)
-        if time.monotonic() - self._flushed >= _FLUSH_S:
-            self.flush()

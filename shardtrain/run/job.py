@@ -101,6 +101,7 @@ class Job:
             lr=self.lr,
             compiler_options=self.compiler_options,
             gather="tick" if self.whole is None else "step",
+            norms_every=self.config.log.norms,
             debug=self.config.run.debug,
         )
 

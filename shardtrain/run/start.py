@@ -52,6 +52,7 @@ def open_log(config: RunConfig, directory: Path, step: int) -> MetricsLog:
     log = MetricsLog(directory, tensorboard=config.log.tensorboard)
     log.truncate(step)
     write_text(directory / "config.yaml", config.to_yaml())
+    log.text("config", config.to_yaml(), step)
     return log
 
 

@@ -54,6 +54,11 @@ class JittedStep(Generic[R]):
     ):
         self._function, self._mesh, self._check, self._leaves = function, mesh, check, leaves
 
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh for which it was made."""
+        return self._mesh
+
     def __call__(self, state: TrainState, batch: Any) -> R:
         """Run the step.
 

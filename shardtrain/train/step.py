@@ -23,6 +23,7 @@ from shardtrain.train.ids import IdCheck
 from shardtrain.train.jitted_step import JittedStep, Metrics, check_batch
 from shardtrain.train.loss_sums import LossFunction, means
 from shardtrain.train.model_def import ModelDef
+from shardtrain.train.norms import norms_when
 from shardtrain.train.split_module import Tree
 from shardtrain.train.state import TrainState, abstract_state, check_parts
 
@@ -40,6 +41,7 @@ def make_train_step(
     reduce_dtype: Any = jnp.float32,
     lr: optax.Schedule | None = None,
     gather: Gather = "tick",
+    norms_every: int | None = None,
     compiler_options: Mapping[str, Any] | None = None,
     debug: bool = False,
 ) -> JittedStep[tuple[TrainState, Metrics]]:
@@ -59,6 +61,8 @@ def make_train_step(
         each crosses where it is computed, in the model's own `Precision.reduce`.
       lr: the schedule, to report.
       gather: for a pipeline, whether the weights that fsdp splits are gathered in each `tick`, or once per `step`.
+      norms_every: each so many steps, `metrics["norms"]` has the norms of gradients and weights, layer by layer (see
+        `shardtrain.train.norms`); in other steps it has zeros.
       compiler_options: for XLA; `shardtrain.launch.xla_flags.compiler_options` checks and completes them.
       debug: look for ids out of range in each batch first, and wait for the result. See `IdCheck`, also for its limits.
 
@@ -82,7 +86,11 @@ def make_train_step(
             grads, sums, model_state = gradients(state, batch, key)
             metrics = means(sums)
             metrics["grad_norm"] = global_norm(grads)
-            return _updated(state, grads, model_state, metrics, tx, lr)
+            new_state, metrics = _updated(state, grads, model_state, metrics, tx, lr)
+            if norms_every is None:
+                return new_state, metrics
+            due = new_state.step % norms_every == 0
+            return new_state, metrics | {"norms": norms_when(due, model, grads, state.params)}
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, tx, partitioner))
     out = (shardings, partitioner.sharding(()))

@@ -1,0 +1,58 @@
+"""The norms of gradients and weights, layer by layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from shardtrain.train.model_def import ModelDef
+from shardtrain.train.split_module import Tree
+from shardtrain.weights.paths import flatten
+from shardtrain.weights.precision import at_least_float32
+from shardtrain.weights.weight import Weight
+
+#: `{"grad_norms/path": norm}`: scalars, and `[layers]` for weights of a stack.
+Norms = dict[str, jax.Array]
+
+
+def norms_when(due: jax.Array, model: ModelDef, grads: Tree, params: Tree) -> Norms:
+    """`layer_norms` where `due` is true, else zeros, for which nothing is computed.
+
+    Args:
+      due: boolean scalar.
+      model: the definition of the model.
+      grads: gradients of its weights, as they live on the devices.
+      params: the weights.
+    """
+
+    def now() -> Norms:
+        return layer_norms(model, grads, params)
+
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(now))
+    return jax.lax.cond(due, now, lambda: zeros)
+
+
+def layer_norms(model: ModelDef, grads: Tree, params: Tree) -> Norms:
+    """The norm of each gradient and of each weight, in at least float32; those of a stack by layer."""
+
+    def norm(a: jax.Array, weight: Weight) -> jax.Array:
+        wide = a.astype(at_least_float32(a.dtype))
+        return jnp.sqrt(jnp.square(wide).sum(tuple(range(weight.stack, a.ndim))))
+
+    found = {}
+    for name, tree in (("grad_norms", grads), ("weight_norms", params)):
+        norms = model.canonical(jax.tree.map(norm, tree, model.weights))
+        found |= {f"{name}/{path}": value for path, value in flatten(norms).items()}
+    return found
+
+
+def by_layer(norms: dict[str, Any]) -> dict[str, float]:
+    """Norms that have arrived on the host, with a name of their own for each layer: `grad_norms/blocks.w/3`."""
+    values: dict[str, float] = {}
+    for name, array in norms.items():
+        host = np.asarray(array)
+        values |= {name: float(host)} if host.ndim == 0 else {f"{name}/{i}": float(x) for i, x in enumerate(host)}
+    return values
