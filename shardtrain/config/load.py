@@ -43,6 +43,7 @@ VALUES: tuple[Check, ...] = (
     value_checks.check_optimizer,
     value_checks.check_schedule,
     value_checks.check_sample,
+    value_checks.check_log,
     value_checks.check_profile,
 )
 DISK: tuple[Check, ...] = (

@@ -164,6 +164,7 @@ class Log(Section):
 
     every: Count = 1
     tensorboard: bool = True
+    also: tuple[str, ...] = ()  # wandb, mlflow, or package.module:function
     norms: Count | None = None  # steps from one log of the norms of gradients and weights, by layer, to the next
 
 

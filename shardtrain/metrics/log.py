@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object per step; the same numbers go to TensorBoard.
+"""`metrics.jsonl`: one JSON object per step; the same numbers go to TensorBoard, and to other loggers.
 
 Floats are written so that reading them returns the same bits. JSON has no NaN or infinity. They are written as the
 strings "NaN", "Infinity" and "-Infinity", as in the JSON mapping of protobuf, and `read` turns them back into floats.
@@ -8,7 +8,7 @@ strings "NaN", "Infinity" and "-Infinity", as in the JSON mapping of protobuf, a
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,7 +16,8 @@ import numpy as np
 
 from shardtrain.errors import UserError
 from shardtrain.host.files import atomic, naming
-from shardtrain.metrics.tensorboard import Events
+from shardtrain.metrics.logger import Logger, grouped
+from shardtrain.metrics.loggers.tensorboard import Events
 
 FILE = "metrics.jsonl"
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -32,17 +33,19 @@ class MetricsLog:
     Args:
       directory: the run directory.
       tensorboard: whether to write events for TensorBoard as well.
+      others: loggers to which everything goes, too.
 
     Attributes:
       last: the last line; its `step` is -1 if there is none.
     """
 
-    def __init__(self, directory: Path | str, *, tensorboard: bool = True):
+    def __init__(self, directory: Path | str, *, tensorboard: bool = True, others: Sequence[Logger] = ()):
         self._path = Path(directory) / FILE
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.touch()
         self.last, self._file = self._open(None)
-        self._events = Events(self._path.parent / "tensorboard") if tensorboard else None
+        events: list[Logger] = [Events(self._path.parent / "tensorboard")] if tensorboard else []
+        self._loggers = [*events, *others]
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line, with `step` first.
@@ -64,13 +67,14 @@ class MetricsLog:
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
         self.last = line
-        if self._events:
-            self._events.write(step, {key: float(value) for key, value in plain.items()})
+        named = {grouped(key): float(value) for key, value in plain.items()}
+        for logger in self._loggers:
+            logger.write(step, named)
 
     def text(self, name: str, text: str, step: int = 0) -> None:
-        """Show a text in TensorBoard, as it is: the config, a sample."""
-        if self._events:
-            self._events.text(name, text, step)
+        """Pass a text to TensorBoard and the other loggers: the config, a sample."""
+        for logger in self._loggers:
+            logger.text(name, text, step)
 
     def truncate(self, step: int) -> None:
         """Drop the lines after `step`. A run that resumes from `step` writes them again.
@@ -80,20 +84,20 @@ class MetricsLog:
         with naming(self._path):
             self._file.close()
         self.last, self._file = self._open(step)
-        if self._events:
-            self._events.forget_from(step + 1)
+        for logger in self._loggers:
+            logger.forget_from(step + 1)
 
     def flush(self) -> None:
         """Write TensorBoard's events to the disk as well."""
-        if self._events:
-            self._events.flush()
+        for logger in self._loggers:
+            logger.flush()
 
     def close(self) -> None:
         """Close the files. The log cannot be used afterwards."""
         with naming(self._path):
             self._file.close()
-        if self._events:
-            self._events.close()
+        for logger in self._loggers:
+            logger.close()
 
     def __enter__(self) -> "MetricsLog":
         return self

@@ -28,6 +28,7 @@ from shardtrain.data import (
 from shardtrain.data.checks import TEXT
 from shardtrain.data.prepare import is_kept
 from shardtrain.errors import UserError
+from shardtrain.run.data import open_rows
 from shardtrain.run.trained import Trained
 from shardtrain.train.accuracy import with_accuracy
 from shardtrain.train.evaluation import total_sums
@@ -107,26 +108,14 @@ def _opened(trained: Trained, path: str | None) -> Iterator[tuple[Source, Tokeni
 
 
 def _held_out(trained: Trained, kept: Path) -> tuple[Source, Tokenizer | None]:
-    config, section = trained.config, trained.job.config.data
-    if section.held_out == 0:
-        rule = "the run held no rows out"
-        raise UserError("data.held_out", 0, rule, "give --data PATH, the text or the token file to evaluate on")
-    if section.type in TEXT and not is_kept(kept):
-        raise UserError(f"{kept} is missing, which keeps the run's own tokens and its tokenizer; copy it, too")
-    vocab = config.model.size("vocab")
-    assert vocab is not None, "the config has been checked"
-    source, tokenizer = open_source(
-        section.type,
-        seq_len=section.seq_len,
-        vocab_size=vocab,
-        seed=config.run.seed,
-        path=section.path,
-        tokenizer=section.tokenizer,
-        tokenizer_vocab=section.vocab_size,
-        directory=kept,
-        write=False,
-    )
-    return split(source, section.held_out)[1], tokenizer
+    config = trained.job.config
+    if config.data.held_out == 0:
+        fix = "give --data PATH, the text or the token file to evaluate on"
+        raise UserError("data.held_out", 0, "the run held no rows out", fix)
+    if config.data.type in TEXT and not is_kept(kept):
+        raise UserError(f"{kept} is missing, where a run keeps its tokens and its tokenizer; copy it, too")
+    source, tokenizer = open_rows(config, trained.directory, write=False)
+    return split(source, config.data.held_out)[1], tokenizer
 
 
 def _bytes(source: Source, tokenizer: Tokenizer) -> int:

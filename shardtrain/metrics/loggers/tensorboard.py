@@ -1,4 +1,4 @@
-"""The events of a run for TensorBoard: its metrics in groups, and texts."""
+"""Events for TensorBoard: scalars and texts."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from shardtrain.host.files import naming
+from shardtrain.metrics.logger import LoggedRun
 
 _FLUSH_S = 1.0  # at most this much of the events is lost by a kill
-_SYSTEM = ("step_time_s", "tokens_per_s", "mfu", "memory_bytes", "skipped", "skipped_in_row")
 
 
 class Events:
@@ -37,7 +37,7 @@ class Events:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Add the metrics of a step."""
-        scalars = [Summary.Value(tag=grouped(key), simple_value=value) for key, value in values.items()]
+        scalars = [Summary.Value(tag=key, simple_value=value) for key, value in values.items()]
         self._add(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
 
     def text(self, name: str, text: str, step: int) -> None:
@@ -67,10 +67,6 @@ class Events:
             self.flush()
 
 
-def grouped(key: str) -> str:
-    """The name of a metric in TensorBoard, in one of the groups `train`, `held_out` and `system`, or in its own."""
-    if "/" in key:
-        return key
-    if key.startswith("eval_"):
-        return f"held_out/{key.removeprefix('eval_')}"
-    return f"{'system' if key in _SYSTEM else 'train'}/{key}"
+def open_logger(run: LoggedRun) -> Events:
+    """Start a new file of events in the folder `tensorboard` of the run directory."""
+    return Events(run.directory / "tensorboard")
