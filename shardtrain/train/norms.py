@@ -14,29 +14,31 @@ from shardtrain.weights.paths import flatten
 from shardtrain.weights.precision import at_least_float32
 from shardtrain.weights.weight import Weight
 
-#: `{"grad_norms/path": norm}`: scalars, and `[layers]` for weights of a stack.
-Norms = dict[str, jax.Array]
 
-
-def norms_when(due: jax.Array, model: ModelDef, grads: Tree, params: Tree) -> Norms:
-    """`layer_norms` where `due` is true, else zeros, for which nothing is computed.
+def norms_each(
+    every: int | None, step: jax.Array, model: ModelDef, grads: Tree, params: Tree
+) -> dict[str, dict[str, jax.Array]]:
+    """`{"norms": layer_norms(...)}`, or zeros, for which nothing is computed; without `every` not even these.
 
     Args:
-      due: boolean scalar.
+      every: steps from one computation to the next.
+      step: the number of the present one, from 1.
       model: the definition of the model.
       grads: gradients of its weights, as they live on the devices.
-      params: the weights.
+      params: the weights before the update.
     """
+    if every is None:
+        return {}
 
-    def now() -> Norms:
+    def now() -> dict[str, jax.Array]:
         return layer_norms(model, grads, params)
 
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(now))
-    return jax.lax.cond(due, now, lambda: zeros)
+    return {"norms": jax.lax.cond(step % every == 0, now, lambda: zeros)}
 
 
-def layer_norms(model: ModelDef, grads: Tree, params: Tree) -> Norms:
-    """The norm of each gradient and of each weight, in at least float32; those of a stack by layer."""
+def layer_norms(model: ModelDef, grads: Tree, params: Tree) -> dict[str, jax.Array]:
+    """`grad_norms/<path>` and `weight_norms/<path>`, float32 at least: scalars, or `[layers]` for those of a stack."""
 
     def norm(a: jax.Array, weight: Weight) -> jax.Array:
         wide = a.astype(at_least_float32(a.dtype))

@@ -23,7 +23,7 @@ from shardtrain.train.ids import IdCheck
 from shardtrain.train.jitted_step import JittedStep, Metrics, check_batch
 from shardtrain.train.loss_sums import LossFunction, means
 from shardtrain.train.model_def import ModelDef
-from shardtrain.train.norms import norms_when
+from shardtrain.train.norms import norms_each
 from shardtrain.train.split_module import Tree
 from shardtrain.train.state import TrainState, abstract_state, check_parts
 
@@ -61,8 +61,7 @@ def make_train_step(
         each crosses where it is computed, in the model's own `Precision.reduce`.
       lr: the schedule, to report.
       gather: for a pipeline, whether the weights that fsdp splits are gathered in each `tick`, or once per `step`.
-      norms_every: each so many steps, `metrics["norms"]` has the norms of gradients and weights, layer by layer (see
-        `shardtrain.train.norms`); in other steps it has zeros.
+      norms_every: steps from one `metrics["norms"]` to the next, see `shardtrain.train.norms`; between, they are zeros.
       compiler_options: for XLA; `shardtrain.launch.xla_flags.compiler_options` checks and completes them.
       debug: look for ids out of range in each batch first, and wait for the result. See `IdCheck`, also for its limits.
 
@@ -75,28 +74,27 @@ def make_train_step(
         divisible by the microbatches, or wrong results of a part of the model. When called: see `JittedStep`.
     """
     _check(model, loss, partitioner, accumulate, gather)
-    if (warning := model.execution.warning()) and jax.process_index() == 0:
-        _log.warning(warning)
+    _warn(model)
     gradients = Gradients(model, partitioner, loss, accumulate, reduce_dtype, gather)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         check_batch(batch, partitioner)
         with use(partitioner):
-            key = jax.random.fold_in(jax.random.key(seed), state.step)
-            grads, sums, model_state = gradients(state, batch, key)
+            grads, sums, model_state = gradients(state, batch, jax.random.fold_in(jax.random.key(seed), state.step))
             metrics = means(sums)
             metrics["grad_norm"] = global_norm(grads)
             new_state, metrics = _updated(state, grads, model_state, metrics, tx, lr)
-            if norms_every is None:
-                return new_state, metrics
-            due = new_state.step % norms_every == 0
-            return new_state, metrics | {"norms": norms_when(due, model, grads, state.params)}
+            return new_state, metrics | norms_each(norms_every, new_state.step, model, grads, state.params)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, tx, partitioner))
-    out = (shardings, partitioner.sharding(()))
-    options = ordered(partitioner.devices, compiler_options)
+    out, options = (shardings, partitioner.sharding(())), ordered(partitioner.devices, compiler_options)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=options)
     return _finished(jitted, model, partitioner, debug)
+
+
+def _warn(model: ModelDef) -> None:
+    if (warning := model.execution.warning()) and jax.process_index() == 0:
+        _log.warning(warning)
 
 
 def _updated(
