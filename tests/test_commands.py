@@ -175,10 +175,11 @@ def test_a_new_project_trains_at_once(tmp_path):
 
 
 def completed(monkeypatch, *words):
-    monkeypatch.setenv("_SHARDTRAIN_COMPLETE", "complete_bash")
-    monkeypatch.setenv("COMP_WORDS", " ".join(words))
-    monkeypatch.setenv("COMP_CWORD", str(len(words) - 1))
-    return shardtrain().out.split()
+    with monkeypatch.context() as patch:
+        patch.setenv("_SHARDTRAIN_COMPLETE", "complete_bash")
+        patch.setenv("COMP_WORDS", " ".join(words))
+        patch.setenv("COMP_CWORD", str(len(words) - 1))
+        return shardtrain().out.split()
 
 
 def test_tab_completes_verbs_runs_files_and_settings(home, monkeypatch):

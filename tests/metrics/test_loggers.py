@@ -66,7 +66,7 @@ def test_the_real_packages_write_without_a_network(tmp_path, monkeypatch, name):
     if name == "wandb":
         assert len(list((run.directory / "wandb").glob("offline-run-*"))) == 2
         return
-    client = pytest.importorskip("mlflow").MlflowClient((tmp_path / "mlruns").as_uri())
+    client = pytest.importorskip("mlflow").MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     history = client.get_metric_history((run.directory / "mlflow.id").read_text(), "train/loss")
     assert [(each.step, each.value) for each in history] == [(1, 1.0), (2, 0.5)]
 

@@ -1,6 +1,6 @@
 """`log.also: [mlflow]`: MLflow.
 
-Into the folder `mlruns` beside the run directory, unless the variable `MLFLOW_TRACKING_URI` names a server.
+Into `mlflow.db` beside the run directory, unless the variable `MLFLOW_TRACKING_URI` names a server.
 """
 
 from __future__ import annotations
@@ -53,12 +53,13 @@ class MlflowLogger:
 def open_logger(run: LoggedRun) -> MlflowLogger:
     """Start a run of MLflow, or go on with the one of this directory."""
     mlflow = required("mlflow")
-    folder = (run.directory.parent / "mlruns").as_uri()
-    client = mlflow.MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", folder))
+    beside = run.directory.parent
+    client = mlflow.MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{beside / 'mlflow.db'}"))
     file = run.directory / "mlflow.id"
     if not file.exists():
         found = client.get_experiment_by_name(_EXPERIMENT)
-        experiment = client.create_experiment(_EXPERIMENT) if found is None else found.experiment_id
+        files = None if "MLFLOW_TRACKING_URI" in os.environ else (beside / "mlartifacts").as_uri()
+        experiment = client.create_experiment(_EXPERIMENT, files) if found is None else found.experiment_id
         made = client.create_run(experiment, run_name=run.name).info.run_id
         for key, value in _flat(run.config, ""):
             client.log_param(made, key, str(value)[:_LONGEST])
