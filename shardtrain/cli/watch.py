@@ -27,7 +27,7 @@ def watch(
     follower = Follower(directory)
     first = [each for each in follower.poll() if isinstance(each, Line)]
     status = follower.status
-    with progress(status.steps or status.step, status.step) as display, contextlib.suppress(KeyboardInterrupt):
+    with progress(status.steps or max(status.step, 1), status.step) as display, contextlib.suppress(KeyboardInterrupt):
         display.message(f"{status.name} in {directory}: {status.state}, step {status.step} of {status.steps}")
         if curve := chart(directory):
             display.message(f"loss {curve}")

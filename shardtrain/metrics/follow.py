@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+import math
+import statistics
+from collections.abc import Iterator
 from pathlib import Path
 
 from shardtrain.metrics.log import FILE, read
@@ -88,16 +90,12 @@ class Follower:
 
 def chart(directory: Path, width: int = 60) -> str:
     """The loss curve as a line of text, such as `7.62 ▇▅▃▂▁ 2.31`; empty before the first finite loss."""
-    losses = [row["loss"] for row in read(directory) if abs(row.get("loss", float("inf"))) < float("inf")]
+    losses = [row["loss"] for row in read(directory) if math.isfinite(row.get("loss", math.nan))]
     if not losses:
         return ""
-    bounds = [len(losses) * i // min(width, len(losses)) for i in range(min(width, len(losses)) + 1)]
-    means = [_mean(losses[a:b]) for a, b in itertools.pairwise(bounds)]
+    width = min(width, len(losses))
+    bounds = [len(losses) * i // width for i in range(width + 1)]
+    means = [statistics.fmean(losses[a:b]) for a, b in itertools.pairwise(bounds)]
     low, high = min(means), max(means)
     scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
     return f"{losses[0]:.4g} {''.join(_BARS[round((mean - low) * scale)] for mean in means)} {losses[-1]:.4g}"
-
-
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values)
