@@ -76,7 +76,7 @@ class Follower:
 
     def _changes(self) -> Iterator[str]:
         saved, aside = self._checkpoints()
-        yield from (f"checkpoint {step} is saved and verified" for step in sorted(saved - self._saved))
+        yield from (f"checkpoint {step} is saved" for step in sorted(saved - self._saved))
         yield from (f"a checkpoint was set aside: {name}" for name in sorted(aside - self._aside))
         self._saved, self._aside = saved, aside
 
