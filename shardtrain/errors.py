@@ -44,9 +44,9 @@ def mistakes(check: Callable[..., Iterable[UserError] | None], *arguments: Any) 
         yield error
 
 
-def shortened(text: str) -> str:
+def shortened(text: str, limit: int = 200) -> str:
     """A text of any length, cut for one line of a message."""
-    return text if len(text) <= 200 else text[:197] + "..."
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def _shown(value: object) -> str:

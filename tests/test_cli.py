@@ -108,7 +108,7 @@ def test_checkpoint_list(trained):
     result = shardtrain("checkpoint", "list", trained.directory)
     assert (result.code, result.err) == (0, "")
     rows = [line.split() for line in result.out.splitlines() if "verified" in line]
-    assert [row[1] for row in rows] == ["2", "4", "6"]
+    assert [row[0] for row in rows] == ["2", "4", "6"]
 
 
 def test_checkpoint_verify_finds_a_flipped_bit(copy):

@@ -4,24 +4,41 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
 import shardtrain
 from shardtrain.cli.checkpoint import checkpoint_app
+from shardtrain.cli.compare import compare
 from shardtrain.cli.config import config
+from shardtrain.cli.evaluate import evaluate
+from shardtrain.cli.init import init
 from shardtrain.cli.report import report
+from shardtrain.cli.runs import runs
 from shardtrain.cli.sample import sample
 from shardtrain.cli.schedule import schedule
 from shardtrain.cli.train import train
+from shardtrain.cli.watch import watch
 from shardtrain.errors import UserError
 from shardtrain.host.streams import safe_streams
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(checkpoint_app, name="checkpoint")
-for verb in (schedule, train, config, sample):
-    app.command()(verb)
+_VERBS: dict[str, Callable[..., None]] = {
+    "init": init,
+    "train": train,
+    "eval": evaluate,
+    "sample": sample,
+    "runs": runs,
+    "watch": watch,
+    "compare": compare,
+    "config": config,
+    "schedule": schedule,
+}
+for name, verb in _VERBS.items():
+    app.command(name)(verb)
 
 
 def main() -> None:
@@ -41,7 +58,7 @@ def _run() -> int:
     """Run the command; returns its exit code."""
     try:
         sys.path.append(_here())  # `type: my_model:MyModel` finds a file in this directory, as with `python -m`
-        app()
+        app(prog_name="shardtrain")
     except SystemExit as end:  # raised by typer
         if isinstance(end.code, str):  # raised by a user's own code
             print(end.code, file=sys.stderr)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from shardtrain.cli.options import Debug
+from shardtrain.cli.table import print_table
 from shardtrain.errors import UserError
 
 checkpoint_app = typer.Typer(no_args_is_help=True, help="Look at a run's checkpoints.")
@@ -36,7 +36,7 @@ def checkpoint_list(directory: Directory, debug: Debug = False) -> None:
         for record in list_steps(directory)
     ]
     if rows:
-        _print_table(("step", "status", "size", "saved", ""), rows)
+        print_table(("step", "status", "size", "saved", ""), rows)
     else:
         print(f"{directory} holds no checkpoint yet")
 
@@ -79,7 +79,7 @@ def checkpoint_show(
         (row.path, " x ".join(map(str, row.shape)), row.dtype, f"{row.bytes:,} B")
         for row in parameter_table(directory, step)
     ]
-    _print_table((f"step {step}", "shape", "dtype", "size"), rows)
+    print_table((f"step {step}", "shape", "dtype", "size"), rows)
     extra = read_extra(directory, step)
     if "config" not in extra:
         print("no config: this checkpoint was not saved by `shardtrain train`")
@@ -91,13 +91,3 @@ def checkpoint_show(
         before, now = dump(extra["config"]).splitlines(), stored.read_text(encoding="utf-8").splitlines()
         lines = [*difflib.unified_diff(before, now, "checkpoint", "now", n=0, lineterm="")]
         print("\n".join(["config:", *lines]) if lines else "config: the same as the run directory's")
-
-
-def _print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*header)
-    for row in rows:
-        table.add_row(*row)
-    Console(soft_wrap=True).print(table)

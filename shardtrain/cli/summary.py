@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from shardtrain.run import Trainer
+    from pathlib import Path
+
+    from shardtrain.run import Job
 
 
-def summary(run: Trainer) -> list[str]:
+def summary(job: Job, directory: Path, resumed_from: int | None) -> list[str]:
     """Describe model, devices, memory, directory and pipeline of a run, in a few lines."""
     from shardtrain.weights.paths import flatten
 
-    job, report = run.job, run.job.report
+    report = job.report
     mesh = ", ".join(f"{axis} {size}" for axis, size in job.partitioner.mesh.shape.items() if size > 1) or "one device"
     devices = job.partitioner.mesh.devices
     weights = flatten(job.model.canonical_weights).values()
@@ -22,7 +24,7 @@ def summary(run: Trainer) -> list[str]:
         f"{devices.flat[0].device_kind} ({mesh})",
         f"parameters: {report.total_bytes / 2**20:,.1f} MiB, {report.device_bytes / 2**20:,.1f} MiB on each device, "
         f"{report.replicated_share:.1%} replicated",
-        f"directory: {run.directory}",
+        f"directory: {directory}",
     ]
     if training < count:
         lines.append(f"of these, {training:,} train ({training / count:.1%}); the others are frozen")
@@ -41,6 +43,6 @@ def summary(run: Trainer) -> list[str]:
         lines.append(f"xla: preset {xla.preset}: {flags or 'no flags'}")
     if report.unannotated:
         lines.append(f"whole on every device, having no logical axes: {', '.join(report.unannotated)}")
-    if run.resumed_from is not None:
-        lines.append(f"resumed from the checkpoint of step {run.resumed_from}")
+    if resumed_from is not None:
+        lines.append(f"resumed from the checkpoint of step {resumed_from}")
     return lines

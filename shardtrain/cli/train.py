@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from shardtrain.cli.dry_run import dry_run
 from shardtrain.cli.options import Debug, File, Overrides
 from shardtrain.cli.report import report
 from shardtrain.cli.summary import summary
+from shardtrain.cli.sweep import sweep
+from shardtrain.errors import UserError
 
 if TYPE_CHECKING:
     from shardtrain.config import RunConfig
@@ -32,6 +35,13 @@ def train(
         bool,
         typer.Option(help="Resume although model, data, optimizer or seed differ from the stored run's."),
     ] = False,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="Do everything but the steps: checks, shardings, memory, one batch.")
+    ] = False,
+    write_jobs: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Of a grid of runs: write their commands, one per line, instead of running."),
+    ] = None,
     coordinator: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Of several processes: where process 0 listens.")
     ] = None,
@@ -42,19 +52,32 @@ def train(
     ] = 120,
     debug: Debug = False,
 ) -> None:
-    """Train, or resume where the run directory holds checkpoints. Ctrl-C saves; the same command goes on."""
+    """Train, or resume where the run directory holds checkpoints. Ctrl-C saves; the same command goes on.
+
+    Several values for a key, as in optimizer.lr=1e-4,3e-4, train a grid of runs, one after the other.
+    """
+    from shardtrain.config.grid import grid
+
+    if len(grid(overrides or ())) > 1:
+        if processes > 1 or coordinator is not None or dry:
+            raise UserError("a grid of runs is trained by one process; write its jobs by --write-jobs, to start each")
+        sweep(file, overrides or (), ["--allow-changes"] if allow_changes else [], write_jobs)
+        return
+    if write_jobs is not None:
+        raise UserError("--write-jobs is for a grid of runs; give a key several values: optimizer.lr=1e-4,3e-4")
     gc.set_threshold(100_000)  # imports and tracing make many objects and little garbage: a tenth of a warm start
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    run = dry_run if dry else _train
     if processes == 1 and not process and coordinator is None:
         from shardtrain.config import load_config
 
-        _train(load_config(file, overrides or ()), allow_changes, processes)
+        run(load_config(file, overrides or ()), allow_changes, processes)
     else:
         from shardtrain.launch.processes import exit_after, join
 
         others = join(coordinator, processes, process, join_timeout)  # before a model is imported, which may use JAX
         with exit_after(report):
-            _train(_same_config(file, overrides or (), others), allow_changes, processes)
+            run(_same_config(file, overrides or (), others), allow_changes, processes)
 
 
 def _same_config(file: str, overrides: Sequence[str], others: RollCall) -> RunConfig:
@@ -91,6 +114,7 @@ def _train(config: RunConfig, allow_changes: bool, processes: int) -> None:
             processes=processes,
         )
         stop.follow(run.loop)
+        stop.trace = run.profiler.ask
         _say(f"prepared in {time.perf_counter() - start:.1f} s")
         if run.step >= config.run.steps:
             run.fit()
@@ -98,7 +122,7 @@ def _train(config: RunConfig, allow_changes: bool, processes: int) -> None:
             print(f"the run in {run.directory} is finished: {run.step} of {config.run.steps} steps; {left}")
         elif jax.process_index() == 0:
             with progress(config.run.steps, run.step) as display:
-                for line in summary(run):
+                for line in summary(run.job, run.directory, run.resumed_from):
                     display.message(line)
                 run.fit(display)
             _report_end(run)

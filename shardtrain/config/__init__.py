@@ -1,6 +1,6 @@
 """The config: YAML and overrides in; one typed, frozen, checked `RunConfig` out, or all problems at once."""
 
-from shardtrain.config.compare import changes, check_same_run
+from shardtrain.config.compare import changes, check_same_run, differences
 from shardtrain.config.errors import ConfigError, Problem
 from shardtrain.config.frozen import thaw
 from shardtrain.config.load import check_devices, load_config, parse_config
@@ -14,6 +14,7 @@ __all__ = [
     "changes",
     "check_devices",
     "check_same_run",
+    "differences",
     "dump",
     "load_config",
     "parse_config",

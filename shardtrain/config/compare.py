@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from shardtrain.config import replan
@@ -33,6 +33,23 @@ def changes(old: RunConfig | Mapping[str, Any], new: RunConfig) -> list[str]:
       new: the config to compare with it.
     """
     return list(_differences(old, new))
+
+
+def differences(configs: Sequence[RunConfig | Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The dotted keys in which configs differ, each with its value in every one of them; `None` where one lacks it.
+
+    Args:
+      configs: as objects, or as plain data, whose missing keys have their defaults.
+    """
+    plain = [_completed(config) for config in configs]
+    keys = dict.fromkeys(key for other in plain[1:] for key, _ in _compare(plain[0], other, ""))
+    return {key: [_at(config, key) for config in plain] for key in keys}
+
+
+def _at(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, Mapping) else None
+    return config
 
 
 def check_same_run(old: RunConfig | Mapping[str, Any], new: RunConfig, source: str, step: int = 0) -> None:

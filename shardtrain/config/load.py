@@ -44,6 +44,8 @@ VALUES: tuple[Check, ...] = (
     value_checks.check_schedule,
     value_checks.check_ema,
     value_checks.check_sample,
+    value_checks.check_log,
+    value_checks.check_profile,
 )
 DISK: tuple[Check, ...] = (
     value_checks.check_data_path,

@@ -191,6 +191,14 @@ class Log(Section):
 
     every: Count = 1
     tensorboard: bool = True
+    also: tuple[str, ...] = ()  # wandb, mlflow, or package.module:function
+    norms: Count | None = None  # steps from one log of the norms of gradients and weights, by layer, to the next
+
+
+class Profile(Section):
+    """A trace of some steps for TensorBoard and Perfetto, and a table of where their time went."""
+
+    steps: tuple[Count, Count] | None = None  # the first and the last; SIGUSR1 traces the next three at any time
 
 
 class Sample(Section):
@@ -236,6 +244,7 @@ class RunConfig(Section):
     eval: Eval = Eval()
     ema: Ema = Ema()
     log: Log = Log()
+    profile: Profile = Profile()
     sample: Sample = Sample()
     pipeline: Pipeline = Pipeline()
     xla: Xla = Xla()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from shardtrain.checkpoint import lifecycle
-from shardtrain.config.schema import Data, Devices, Ema, Model, Optimizer, Run, Sample, Xla
+from shardtrain.config.schema import Data, Devices, Ema, Log, Model, Optimizer, Profile, Run, Sample, Xla
 from shardtrain.data.catalog import check_type
 from shardtrain.data.checks import NOT_TEXT, READ_FILES, check_prompt, setting_problems, vocabulary_problems
 from shardtrain.data.growth import growth_problems
@@ -21,6 +21,8 @@ from shardtrain.data.prepare import is_kept
 from shardtrain.errors import UserError, described, mistakes
 from shardtrain.launch.devices import check_emulate
 from shardtrain.launch.xla_flags import check_preset
+from shardtrain.metrics.logger import check_logger
+from shardtrain.metrics.trace import check_steps
 from shardtrain.nn.attention import head_problems
 from shardtrain.nn.dropout import check_dropout
 from shardtrain.nn.ranges import check_z_loss, positive_problems
@@ -131,6 +133,17 @@ def check_data_path(data: Data, run: Run) -> Iterator[UserError]:
     with contextlib.suppress(UserError):  # `check_data` reports a path that is none
         for path in each(data.path or ()):
             yield from mistakes(check_path, path)
+
+
+def check_log(log: Log) -> Iterator[UserError]:
+    """Every logger exists."""
+    for name in log.also:
+        yield from mistakes(check_logger, name)
+
+
+def check_profile(profile: Profile) -> None:
+    """The steps to trace are in order, and not the first."""
+    check_steps(profile.steps)
 
 
 def check_init_from(init_from: str, run: Run) -> Iterator[UserError]:

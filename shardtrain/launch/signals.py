@@ -1,4 +1,6 @@
-"""Ctrl-C, SIGTERM and SIGHUP as a request to stop, polled by the loop. The command line uses this, the library never.
+"""Ctrl-C, SIGTERM and SIGHUP as a request to stop, polled by the loop; SIGUSR1 as one to trace the next steps.
+
+The command line uses this, the library never.
 
 A separate thread listens, because Python's own handlers run between two bytecodes of the main thread, and a compilation
 or a long step is a single bytecode. So the first signal is acknowledged at once, and a second one ends the process at
@@ -21,7 +23,7 @@ from typing import Any, Protocol
 from jax.experimental import multihost_utils
 from rich.console import Console
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Saving(Protocol):
@@ -40,10 +42,12 @@ class Stop:
     Attributes:
       run: the run that would be saved, once there is one.
       asked: whether this process has received a signal.
+      trace: traces the next steps, once there are any.
     """
 
     def __init__(self) -> None:
         self.asked = False
+        self.trace: Callable[[], None] | None = None
         self._run: Saving | None = None
 
     def follow(self, run: Saving) -> None:
@@ -54,8 +58,16 @@ class Stop:
         """Whether to stop after this step."""
         return self.asked
 
+    def hear(self, number: int) -> None:
+        """Act on any signal, on the listening thread."""
+        if number != signal.SIGUSR1:
+            self.receive(number)
+        elif self.trace is not None:
+            self.trace()
+            print("SIGUSR1: tracing the next steps", file=sys.stderr, flush=True)
+
     def receive(self, number: int) -> None:
-        """Act on a signal, on the listening thread."""
+        """Act on a signal to stop, on the listening thread."""
         name = signal.Signals(number).name
         if not self.asked:
             self.asked = True
@@ -111,7 +123,7 @@ class StopTogether(Stop):
 def stop_on_signals() -> Iterator[Stop]:
     """Listen in a single process: the first signal asks the loop to save and stop, a second one ends the process."""
     stop = Stop()
-    with _listening(stop.receive):
+    with _listening(stop.hear):
         yield stop
 
 
@@ -120,7 +132,7 @@ def stop_together() -> Iterator[Stop]:
     """Listen in each of several processes, after `jax.distributed.initialize`: all stop where one gets a signal."""
     with _preemption_service() as tell:
         stop = StopTogether(tell)
-        with _listening(stop.receive):
+        with _listening(stop.hear):
             yield stop
 
 

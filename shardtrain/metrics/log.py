@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object per step; the same numbers go to TensorBoard.
+"""`metrics.jsonl`: one JSON object per step; the same numbers go to TensorBoard, and to other loggers.
 
 Floats are written so that reading them returns the same bits. JSON has no NaN or infinity. They are written as the
 strings "NaN", "Infinity" and "-Infinity", as in the JSON mapping of protobuf, and `read` turns them back into floats.
@@ -7,7 +7,8 @@ strings "NaN", "Infinity" and "-Infinity", as in the JSON mapping of protobuf, a
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from shardtrain.errors import UserError
 from shardtrain.host.files import atomic, naming
+from shardtrain.metrics.logger import Logger, grouped
 
 FILE = "metrics.jsonl"
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -30,21 +32,22 @@ class MetricsLog:
     Args:
       directory: the run directory.
       tensorboard: whether to write events for TensorBoard as well.
+      others: loggers to which everything goes, too.
 
     Attributes:
       last: the last line; its `step` is -1 if there is none.
     """
 
-    def __init__(self, directory: Path | str, *, tensorboard: bool = True):
+    def __init__(self, directory: Path | str, *, tensorboard: bool = True, others: Sequence[Logger] = ()):
         self._path = Path(directory) / FILE
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.touch()
         self.last, self._file = self._open(None)
-        self._events = None
+        self._loggers = [*others]
         if tensorboard:
-            from shardtrain.metrics.events import Events  # imports tensorboardX, which no other use of a log needs
+            from shardtrain.metrics.loggers.tensorboard import Events  # tensorboardX, which no other use of a log needs
 
-            self._events = Events(self._path.parent / "tensorboard")
+            self._loggers.insert(0, Events(self._path.parent / "tensorboard"))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line, with `step` first.
@@ -66,8 +69,14 @@ class MetricsLog:
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
         self.last = line
-        if self._events:
-            self._events.write(step, {key: float(value) for key, value in plain.items()})
+        named = {grouped(key): float(value) for key, value in plain.items()}
+        for logger in self._loggers:
+            logger.write(step, named)
+
+    def text(self, name: str, text: str, step: int = 0) -> None:
+        """Pass a text to TensorBoard and the other loggers: the config, a sample."""
+        for logger in self._loggers:
+            logger.text(name, text, step)
 
     def truncate(self, step: int) -> None:
         """Drop the lines after `step`. A run that resumes from `step` writes them again.
@@ -77,20 +86,20 @@ class MetricsLog:
         with naming(self._path):
             self._file.close()
         self.last, self._file = self._open(step)
-        if self._events:
-            self._events.forget_from(step + 1)
+        for logger in self._loggers:
+            logger.forget_from(step + 1)
 
     def flush(self) -> None:
         """Write TensorBoard's events to the disk as well."""
-        if self._events:
-            self._events.flush()
+        for logger in self._loggers:
+            logger.flush()
 
     def close(self) -> None:
         """Close the files. The log cannot be used afterwards."""
         with naming(self._path):
             self._file.close()
-        if self._events:
-            self._events.close()
+        for logger in self._loggers:
+            logger.close()
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -117,7 +126,28 @@ def read(directory: Path | str) -> list[dict[str, float]]:
     path = Path(directory) / FILE
     if not path.is_file():
         raise UserError(f"no {FILE} in {directory}: give the directory of a run that has started")
-    return [{key: _NOT_FINITE.get(v, v) for key, v in row.items()} for row, _ in _lines(path)]
+    return [_parsed(row) for row, _ in _lines(path)]
+
+
+def tail(directory: Path | str, size: int = 2**16) -> list[dict[str, float]]:
+    """Return the last lines of `metrics.jsonl`, oldest first, without reading all of it; none if there is no file.
+
+    Args:
+      directory: the run directory.
+      size: bytes to read; a line that begins before them is left out, and so is an incomplete last one.
+    """
+    try:
+        with open(Path(directory) / FILE, "rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - size))
+            lines = file.read().split(b"\n")[end > size : -1]
+    except FileNotFoundError:
+        return []
+    return [_parsed(json.loads(line)) for line in lines]
+
+
+def _parsed(row: dict[str, Any]) -> dict[str, float]:
+    return {key: _NOT_FINITE.get(value, value) for key, value in row.items()}
 
 
 def _lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:

@@ -1,8 +1,10 @@
-"""A picture of the loss curve of a run."""
+"""Pictures of loss curves: of a run, and of several side by side."""
 
 import itertools
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from shardtrain.errors import UserError
 from shardtrain.host.files import atomic
@@ -22,18 +24,13 @@ def plot_loss(directory: Path | str) -> Path:
     Raises:
       UserError: there are no metrics, or none of the losses is finite.
     """
-    # Only here: matplotlib takes longer to import than everything else in this room, and a run draws only once.
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     rows = read(directory)
     steps, loss = _series(rows, "loss")
     eval_steps, eval_loss = _series(rows, "eval_loss")
     if not steps:
         raise UserError(f"no finite loss in {directory}/metrics.jsonl: train at least one step before drawing")
 
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")  # no pyplot: no global state, no display
-    ax = figure.add_subplot()
+    figure, ax = _axes(Path(directory).resolve().name)
     ax.plot(steps, loss, color=_RAW, linewidth=0.8, label="training")
     ax.plot(steps, _smooth(loss), color=_SMOOTH, linewidth=1.8, label="training, smoothed")
     if eval_steps:
@@ -47,17 +44,49 @@ def plot_loss(directory: Path | str) -> Path:
             color=_HELD_OUT,
             bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
         )
+    ax.legend(frameon=False)
+    return _save(figure, Path(directory) / "loss.png")
+
+
+def plot_runs(directories: Mapping[str, Path], path: Path) -> Path:
+    """Draw the losses of several runs into one picture: the smoothed `loss`, and `eval_loss` as dots.
+
+    Args:
+      directories: the run directory of each label.
+      path: of the PNG to write.
+
+    Raises:
+      UserError: one of them has no metrics.
+    """
+    figure, ax = _axes(f"{len(directories)} runs")
+    for label, directory in directories.items():
+        rows = read(directory)
+        steps, loss = _series(rows, "loss")
+        (line,) = ax.plot(steps, _smooth(loss), linewidth=1.6, label=label)
+        ax.plot(*_series(rows, "eval_loss"), color=line.get_color(), linestyle="", marker="o", markersize=4)
+    ax.legend(frameon=False, title="dots: held out", title_fontsize=8, fontsize=8)
+    return _save(figure, path)
+
+
+def _axes(title: str) -> tuple[Any, Any]:
+    # Only here: matplotlib takes longer to import than everything else in this room, and a run draws only once.
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")  # no pyplot: no global state, no display
+    ax = figure.add_subplot()
     ax.set_xlabel("step")
     ax.set_ylabel("loss")
-    ax.set_title(Path(directory).resolve().name, loc="left", fontsize=11)
+    ax.set_title(title, loc="left", fontsize=11)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.margins(x=0.01)
     ax.grid(color="#e6e6e6", linewidth=0.8)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False)
+    return figure, ax
 
-    path = Path(directory) / "loss.png"
+
+def _save(figure: Any, path: Path) -> Path:
     with atomic(path) as file:
         figure.savefig(file, format="png")
     return path

@@ -153,7 +153,7 @@ class _Eta:
             self._left = 0.0
 
     def __str__(self) -> str:
-        return "-" if self._left is None else _duration(self._left)
+        return "-" if self._left is None else duration(self._left)
 
 
 def _parts(values: Mapping[str, float]) -> list[str]:
@@ -162,7 +162,7 @@ def _parts(values: Mapping[str, float]) -> list[str]:
         "eval_loss": lambda v: f"held-out {v:.4f}",
         "grad_norm": lambda v: f"grad_norm {v:.3g}",
         "lr": lambda v: f"lr {v:.1e}",
-        "tokens_per_s": lambda v: f"{_si(v)} tok/s",
+        "tokens_per_s": lambda v: f"{si(v)} tok/s",
         "mfu": lambda v: f"MFU {v:.1%}",
         "memory_bytes": _memory,
         "skipped": lambda v: f"skipped {int(v)}",
@@ -174,7 +174,8 @@ def _worth(key: str, value: float) -> bool:
     return key != "skipped" or value > 0
 
 
-def _si(value: float) -> str:
+def si(value: float) -> str:
+    """A number with three digits and a unit of thousands: `6.15k`."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= 0.9995 * size:  # this would round to 1000 of the smaller unit
             return f"{value / size:.3g}{unit}"
@@ -185,7 +186,8 @@ def _memory(value: float) -> str:
     return f"{value / 2**30:.1f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time as `m:ss`, `h:mm:ss` or `Nd hh:mm:ss`, rounded up."""
     minutes, s = divmod(math.ceil(seconds), 60)
     hours, m = divmod(minutes, 60)
     days, h = divmod(hours, 24)

@@ -41,6 +41,7 @@ def attention_mask(
     return mask
 
 
+@jax.named_scope("attention")  # by which a profile tells it from other matmuls
 def attend(
     q_BSHK: jax.Array,
     k_BTGK: jax.Array,

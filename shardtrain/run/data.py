@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -102,23 +103,37 @@ def _open_named(
     config: RunConfig, directory: Path, should_stop: Callable[[], bool] | None
 ) -> tuple[Source, Tokenizer | None]:
     """The rows that `data.type` names; process 0 opens them first, since it may have to write them."""
-    data = config.data
-
-    def opened(write: bool) -> tuple[Source, Tokenizer | None]:
-        return open_source(
-            data.type,
-            seq_len=data.seq_len,
-            vocab_size=_vocab_size(config),
-            seed=config.run.seed,
-            path=data.path,
-            tokenizer=data.tokenizer,
-            tokenizer_vocab=data.vocab_size,
-            directory=directory / "data",
-            write=write,
-            should_stop=should_stop,
-        )
-
+    opened = functools.partial(open_rows, config, directory, should_stop=should_stop)
     return on_process_zero(lambda: opened(write=True)) or opened(write=False)
+
+
+def open_rows(
+    config: RunConfig, directory: Path, *, write: bool, should_stop: Callable[[], bool] | None = None
+) -> tuple[Source, Tokenizer | None]:
+    """The rows that `data.type` names, and the tokenizer of text.
+
+    Args:
+      config: names the data.
+      directory: the run directory.
+      write: whether this process may write what has to be prepared; else it waits for the one that does.
+      should_stop: as for `open_data`.
+
+    Raises:
+      UserError: the data is missing or unfit.
+    """
+    data = config.data
+    return open_source(
+        data.type,
+        seq_len=data.seq_len,
+        vocab_size=_vocab_size(config),
+        seed=config.run.seed,
+        path=data.path,
+        tokenizer=data.tokenizer,
+        tokenizer_vocab=data.vocab_size,
+        directory=directory / "data",
+        write=write,
+        should_stop=should_stop,
+    )
 
 
 def _vocab_size(config: RunConfig) -> int:

@@ -113,6 +113,7 @@ class Job:
             compiler_options=self.compiler_options,
             gather="tick" if self.whole is None else "step",
             ema=self.config.ema.decay,
+            norms_every=self.config.log.norms,
             debug=self.config.run.debug,
         )
 

@@ -13,6 +13,7 @@ from shardtrain.errors import UserError
 from shardtrain.host.agree import decide_on_process_zero
 from shardtrain.host.files import write_text
 from shardtrain.metrics import MetricsLog
+from shardtrain.metrics.logger import LoggedRun, open_logger
 from shardtrain.run.job import Job
 from shardtrain.train.averages import start_ema
 from shardtrain.train.callbacks import Values
@@ -53,9 +54,12 @@ def newest_step(checkpointer: Checkpointer, config: RunConfig, directory: Path, 
 
 def open_log(config: RunConfig, directory: Path, step: int) -> MetricsLog:
     """The metrics up to `step`; also writes the config into the run directory."""
-    log = MetricsLog(directory, tensorboard=config.log.tensorboard)
+    run = LoggedRun(directory, config.run.name, config.to_dict())
+    others = [open_logger(name, run) for name in config.log.also]
+    log = MetricsLog(directory, tensorboard=config.log.tensorboard, others=others)
     log.truncate(step)
     write_text(directory / "config.yaml", config.to_yaml())
+    log.text("config", config.to_yaml(), step)
     return log
 
 

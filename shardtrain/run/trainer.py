@@ -28,10 +28,11 @@ from shardtrain.train.callbacks import Callback, Values, check_callbacks
 from shardtrain.train.generate import generate
 from shardtrain.train.loop import Loop
 from shardtrain.train.loss_sums import LossFunction, check_loss
+from shardtrain.train.profile import Profiler
 from shardtrain.train.state import TrainState
 
 #: Modules that the loader and the log import; meanwhile the main thread is often in XLA.
-_USED_LATER = ("grain", "shardtrain.metrics.events", "psutil")
+_USED_LATER = ("grain", "shardtrain.metrics.loggers.tensorboard", "psutil")
 
 
 class Trainer:
@@ -41,14 +42,23 @@ class Trainer:
       job: mesh, model, optimizer and step.
       directory: the run directory.
       loop: trains.
+      profiler: traces steps, when asked.
       tokenizer: of text data, else `None`.
       resumed_from: the step of the checkpoint from which the run was resumed, else `None`.
     """
 
     def __init__(
-        self, job: Job, directory: Path, loop: Loop, data: OpenedData, lock: RunLock | None, resumed_from: int | None
+        self,
+        job: Job,
+        directory: Path,
+        loop: Loop,
+        data: OpenedData,
+        profiler: Profiler,
+        lock: RunLock | None,
+        resumed_from: int | None,
     ):
         self.job, self.directory, self.loop, self.resumed_from = job, directory, loop, resumed_from
+        self.profiler = profiler
         self.tokenizer: Tokenizer | None = data.tokenizer
         self._held_out, self._lock = data.held_out, lock
 
@@ -102,9 +112,12 @@ class Trainer:
             data = open_data(config, directory, source=source, loss=loss, should_stop=interrupted)
             start = Start.of(config, job, checkpointer, latest)
             batches = training_batches(config, data.train, job.batch_sharding, start.position, allow_changes)
-            loop = _loop(job, directory, start, batches, data.held_out, checkpointer, callbacks, should_stop)
+            profiler = Profiler(directory / "tensorboard", config.profile.steps)
+            observers = (*callbacks, profiler)
+            loop = _loop(job, directory, start, batches, data.held_out, checkpointer, observers, should_stop)
+            profiler.follow(loop)
             on_error.pop_all()
-        return cls(job, directory, loop, data, lock, latest)
+        return cls(job, directory, loop, data, profiler, lock, latest)
 
     @property
     def state(self) -> TrainState:
@@ -156,7 +169,7 @@ class Trainer:
 
     def close(self) -> None:
         """End threads, wait for the save in progress, release the run directory; `fit` calls it."""
-        close_all(self.loop.close, *([] if self._lock is None else [self._lock.release]))
+        close_all(self.profiler.close, self.loop.close, *([] if self._lock is None else [self._lock.release]))
 
     def sample(self, prompt: str | None = None) -> tuple[str, str] | None:
         """`(prompt, continuation)` by the present weights; `None` if the data is no text or the model has no `logits`.
@@ -189,8 +202,10 @@ class Trainer:
     def _write_sample(self) -> None:
         sample = self.sample()
         if sample is not None and jax.process_index() == 0:
-            prompt, text = sample
-            write_text(self.directory / "sample.txt", f"--- prompt\n{prompt}\n--- continuation\n{text}\n")
+            shown = "--- prompt\n{}\n--- continuation\n{}\n".format(*sample)
+            write_text(self.directory / "sample.txt", shown)
+            if self.loop.log is not None:
+                self.loop.log.text("sample", shown, self.step)
 
 
 def _loop(
@@ -222,6 +237,7 @@ def _loop(
         eval_weights=job.evaluated,
         log=log,
         log_every=config.log.every,
+        norms_every=config.log.norms,
         callbacks=callbacks,
         max_skipped=config.run.max_skipped_steps,
         should_stop=should_stop,

@@ -83,6 +83,12 @@ def evaluate(eval_step: EvalStep, state: TrainState, batches: Any) -> dict[str, 
     Raises:
       UserError: no batches, or a `Loader` that never ends; or none of their targets counts, so that there is no loss.
     """
+    sums = total_sums(eval_step, state, batches)
+    return {name: float(value / weight) for name, (value, weight) in sums.items() if weight != 0}
+
+
+def total_sums(eval_step: EvalStep, state: TrainState, batches: Any) -> Sums:
+    """The sums of `eval_step`, added up over all batches, on the host. Arguments and errors are those of `evaluate`."""
     if getattr(batches, "endless", False):
         raise UserError(
             "evaluate got a Loader, which never ends; give the Loader epochs=1 (each row counts once), or the batches "
@@ -102,4 +108,4 @@ def evaluate(eval_step: EvalStep, state: TrainState, batches: Any) -> dict[str, 
             f"evaluation has no loss: none of the targets in its {rows} rows counts, since loss_mask "
             "is 0 or the target negative everywhere; evaluate on rows with targets that count"
         )
-    return {name: float(value / weight) for name, (value, weight) in total.items() if weight != 0}
+    return total

@@ -16,7 +16,7 @@ from shardtrain.sharding import Partitioner
 from shardtrain.train.state import TrainState
 from shardtrain.weights.paths import dotted
 
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Any]  # scalars; `norms`, if there are any, in a dict of their own
 Check = Callable[[Any], None]
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
@@ -53,6 +53,11 @@ class JittedStep(Generic[R]):
         leaves: frozenset[str] | None = None,
     ):
         self._function, self._mesh, self._check, self._leaves = function, mesh, check, leaves
+
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh for which it was made."""
+        return self._mesh
 
     def __call__(self, state: TrainState, batch: Any) -> R:
         """Run the step.

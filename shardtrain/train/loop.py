@@ -44,6 +44,7 @@ class Loop:
       eval_weights: turns the state into the one that is evaluated, see `averaged`.
       log: metrics on disk.
       log_every: steps from line to line; evaluated steps and the last one always have a line.
+      norms_every: that of `make_train_step`; these steps have a line, too.
       callbacks: see `Callback`.
       max_skipped: this many non-finite steps in a row, counted from the start of this loop, end the run. No checkpoint
         is written within such a row, except at the end of the run, or when it is asked to stop.
@@ -56,6 +57,7 @@ class Loop:
       state: the present state; the next step donates it.
       step: the number of steps that were sent to the devices.
       stopped_early: whether the run was asked to stop.
+      compiled: the compiled train step, once there is one.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Loop:
         eval_weights: Callable[[TrainState], TrainState] = lambda state: state,
         log: MetricsLog | None = None,
         log_every: int = 1,
+        norms_every: int | None = None,
         callbacks: Sequence[Callback] = (),
         max_skipped: int = 10,
         should_stop: Callable[[int], bool] = lambda step: False,
@@ -86,10 +89,11 @@ class Loop:
         self.canonical = canonical
         self.checkpointer, self.checkpoint_every, self.extra = checkpointer, checkpoint_every, dict(extra or {})
         self.eval_every = eval_every
-        self.log, self.log_every, self.callbacks = log, log_every, tuple(callbacks)
+        self.log, self.log_every, self.norms_every, self.callbacks = log, log_every, norms_every, tuple(callbacks)
         check_callbacks(self.callbacks)
         self.step = int(state.step)
         self.stopped_early = False
+        self.compiled: Any = None
         self._unevaluated = unevaluated
         self._saved = self.step or None
         self._evaluation = None
@@ -134,10 +138,12 @@ class Loop:
             if (rows := _rows(batch)) not in compiled:  # at first, and whenever the batch grows
                 if pending is not None:
                     self._timer.wait_for(pending)
-                compiled[rows] = self._compile(batch)
+                self.compiled = compiled[rows] = self._compile(batch)
                 self._timer.restart()
             self.state, metrics = compiled[rows](self.state, batch)
             self.step += 1
+            if "norms" in metrics and not _due(self.step, self.norms_every):
+                metrics = {name: value for name, value in metrics.items() if name != "norms"}
             # The step before is fetched only now, while this one runs: two in flight, never more.
             pending, previous = PendingStep(self.step, self._with_callbacks(metrics), rows), pending
             if previous is not None:
@@ -196,7 +202,7 @@ class Loop:
         try:
             return self._evaluation(self.step, self.state, known, self._asked_to_stop)
         except InterruptedEvaluationError:
-            self._message(f"the evaluation of step {self.step} was interrupted; the resumed run makes it")
+            self.message(f"the evaluation of step {self.step} was interrupted; the resumed run makes it")
             return {}
 
     def _asked_to_stop(self) -> bool:
@@ -205,9 +211,9 @@ class Loop:
 
     def _compile(self, batch: Batch) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
         start = time.perf_counter()
-        self._message("compiling the step ...")
+        self.message("compiling the step ...")
         compiled: Compilable[tuple[TrainState, Metrics]] = self.train_step.lower(self.state, batch).compile()
-        self._message(f"compiled in {time.perf_counter() - start:.1f} s")
+        self.message(f"compiled in {time.perf_counter() - start:.1f} s")
         return compiled
 
     def _with_callbacks(self, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -228,18 +234,21 @@ class Loop:
         self._skipped.check(pending, self._saved)
 
     def _report(self, step: int, values: Values) -> None:
-        last = step == self.steps
-        if self.log is not None and (last or _due(step, self.log_every) or "eval_loss" in values):
+        due = step == self.steps or _due(step, self.log_every) or _due(step, self.norms_every)
+        if self.log is not None and (due or "eval_loss" in values):
             self.log.write(step, values)
         if self._display is not None:
             self._display.update(step, values)
 
     def _warn(self, text: str) -> None:
-        _log.warning(text) if self._display is None else self._display.message(text)
+        if not self.message(text):
+            _log.warning(text)
 
-    def _message(self, text: str) -> None:
+    def message(self, text: str) -> bool:
+        """Show a line, if there is a display; returns whether there is."""
         if self._display is not None:
             self._display.message(text)
+        return self._display is not None
 
 
 def _rows(batch: Batch) -> int:

@@ -25,6 +25,7 @@ from shardtrain.train.ids import IdCheck
 from shardtrain.train.jitted_step import JittedStep, Metrics, check_batch
 from shardtrain.train.loss_sums import LossFunction, check_loss, means
 from shardtrain.train.model_def import ModelDef
+from shardtrain.train.norms import norms_each
 from shardtrain.train.split_module import Tree
 from shardtrain.train.state import TrainState, abstract_state, check_parts
 from shardtrain.weights.precision import check_dtype
@@ -46,6 +47,7 @@ def make_train_step(
     lr: optax.Schedule | None = None,
     gather: Gather = "tick",
     ema: float | None = None,
+    norms_every: int | None = None,
     compiler_options: Mapping[str, Any] | None = None,
     debug: bool = False,
 ) -> JittedStep[tuple[TrainState, Metrics]]:
@@ -66,6 +68,7 @@ def make_train_step(
       lr: the schedule, to report.
       gather: for a pipeline, whether the weights that fsdp splits are gathered in each `tick`, or once per `step`.
       ema: the decay of a moving average of the weights, for a state of `start_ema`; see `next_ema`.
+      norms_every: steps from one `metrics["norms"]` to the next, see `shardtrain.train.norms`; between, they are zeros.
       compiler_options: for XLA; `shardtrain.launch.xla_flags.compiler_options` checks and completes them.
       debug: look for ids out of range in each batch first, and wait for the result. See `IdCheck`, also for its limits.
 
@@ -80,26 +83,29 @@ def make_train_step(
     _check(model, loss, partitioner, accumulate, gather)
     check_dtype("reduce_dtype", reduce_dtype)
     check_decay(ema)
-    if (warning := model.execution.warning()) and jax.process_index() == 0:
-        _log.warning(warning)
+    _warn(model)
     gradients = Gradients(model, partitioner, loss, accumulate, reduce_dtype, gather)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         check_batch(batch, partitioner)
         _check_ema(state, ema)
         with use(partitioner):
-            key = jax.random.fold_in(jax.random.key(seed), state.step)
-            grads, sums, model_state = gradients(state, batch, key)
+            grads, sums, model_state = gradients(state, batch, jax.random.fold_in(jax.random.key(seed), state.step))
             metrics = means(sums)
             metrics["grad_norm"] = global_norm(grads)
-            return _updated(state, grads, model_state, metrics, tx, lr, model.weights, ema)
+            new_state, metrics = _updated(state, grads, model_state, metrics, tx, lr, model.weights, ema)
+            return new_state, metrics | norms_each(norms_every, new_state.step, model, grads, state.params)
 
     wanted = abstract_state(model, tx, partitioner, ema=ema is not None)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted)
-    out = (shardings, partitioner.sharding(()))
-    options = ordered(partitioner.devices, compiler_options)
+    out, options = (shardings, partitioner.sharding(())), ordered(partitioner.devices, compiler_options)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=options)
     return _finished(jitted, model, partitioner, debug)
+
+
+def _warn(model: ModelDef) -> None:
+    if (warning := model.execution.warning()) and jax.process_index() == 0:
+        _log.warning(warning)
 
 
 def _updated(

@@ -12,6 +12,7 @@ import numpy as np
 
 from shardtrain.metrics import memory_bytes, mfu
 from shardtrain.train.callbacks import Values
+from shardtrain.train.norms import by_layer
 
 _MEMORY_S = 0.1  # how old the reported memory may be
 
@@ -47,7 +48,7 @@ class PendingStep:
 
     Attributes:
       number: of the step, from 1 on.
-      metrics: scalars on the devices.
+      metrics: scalars on the devices, and `norms`, if they are due.
       rows: number of rows in its batch.
       values: the numbers that are reported, once the metrics have arrived.
     """
@@ -75,9 +76,10 @@ class StepTimer:
         if "loss" in step.values:
             return
         # Reading waits for one device only; the others of this process may be far behind it.
-        metrics = jax.block_until_ready(step.metrics)
+        metrics = dict(jax.block_until_ready(step.metrics))
+        norms = metrics.pop("norms", {})
         # For an array that has arrived, `np.asarray` takes 2 us on CPU; `jax.device_get` takes 15, `float` 6.
-        step.values |= {name: float(np.asarray(value)) for name, value in metrics.items()}
+        step.values |= {name: float(np.asarray(value)) for name, value in metrics.items()} | by_layer(norms)
         now = time.perf_counter()
         step.values |= self.speed.values(now - self._clock, step.rows)
         self._clock = now

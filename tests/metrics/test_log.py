@@ -144,13 +144,24 @@ def test_tensorboard_holds_the_same_numbers(tmp_path):
             if event.session_log.status == SessionLog.START:
                 found.append((event.step, "forget from here"))
     assert found == [
-        (1, "loss", 2.5),
-        (1, "lr", 0.125),
-        (2, "loss", 1.5),
+        (1, "train/loss", 2.5),
+        (1, "train/lr", 0.125),
+        (2, "train/loss", 1.5),
         (2, "forget from here"),
-        (2, "loss", 1.25),
+        (2, "train/loss", 1.25),
     ]
     assert len(files) == 2
+
+
+def test_tensorboard_groups_metrics_and_shows_texts(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        log.write(1, {"loss": 2.5, "eval_loss": 2.25, "mfu": 0.5, "mine/depth": 3.0})
+        log.text("config", "run:\n  steps: 3", 1)
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    values = [value for event in events(file.read_bytes()) for value in event.summary.value]
+    assert [value.tag for value in values[:4]] == ["train/loss", "held_out/loss", "system/mfu", "mine/depth"]
+    assert values[4].tag == "config/text_summary"
+    assert values[4].tensor.string_val == [b"    run:\n      steps: 3"]
 
 
 def events(data):

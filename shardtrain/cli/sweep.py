@@ -1,0 +1,130 @@
+"""A grid of runs: `shardtrain train CONFIG optimizer.lr=1e-4,3e-4 run.seed=0,1`, one after the other."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import typer
+
+from shardtrain.cli.runs import cells
+from shardtrain.cli.table import print_table
+from shardtrain.errors import UserError
+
+if TYPE_CHECKING:
+    from shardtrain.metrics.status import RunStatus
+
+
+class Job(NamedTuple):
+    """One run of a sweep.
+
+    Attributes:
+      label: the values that are its own, as a name.
+      directory: its run directory.
+      words: the command line that trains it, without the program.
+    """
+
+    label: str
+    directory: Path
+    words: list[str]
+
+
+def sweep(file: str, overrides: Sequence[str], options: Sequence[str], write_jobs: Path | None) -> None:
+    """Train every run of a grid that is not finished, then print a table of all and draw their losses.
+
+    The same command goes on where it was interrupted. A run that fails does not keep the others from running.
+
+    Args:
+      file: the config.
+      overrides: some of them with several values.
+      options: of `shardtrain train`, for each run.
+      write_jobs: write the command lines into this file, one per run, instead of running them.
+
+    Raises:
+      UserError: one of the configs has problems, before any of them runs.
+    """
+    folder, found = jobs(file, overrides, options)
+    if write_jobs is not None:
+        lines = [shlex.join(["shardtrain", *job.words]) for job in found]
+        write_jobs.write_text("".join(f"{line}\n" for line in lines))
+        print(
+            f"{len(found)} jobs in {write_jobs}, one per line; `shardtrain compare {folder}/*` shows them side by side"
+        )
+        return
+    for number, job in enumerate(found, 1):
+        if _status(job).state == "finished":
+            continue
+        print(f"--- run {number} of {len(found)}: {job.label}", flush=True)
+        code = _train(job)
+        if code == 0 and _status(job).state != "finished":
+            print("the sweep was stopped; the same command goes on with it")
+            return
+    _show(folder, found)
+    if any(_status(job).state != "finished" for job in found):
+        raise typer.Exit(1)
+
+
+def jobs(file: str, overrides: Sequence[str], options: Sequence[str] = ()) -> tuple[Path, list[Job]]:
+    """The folder of a sweep, beside the run directory of its config, and its runs, whose configs are checked.
+
+    Raises:
+      UserError: a config has problems; or two runs would share a directory.
+    """
+    from shardtrain.config import load_config
+    from shardtrain.config.grid import chosen, grid, label
+
+    found, folder = [], Path()
+    for choice in grid(overrides):
+        own = chosen(overrides, choice)
+        run = load_config(file, own).run
+        folder = Path(f"{run.dir or f'runs/{run.name}'}.sweep")
+        directory = folder / label(choice)
+        found.append(Job(label(choice), directory, ["train", file, *own, f"run.dir={directory}", *options]))
+    if len({job.directory for job in found}) < len(found):
+        raise UserError(f"two runs of this sweep would share a directory in {folder}; name each value once")
+    return folder, found
+
+
+def _train(job: Job) -> int:
+    """Run a job in a process of its own, to which signals that end the sweep are passed on; its exit code."""
+    process = subprocess.Popen([sys.executable, "-m", "shardtrain", *job.words])
+    # Ctrl-C reaches the run by itself, as it is sent to all processes of a terminal.
+    handlers = {
+        signal.SIGINT: lambda number, frame: None,
+        signal.SIGTERM: lambda number, frame: process.send_signal(number),
+    }
+    old = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        return process.wait()
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _show(folder: Path, found: list[Job]) -> None:
+    """The runs of a sweep, the best first."""
+    from shardtrain.metrics.plot import plot_runs
+
+    ranked = sorted(((_status(job), job) for job in found), key=lambda pair: _loss(pair[0]))
+    columns = ("run", "step", "loss", "held out", "tokens/s", "last line", "state")
+    print_table(columns, [(job.label, *cells(status)) for status, job in ranked], numbers=columns[1:6])
+    started = {job.label: job.directory for status, job in ranked if status.last}
+    if started:
+        print(f"drawn into {plot_runs(started, folder / 'sweep.png')}")
+
+
+def _loss(status: RunStatus) -> float:
+    loss = status.last.get("eval_loss", status.last.get("loss", math.inf))
+    return loss if math.isfinite(loss) else math.inf
+
+
+def _status(job: Job) -> RunStatus:
+    from shardtrain.metrics.status import RunStatus
+
+    return RunStatus.of(job.directory)

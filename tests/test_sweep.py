@@ -1,0 +1,76 @@
+"""Several values for a key: which runs they make, and that these are trained, resumed and compared."""
+
+import shlex
+
+import pytest
+
+from commands import CONFIG, compiled_once, metrics, shardtrain  # noqa: F401
+from shardtrain.config.grid import chosen, grid, label
+
+
+@pytest.mark.parametrize(
+    ("overrides", "choices"),
+    [
+        ([], [{}]),
+        (["run.steps=3"], [{}]),
+        (["optimizer.lr=1e-4, 3e-4"], [{"optimizer.lr": "1e-4"}, {"optimizer.lr": "3e-4"}]),
+        (["a.x=1,2", "b.x=p,q"], [{"a.x": x, "b.x": y} for x in "12" for y in "pq"]),
+        (["mesh={fsdp: 4, tensor: 2}", "rules.vocab=[fsdp,tensor]", "model.name='a,b'"], [{}]),
+        (["mesh={fsdp: 4},{fsdp: 2}"], [{"mesh": "{fsdp: 4}"}, {"mesh": "{fsdp: 2}"}]),
+        (["sample.prompt=Well, then", "data.path=a,b"], [{}]),
+    ],
+)
+def test_a_grid_has_one_choice_for_each_combination(overrides, choices):
+    assert grid(overrides) == choices
+
+
+def test_a_choice_becomes_overrides_and_a_name():
+    overrides = ["optimizer.lr=1e-4,3e-4", "run.steps=3", "optimizer.schedule.type=cosine,wsd", "data.type=a:B,c:D"]
+    choice = grid(overrides)[-1]
+    assert chosen(overrides, choice) == [
+        "optimizer.lr=3e-4",
+        "run.steps=3",
+        "optimizer.schedule.type=wsd",
+        "data.type=c:D",
+    ]
+    assert label(choice) == "lr=3e-4,schedule.type=wsd,data.type=c_D"
+
+
+def test_a_sweep_trains_resumes_and_shows_all(tmp_path, capfd):
+    words = ("train", CONFIG, f"run.dir={tmp_path / 'run'}", "optimizer.lr=1e-2,1e-9", "run.steps=6")
+    assert shardtrain(*words).code == 0
+    folder = tmp_path / "run.sweep"
+    assert sorted(path.name for path in folder.iterdir()) == ["lr=1e-2", "lr=1e-9", "sweep.png"]
+    assert [metrics(folder / name)[-1]["step"] for name in ("lr=1e-2", "lr=1e-9")] == [6, 6]
+    capfd.readouterr()
+    again = shardtrain(*words)
+    assert capfd.readouterr().out == "", "nothing is trained twice"
+    assert again.code == 0
+    names = [line.split()[0] for line in again.out.splitlines() if line.strip().startswith("lr=")]
+    assert names == ["lr=1e-2", "lr=1e-9"], "the best first"
+    assert f"drawn into {folder / 'sweep.png'}" in again.out
+
+
+def test_jobs_are_written_for_an_engine(tmp_path):
+    words = ("train", CONFIG, f"run.dir={tmp_path / 'run'}", "optimizer.lr=1e-2,2e-2", "run.steps=6")
+    result = shardtrain(*words, "--write-jobs", tmp_path / "jobs.txt")
+    assert result.code == 0, result.err
+    first, second = map(shlex.split, (tmp_path / "jobs.txt").read_text().splitlines())
+    assert first[:3] == ["shardtrain", "train", str(CONFIG)]
+    assert second[3:] == [
+        f"run.dir={tmp_path / 'run'}",
+        "optimizer.lr=2e-2",
+        "run.steps=6",
+        f"run.dir={tmp_path / 'run.sweep/lr=2e-2'}",
+    ]
+    assert not (tmp_path / "run.sweep").exists()
+
+
+def test_every_config_of_a_sweep_is_checked_first(tmp_path):
+    run = f"run.dir={tmp_path / 'run'}"
+    wrong = shardtrain("train", CONFIG, run, "optimizer.lr=1e-2,-1", "run.steps=6")
+    assert wrong.code == 2
+    assert "optimizer.lr = -1" in wrong.err
+    assert not (tmp_path / "run.sweep").exists()
+    assert "several values" in shardtrain("train", CONFIG, run, "--write-jobs", tmp_path / "jobs.txt").err
+    assert "--write-jobs" in shardtrain("train", CONFIG, run, "optimizer.lr=1e-2,2e-2", "--dry-run").err
