@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_serializer
 
@@ -33,43 +33,41 @@ class Section(BaseModel):
 class Run(Section):
     """One training job with one directory."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", examples=["quickstart"])] = "run"
-    dir: str | None = None  # default: runs/<name>
-    steps: Annotated[Count, Field(examples=[200])]
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    compile_cache: str | None = "auto"  # a directory, null for none, or auto: .jax_cache next to the run directory
-    max_skipped_steps: Count = 10  # this many non-finite steps in a row stop the run
-    debug: bool = False  # check each batch for ids that are out of range, before its step
+    name: str = Field("run", pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", examples=["quickstart"], description="its name")
+    dir: str | None = Field(None, description="its directory; null: runs/<name>")
+    steps: Count = Field(examples=[200], description="updates over the whole run; more of them extend a finished run")
+    seed: int = Field(0, ge=0, lt=2**32, description="of the initial weights, the order of rows and dropout")
+    compile_cache: str | None = Field("auto", description="where compiled programs are kept; auto: next to the run")
+    max_skipped_steps: Count = Field(10, description="this many steps in a row that are not finite stop the run")
+    debug: bool = Field(False, description="check each batch for ids that are out of range, before its step")
 
 
 class Devices(Section):
     """The devices that the run computes on."""
 
-    platform: Platform = "auto"
-    emulate: Annotated[Count | None, Field(examples=[8])] = None  # pretend to have this many CPU devices
+    platform: Platform = Field("auto", description="their kind; auto: the fastest that JAX finds")
+    emulate: Count | None = Field(None, examples=[8], description="pretend to have this many CPU devices")
 
 
 class MeshSizes(Section):
     """Size of every mesh axis, slowest network first; one may be -1 and takes the devices that are left."""
 
-    island: AxisSize = 1
-    pipe: AxisSize = 1
-    data: AxisSize = 1
-    fsdp: AxisSize = 1
-    expert: AxisSize = 1
-    context: AxisSize = 1
-    tensor: AxisSize = 1
-    #: Hybrid meshes: the part of an axis that is across the slow network.
-    slow: SlowSizes = FrozenDict()
-    #: Largest fraction of the parameter bytes that every device may hold, on a mesh that splits weights.
-    max_replicated: Fraction = 0.1
+    island: AxisSize = Field(1, description="groups of devices for rare synchronisation; today like data")
+    pipe: AxisSize = Field(1, description="splits the layers into stages (see pipeline)")
+    data: AxisSize = Field(1, description="splits the batch; each group holds all weights")
+    fsdp: AxisSize = Field(1, description="splits the batch, and the weights along their embed dim")
+    expert: AxisSize = Field(1, description="splits the batch, and the weights of experts")
+    context: AxisSize = Field(1, description="splits the sequence")
+    tensor: AxisSize = Field(1, description="splits heads, MLPs and vocabulary")
+    slow: SlowSizes = Field(FrozenDict(), description="the part of an axis that is across the slow network, by axis")
+    max_replicated: Fraction = Field(0.1, description="largest share of the weights' bytes that may be on all devices")
 
 
 class Model(Section):
     """The model's type and the options of its class; in YAML the options are keys next to `type`."""
 
-    type: Annotated[str, Field(examples=["llama"])]
-    options: Options = FrozenDict()
+    type: str = Field(examples=["llama"], description="a file of models/, or package.module:Class")
+    options: Options = Field(FrozenDict(), description="the keys next to type: keyword arguments of the class")
 
     @model_serializer
     def _flat(self) -> dict[str, Any]:
@@ -96,111 +94,115 @@ class Model(Section):
 class Data(Section):
     """The data to learn from. Batches are global, in sequences."""
 
-    type: Annotated[str, Field(examples=["corpus"])]  # a module of shardtrain.data.formats, or package.module:Class
-    path: Annotated[str | tuple[str, ...] | None, Field(examples=["data/*.txt"])] = None  # text and tokens
-    seq_len: Annotated[Count, Field(examples=[128])]
-    global_batch: Annotated[Count, Field(examples=[16])]
-    tokenizer: TokenizerName | None = None  # corpus and text; default bpe
-    vocab_size: Count | None = None  # of a bpe tokenizer; default: the model's
-    held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.02  # fraction kept for evaluation
-    shuffle: bool = True
+    type: str = Field(examples=["corpus"], description="corpus, text, tokens, synthetic, or package.module:Class")
+    path: str | tuple[str, ...] | None = Field(None, examples=["data/*.txt"], description="files of text or tokens")
+    seq_len: Count = Field(examples=[128], description="tokens in a row")
+    global_batch: Count = Field(examples=[16], description="rows in a step, over all devices")
+    tokenizer: TokenizerName | None = Field(None, description="of corpus and text; null: bpe")
+    vocab_size: Count | None = Field(None, description="of a bpe tokenizer; null: the model's")
+    held_out: float = Field(0.02, ge=0, le=0.5, description="share of the rows that is kept for evaluation")
+    shuffle: bool = Field(True, description="each epoch in another order; false: the order of the source")
 
 
 class Schedule(Section):
     """Learning rate over the steps, as a factor of `optimizer.lr`."""
 
-    type: ScheduleName = "cosine"
-    warmup_steps: Natural = 0
-    decay_steps: Count | None = None  # the step at which the decay ends; default run.steps (constant has none)
-    final_ratio: Fraction = 0.1  # of lr, from decay_steps on
-    stable_ratio: Annotated[float, Field(ge=0, lt=1)] | None = None  # wsd: share of steps before the decay; default 0.8
-    decay_start: Natural | None = None  # wsd, instead of stable_ratio: the step at which the decay starts
+    type: ScheduleName = Field("cosine", description="its shape after the warm-up")
+    warmup_steps: Natural = Field(0, description="updates during which the rate rises, in a line")
+    decay_steps: Count | None = Field(None, description="the step at which the decay ends; null: run.steps")
+    final_ratio: Fraction = Field(0.1, description="the rate from decay_steps on, as a share of lr")
+    stable_ratio: float | None = Field(
+        None, ge=0, lt=1, description="of wsd: share of the steps before the decay; null: 0.8"
+    )
+    decay_start: Natural | None = Field(None, description="of wsd, instead of stable_ratio: where the decay starts")
 
 
 class Optimizer(Section):
     """How gradients become updates; `shardtrain.optim` explains each option."""
 
-    type: str = "adamw"  # or an import path, package.module:factory
-    lr: Annotated[float, Field(gt=0, le=10, examples=[1e-3])]
-    schedule: Schedule = Schedule()
-    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    weight_decay: Fraction = 0.1
-    decay_roles: tuple[Role, ...] = ("matrix", "embedding", "head", "router")
-    accumulate: Count = 1  # microbatches per step
-    per_layer: bool | None = None  # update each stacked layer separately; default: where the optimizer needs it
-    moments: Moments | None = None  # how its state is stored; default: like the weights
-    options: Options = FrozenDict()
+    type: str = Field("adamw", description="adamw, lion, sgd, adafactor, muon, or an import path such as optax.lamb")
+    lr: float = Field(gt=0, le=10, examples=[1e-3], description="the highest learning rate")
+    schedule: Schedule = Field(Schedule(), description="the learning rate over the steps")
+    clip_norm: float | None = Field(1.0, gt=0, description="largest norm of the whole gradient; null: any")
+    weight_decay: Fraction = Field(0.1, description="each update also subtracts lr * weight_decay * weight")
+    decay_roles: tuple[Role, ...] = Field(
+        ("matrix", "embedding", "head", "router"), description="roles of the weights that decay"
+    )
+    accumulate: Count = Field(1, description="microbatches in a step: less memory, the same result")
+    per_layer: bool | None = Field(None, description="update each layer of a stack by itself; null: where it matters")
+    moments: Moments | None = Field(None, description="how the optimizer's state is stored; null: like the weights")
+    options: Options = Field(FrozenDict(), description="keyword arguments of the optimizer's factory, such as b2")
 
 
 class Precision(Section):
     """Dtypes of stored parameters, computation (auto: bfloat16 on a GPU) and gradient reductions."""
 
-    params: Dtype = "float32"
-    compute: Literal["auto", Dtype] = "auto"
-    reduce: Dtype = "float32"
-    matmul: Matmul = "compute"  # float8: the blocks' matmuls, scaled per tensor
+    params: Dtype = Field("float32", description="of the stored weights")
+    compute: Literal["auto", Dtype] = Field("auto", description="of the matmuls; auto: bfloat16 on a GPU, else float32")
+    reduce: Dtype = Field("float32", description="of gradients as they are summed over devices")
+    matmul: Matmul = Field("compute", description="float8: the matmuls of the blocks in 8 bits, scaled per tensor")
 
 
 class Checkpoint(Section):
     """When to save, and which checkpoints to keep."""
 
-    every: Count = 50
-    keep: Count = 3  # this many of the last ones
-    keep_every: Count | None = None  # in addition, each multiple of this step
-    compress: bool = False
-    asynchronous: bool = True
-    cast: bool = False  # convert weights and moments that have another dtype in the checkpoint
+    every: Count = Field(50, description="steps from one to the next; the last step is always saved")
+    keep: Count = Field(3, description="how many of the newest are kept")
+    keep_every: Count | None = Field(None, description="in addition, keep each multiple of this step")
+    compress: bool = Field(False, description="by zstd: about 8% smaller and three times slower")
+    asynchronous: bool = Field(True, description="write while training goes on")
+    cast: bool = Field(False, description="convert weights and moments that have another dtype in the checkpoint")
 
 
 class Eval(Section):
     """Loss on held-out data."""
 
-    every: Count | None = 50  # null: at the end only
-    batches: Count = 8
+    every: Count | None = Field(50, description="steps from one evaluation to the next; null: at the end only")
+    batches: Count = Field(8, description="batches in an evaluation")
 
 
 class Log(Section):
     """Metrics on disk."""
 
-    every: Count = 1
-    tensorboard: bool = True
+    every: Count = Field(1, description="steps from one line of metrics.jsonl to the next")
+    tensorboard: bool = Field(True, description="write events for TensorBoard too")
 
 
 class Sample(Section):
     """Text that the trained model writes at the end of the run, where the data has a tokenizer."""
 
-    prompt: str | None = None  # null: from the start of a document
-    tokens: Natural = 128  # 0: none
-    temperature: Annotated[float, Field(ge=0, le=10)] = 0.8
+    prompt: str | None = Field(None, description="the text to continue; null: the start of a held-out row")
+    tokens: Natural = Field(128, description="how many to write; 0: none")
+    temperature: float = Field(0.8, ge=0, le=10, description="0 takes the likeliest token")
 
 
 class Pipeline(Section):
     """How a batch flows through the stages, once mesh.pipe > 1."""
 
-    schedule: str = "1f1b"  # of `shardtrain schedule --compare`, a .csv file, or package.module:function
-    microbatches: Count = 8
-    chunks: Count = 1  # stages on each rank
-    backward: BackwardName = "remat"  # recompute each stage in its backward pass, or keep its residuals
-    idle: Idle = "compute"  # ranks without work in a tick: compute anyway, or skip it
-    gather: Gather = "tick"  # the weights that fsdp splits: in each tick, or once per step, with more memory
+    schedule: str = Field("1f1b", description="a name, see `shardtrain schedule`; a .csv file; package.module:function")
+    microbatches: Count = Field(8, description="parts of the batch that follow each other through the stages")
+    chunks: Count = Field(1, description="stages on each rank")
+    backward: BackwardName = Field("remat", description="recompute each stage in its backward pass, or save residuals")
+    idle: Idle = Field("compute", description="ranks without work in a tick compute anyway, or skip it")
+    gather: Gather = Field("tick", description="gather weights split by fsdp in each tick, or once per step")
 
 
 class Xla(Section):
-    """Flags of XLA. `launch/xla_flags.py` gives the preset and its reasons; see also docs/xla.md."""
+    """Flags of XLA. `launch/xla_flags.py` gives the preset and its reasons; see also docs/howto/xla.md."""
 
-    preset: Preset = "none"  # auto: gpu-default on NVIDIA GPUs, none elsewhere
-    options: Flags = FrozenDict()  # for the compiler, with the train and eval step
-    environment: Flags = FrozenDict()  # added to XLA_FLAGS before JAX starts, for flags that XLA reads only there
+    preset: Preset = Field("none", description="auto: gpu-default on NVIDIA GPUs, none elsewhere")
+    options: Flags = Field(FrozenDict(), description="for the compiler, with the train and eval step")
+    environment: Flags = Field(FrozenDict(), description="added to XLA_FLAGS before JAX starts")
 
 
 class RunConfig(Section):
     """A resolved config. Made by `load_config` and `parse_config`, which also check it as a whole."""
 
     run: Run
-    init_from: str | None = None  # a run directory or a checkpoint step: start from its weights alone
+    init_from: str | None = Field(None, description="a run or one of its checkpoints: start from its weights alone")
     devices: Devices = Devices()
     mesh: MeshSizes = MeshSizes()
-    rules: Rules = FrozenDict()
+    rules: Rules = Field(FrozenDict(), description="rows of the rules table to replace: mesh axes, by logical axis")
     model: Model
     data: Data
     optimizer: Optimizer
