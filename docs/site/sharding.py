@@ -93,7 +93,9 @@ def picture() -> str:
         parts.append(text(16, y + 68, " x ".join(map(str, shape)), "#666", 11))
         for column, sizes in enumerate(MESHES):
             parts += cell(weight, sizes, left + width * column, y, width, height)
-    foot = f"Filled: the share of device {SHOWN_DEVICE} of 8, and its bytes (float32, one layer of configs/llama_1b.yaml)."
+    foot = (
+        f"Filled: the share of device {SHOWN_DEVICE} of 8, and its bytes (float32, one layer of configs/llama_1b.yaml)."
+    )
     parts += [text(16, top + height * len(weights) + 14, foot, "#666", 12), "</svg>", ""]
     return "\n".join(parts)
 
@@ -146,7 +148,9 @@ def share(part: str | tuple[str, ...] | None, index: dict[str, int], sizes: dict
     return at
 
 
-def text(x: float, y: float, words: str, fill: str = "#222", size: int = 13, *, bold: bool = False, anchor: str = "start"):
+def text(
+    x: float, y: float, words: str, fill: str = "#222", size: int = 13, *, bold: bool = False, anchor: str = "start"
+):
     weight = ' font-weight="bold"' if bold else ""
     return f'<text x="{x:g}" y="{y:g}" fill="{fill}" font-size="{size}" text-anchor="{anchor}"{weight}>{words}</text>'
 
