@@ -28,10 +28,11 @@ from shardtrain.config.files import read_file
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").glob("*.ipynb"))]
 #: Pages whose blocks take more than a few seconds.
-LONG: set[str] = set()
-FENCE = re.compile(
-    r"^(?:<!-- (not run|run with|fails): (.*) -->\n)?```(\w*) *(?:title=\"(.+)\")?\n(.*?)^```", re.M | re.S
-)
+LONG = {f"docs/{name}.md" for name in ("tutorials/first-run", "tutorials/gpus", "howto/data", "howto/tokens")} | {
+    f"docs/howto/{name}.md" for name in ("another-mesh", "extend", "orbax")
+}
+TOLD, TITLE = r"(?:<!-- (not run|run with|fails): ([^\n]*) -->\n)?", r"(?:title=\"([^\"\n]+)\")?"
+FENCE = re.compile(rf"^{TOLD}```(\w*) *{TITLE}\n(.*?)^```", re.M | re.S)
 
 
 @dataclasses.dataclass(frozen=True)

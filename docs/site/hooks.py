@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def keys() -> str:
 
     def row(key: Key) -> str:
         value = "required" if key.required else f"`{key.shown}`"
-        return f"| `{'.'.join(key.path)}` | {value} | {key.kind} | {key.meaning} |"
+        return f"| `{'.'.join(key.path)}` | {value} | {key.kind} | {_escaped(key.meaning)} |"
 
     known = list(keys())
     lines = ["## Without a section", "", *head, *(row(k) for k in known if len(k.path) == 1 and not k.is_section)]
@@ -106,5 +107,11 @@ def _escaped(text: str) -> str:
 def api(names: list[str]) -> str:
     """Directives of mkdocstrings: for the public names of a room, or for the names themselves."""
     rooms = {name: importlib.import_module(name) for name in names if (ROOT / name.replace(".", "/")).is_dir()}
-    public = [f"{room}.{name}" for room, module in rooms.items() for name in module.__all__ if name[:2] != "__"]
+    public = [_path(module, name) for module in rooms.values() for name in module.__all__ if name[:2] != "__"]
     return "\n\n".join(f"::: {name}" for name in [*public, *(name for name in names if name not in rooms)])
+
+
+def _path(room: Any, name: str) -> str:
+    """The path of a public name; that of its definition, where a module of the same name hides it."""
+    found, path = getattr(room, name), f"{room.__name__}.{name}"
+    return f"{found.__module__}.{name}" if path in sys.modules else path
