@@ -101,7 +101,7 @@ def _words(node: ast.expr, said: dict[str, str]) -> str:
 
 
 def _escaped(text: str) -> str:
-    return re.sub(r"([*_<>|\[\]`])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([*_\[\]`])", r"\\\1", " ".join(text.split())).replace("<", "&lt;")
 
 
 def api(names: list[str]) -> str:
