@@ -37,7 +37,7 @@ def test_the_config_shown_is_the_quickstart(tmp_path):
 
 def test_every_file_that_the_readme_names_exists():
     ours = re.sub(r"https://\S+", "", README)
-    for name in re.findall(r"(?:tests|configs|benchmarks|models|docs|examples)/[\w/]+(?:\.\w+)?", ours):
+    for name in re.findall(r"(?:tests|configs|benchmarks|models|docs|examples)/[\w/-]+(?:\.\w+)?", ours):
         assert (ROOT / name).exists(), name
 
 

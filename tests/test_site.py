@@ -5,11 +5,11 @@ import importlib
 import re
 from pathlib import Path
 
-import hooks
 import pytest
+
+import hooks
 import quickstart
 import sharding
-
 import shardtrain
 from shardtrain.config.reference import keys
 
