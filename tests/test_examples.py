@@ -20,13 +20,14 @@ SHORT = {
     "pipeline": ({"steps": 2, "names": ("1f1b", "zb_v")}, 0.0),
     "pretrain": ({"steps": 8}, 0.3),
 }
+LONG = ("pipeline", "pretrain")
 
 
 def test_every_example_is_here():
     assert {path.stem for path in FOLDER.glob("*.py")} == {*SHORT}
 
 
-@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.full] if n in LONG else []) for n in SHORT])
 def test_an_example_learns(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments, fall = SHORT[name]
