@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SOURCES = [
     path
-    for folder in ("shardtrain", "models", "benchmarks", "configs", "examples", "tests")
+    for folder in ("shardtrain", "models", "benchmarks", "configs", "examples", "tests", "docs/site")
     for path in sorted((ROOT / folder).rglob("*"))
     if path.suffix in (".py", ".yaml")
 ]

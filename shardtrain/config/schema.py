@@ -1,47 +1,37 @@
-"""The sections of a config, typed, frozen and with their defaults."""
+"""A config: its sections on what a run trains, typed, frozen and with their defaults, and all of them together."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_serializer
+from pydantic import Field, model_serializer
 
-from shardtrain.collectives.fsdp import Gather
 from shardtrain.config.frozen import FrozenDict, thaw
+from shardtrain.config.machine import Devices, MeshSizes, Pipeline, Precision, Section, Xla
 from shardtrain.config.model_type import ModelType
 from shardtrain.config.strict_yaml import dump
-from shardtrain.config.types import Count, Dtype, Flags, Fraction, Natural, Options, Rules, SlowSizes
+from shardtrain.config.types import Count, Fraction, Natural, Options, Rules
 from shardtrain.data.tokenizer import TokenizerName
-from shardtrain.launch.devices import Platform
-from shardtrain.launch.xla_flags import Preset
 from shardtrain.nn.sizes import size_options
 from shardtrain.optim.lr_schedules import ScheduleName
 from shardtrain.optim.moments import Moments
-from shardtrain.pipeline.idle import Idle
-from shardtrain.pipeline.phases import BackwardName
-from shardtrain.sharding import AXES, MeshSpec
-from shardtrain.weights.precision import Matmul
 from shardtrain.weights.weight import Role
-
-
-class Section(BaseModel):
-    """One section: frozen, no unknown keys, no conversions (text never becomes a number)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Run(Section):
     """One training job with one directory."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", examples=["quickstart"])] = "run"
-    dir: str | None = None  # default: runs/<name>
-    steps: Annotated[Count, Field(examples=[200])]
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    compile_cache: str | None = "auto"  # a directory, null for none, or auto: .jax_cache next to the run directory
-    max_skipped_steps: Count = 10  # this many non-finite steps in a row stop the run
-    debug: bool = False  # check each batch for ids that are out of range, before its step
+    name: str = Field(
+        default="run", pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", examples=["quickstart"], description="its name"
+    )
+    dir: str | None = Field(default=None, description="its directory; null: runs/<name>")
+    steps: Count = Field(examples=[200], description="updates over the whole run; more of them extend a finished run")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of the initial weights, the order of rows and dropout")
+    compile_cache: str | None = Field(default="auto", description="for compiled programs; auto: next to the run")
+    max_skipped_steps: Count = Field(default=10, description="non-finite steps in a row that stop the run")
+    debug: bool = Field(default=False, description="check each batch for ids that are out of range, before its step")
 
     @property
     def directory(self) -> Path:
@@ -49,43 +39,11 @@ class Run(Section):
         return Path(self.dir or f"runs/{self.name}")
 
 
-class Devices(Section):
-    """The devices that the run computes on."""
-
-    platform: Platform = "auto"
-    emulate: Annotated[Count | None, Field(examples=[8])] = None  # pretend to have this many CPU devices
-
-
-class MeshSizes(Section):
-    """Size of every mesh axis, slowest network first; one may be -1 and takes the devices that are left."""
-
-    island: int = 1
-    pipe: int = 1
-    data: int = 1
-    fsdp: int = 1
-    expert: int = 1
-    context: int = 1
-    tensor: int = 1
-    #: Hybrid meshes: the part of an axis that is across the slow network.
-    slow: SlowSizes = FrozenDict()
-    #: Largest fraction of the parameter bytes that every device may hold, on a mesh that splits weights.
-    max_replicated: Fraction = 0.1
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Mesh axis to size as configured, -1 included."""
-        return {axis: getattr(self, axis) for axis in AXES}
-
-    def spec(self) -> MeshSpec:
-        """The sizes as the library takes them; raises what `MeshSpec` raises."""
-        return MeshSpec(**self.sizes, slow=dict(self.slow))
-
-
 class Model(Section):
     """The model's type and the options of its class; in YAML the options are keys next to `type`."""
 
-    type: Annotated[str, Field(examples=["llama"])]
-    options: Options = FrozenDict()
+    type: str = Field(examples=["llama"], description="a file of models/, or package.module:Class")
+    options: Options = Field(default=FrozenDict(), description="the keys next to type: keyword arguments of the class")
 
     @model_serializer
     def _flat(self) -> dict[str, Any]:
@@ -112,130 +70,118 @@ class Model(Section):
 class Data(Section):
     """The data to learn from. Batches are global, in sequences."""
 
-    type: Annotated[str, Field(examples=["corpus"])]  # a module of shardtrain.data.formats, or package.module:Class
-    path: Annotated[str | tuple[str, ...] | None, Field(examples=["data/*.txt"])] = None  # text and tokens
-    seq_len: Annotated[Count, Field(examples=[128])]
-    global_batch: Annotated[Count, Field(examples=[16])]
-    first_batch: Count | None = None  # of a batch that grows to global_batch by doubling; null: constant
-    growth_rows: Count | None = None  # how many rows that takes
-    tokenizer: TokenizerName | None = None  # corpus and text; default bpe
-    vocab_size: Count | None = None  # of a bpe tokenizer; default: the model's
-    held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.02  # fraction kept for evaluation
-    shuffle: bool = True
+    type: str = Field(examples=["corpus"], description="corpus, text, tokens, synthetic, or package.module:Class")
+    path: str | tuple[str, ...] | None = Field(
+        default=None, examples=["data/*.txt"], description="files of text or tokens"
+    )
+    seq_len: Count = Field(examples=[128], description="tokens in a row")
+    global_batch: Count = Field(examples=[16], description="rows in a step, over all devices")
+    first_batch: Count | None = Field(default=None, description="a batch that grows to global_batch; null: constant")
+    growth_rows: Count | None = Field(default=None, description="rows of training until the batch has grown")
+    tokenizer: TokenizerName | None = Field(default=None, description="of corpus and text; null: bpe")
+    vocab_size: Count | None = Field(default=None, description="of a bpe tokenizer; null: the model's")
+    held_out: float = Field(default=0.02, ge=0, le=0.5, description="share of the rows that is kept for evaluation")
+    shuffle: bool = Field(default=True, description="each epoch in another order; false: the order of the source")
 
 
 class Schedule(Section):
     """Learning rate over the steps, as a factor of `optimizer.lr`."""
 
-    type: ScheduleName = "cosine"
-    warmup_steps: Natural = 0
-    decay_steps: Count | None = None  # the step at which the decay ends; default run.steps (constant has none)
-    final_ratio: Fraction = 0.1  # of lr, from decay_steps on
-    stable_ratio: Annotated[float, Field(ge=0, lt=1)] | None = None  # wsd: share of steps before the decay; default 0.8
-    decay_start: Natural | None = None  # wsd, instead of stable_ratio: the step at which the decay starts
+    type: ScheduleName = Field(default="cosine", description="its shape after the warm-up")
+    warmup_steps: Natural = Field(default=0, description="updates during which the rate rises, in a line")
+    decay_steps: Count | None = Field(default=None, description="the step at which the decay ends; null: run.steps")
+    final_ratio: Fraction = Field(default=0.1, description="the rate from decay_steps on, as a share of lr")
+    stable_ratio: float | None = Field(
+        default=None, ge=0, lt=1, description="of wsd: share of the steps before the decay; null: 0.8"
+    )
+    decay_start: Natural | None = Field(default=None, description="of wsd, instead of stable_ratio: its step")
 
 
 class Optimizer(Section):
     """How gradients become updates; `shardtrain.optim` explains each option."""
 
-    type: str = "adamw"  # or an import path, package.module:factory
-    lr: Annotated[float, Field(gt=0, le=10, examples=[1e-3])]
-    schedule: Schedule = Schedule()
-    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    weight_decay: Fraction = 0.1
-    decay_roles: tuple[Role, ...] = ("matrix", "embedding", "head", "router")
-    trains: tuple[str, ...] = ("*",)  # the weights that may train: paths, with * for any text, or role:NAME
-    freeze: tuple[str, ...] = ()  # the weights that do not
-    accumulate: Count = 1  # microbatches per step
-    per_layer: bool | None = None  # update each stacked layer separately; default: where the optimizer needs it
-    moments: Moments | None = None  # how its state is stored; default: like the weights
-    options: Options = FrozenDict()
-
-
-class Precision(Section):
-    """Dtypes of stored parameters, computation (auto: bfloat16 on a GPU) and gradient reductions."""
-
-    params: Dtype = "float32"
-    compute: Literal["auto", Dtype] = "auto"
-    reduce: Dtype = "float32"
-    matmul: Matmul = "compute"  # float8: the blocks' matmuls, scaled per tensor
+    type: str = Field(
+        default="adamw", description="adamw, lion, sgd, adafactor, muon, or an import path such as optax.lamb"
+    )
+    lr: float = Field(gt=0, le=10, examples=[1e-3], description="the highest learning rate")
+    schedule: Schedule = Field(default=Schedule(), description="the learning rate over the steps")
+    clip_norm: float | None = Field(default=1.0, gt=0, description="largest norm of the whole gradient; null: any")
+    weight_decay: Fraction = Field(default=0.1, description="each update also subtracts lr * weight_decay * weight")
+    decay_roles: tuple[Role, ...] = Field(
+        default=("matrix", "embedding", "head", "router"), description="roles of the weights that decay"
+    )
+    trains: tuple[str, ...] = Field(
+        default=("*",), description="weights that may train: paths, with * for any text, or role:NAME"
+    )
+    freeze: tuple[str, ...] = Field(default=(), description="weights that do not train, as in trains")
+    accumulate: Count = Field(default=1, description="microbatches in a step: less memory, the same result")
+    per_layer: bool | None = Field(default=None, description="each layer of a stack by itself; null: if it matters")
+    moments: Moments | None = Field(default=None, description="dtype of the state; null: that of the weights")
+    options: Options = Field(default=FrozenDict(), description="arguments of the optimizer, such as b2")
 
 
 class Checkpoint(Section):
     """When to save, and which checkpoints to keep."""
 
-    every: Count = 50
-    keep: Count = 3  # this many of the last ones
-    keep_every: Count | None = None  # in addition, each multiple of this step
-    compress: bool = False
-    asynchronous: bool = True
-    cast: bool = False  # convert weights and moments that have another dtype in the checkpoint
+    every: Count = Field(default=50, description="steps from one to the next; the last step is always saved")
+    keep: Count = Field(default=3, description="how many of the newest are kept")
+    keep_every: Count | None = Field(default=None, description="in addition, keep each multiple of this step")
+    compress: bool = Field(default=False, description="by zstd: about 8% smaller and three times slower")
+    asynchronous: bool = Field(default=True, description="write while training goes on")
+    cast: bool = Field(default=False, description="convert what has another dtype in the checkpoint")
 
 
 class Eval(Section):
     """Loss on held-out data."""
 
-    every: Count | None = 50  # null: at the end only
-    batches: Count = 8
+    every: Count | None = Field(default=50, description="steps from one evaluation to the next; null: at the end only")
+    batches: Count = Field(default=8, description="batches in an evaluation")
 
 
 class Ema(Section):
     """A moving average of the weights, kept beside them."""
 
-    decay: float | None = None  # from 0 to below 1, such as 0.999; null: none is kept
-    evaluate: bool = True  # evaluations and samples use it
+    decay: float | None = Field(default=None, description="from 0 to below 1, such as 0.999; null: none is kept")
+    evaluate: bool = Field(default=True, description="evaluations and samples use it")
 
 
 class Log(Section):
     """Metrics on disk."""
 
-    every: Count = 1
-    tensorboard: bool = True
-    also: tuple[str, ...] = ()  # wandb, mlflow, or package.module:function
-    norms: Count | None = None  # steps from one log of the norms of gradients and weights, by layer, to the next
+    every: Count = Field(default=1, description="steps from one line of metrics.jsonl to the next")
+    tensorboard: bool = Field(default=True, description="write events for TensorBoard too")
+    also: tuple[str, ...] = Field(default=(), description="wandb, mlflow, or package.module:function")
+    norms: Count | None = Field(default=None, description="steps between norms of gradients and weights, by layer")
 
 
 class Profile(Section):
     """A trace of some steps for TensorBoard and Perfetto, and a table of where their time went."""
 
-    steps: tuple[Count, Count] | None = None  # the first and the last; SIGUSR1 traces the next three at any time
+    steps: tuple[Count, Count] | None = Field(
+        default=None, description="the first and the last; SIGUSR1 traces the next three at any time"
+    )
 
 
 class Sample(Section):
     """Text that the trained model writes at the end of the run, where the data has a tokenizer."""
 
-    prompt: str | None = None  # null: from the start of a document
-    tokens: Natural = 128  # 0: none
-    temperature: Annotated[float, Field(ge=0, le=10)] = 0.8
-
-
-class Pipeline(Section):
-    """How a batch flows through the stages, once mesh.pipe > 1."""
-
-    schedule: str = "1f1b"  # of `shardtrain schedule --compare`, a .csv file, or package.module:function
-    microbatches: Count = 8
-    chunks: Count = 1  # stages on each rank
-    backward: BackwardName = "remat"  # recompute each stage in its backward pass, or keep its residuals
-    idle: Idle = "compute"  # ranks without work in a tick: compute anyway, or skip it
-    gather: Gather = "tick"  # the weights that fsdp splits: in each tick, or once per step, with more memory
-
-
-class Xla(Section):
-    """Flags of XLA. `launch/xla_flags.py` gives the preset and its reasons; see also docs/xla.md."""
-
-    preset: Preset = "none"  # auto: gpu-default on NVIDIA GPUs, none elsewhere
-    options: Flags = FrozenDict()  # for the compiler, with the train and eval step
-    environment: Flags = FrozenDict()  # added to XLA_FLAGS before JAX starts, for flags that XLA reads only there
+    prompt: str | None = Field(default=None, description="the text to continue; null: the start of a held-out row")
+    tokens: Natural = Field(default=128, description="how many to write; 0: none")
+    temperature: float = Field(default=0.8, ge=0, le=10, description="0 takes the likeliest token")
 
 
 class RunConfig(Section):
     """A resolved config. Made by `load_config` and `parse_config`, which also check it as a whole."""
 
     run: Run
-    init_from: str | None = None  # a run directory or a checkpoint step: start from its weights alone
+    init_from: str | None = Field(
+        default=None, description="a run or one of its checkpoints: start from its weights alone"
+    )
     devices: Devices = Devices()
     mesh: MeshSizes = MeshSizes()
-    rules: Rules = FrozenDict()
+    rules: Rules = Field(
+        default=FrozenDict(), description="rows of the rules table to replace: mesh axes, by logical axis"
+    )
     model: Model
     data: Data
     optimizer: Optimizer
