@@ -46,7 +46,7 @@ def test_code_gets_the_first_mistake_and_a_config_all_of_them():
         (["devices={platform: cuda, emulate: 8}"], "devices.emulate", lambda: select_devices("cuda", 8)),
         (["data.path=x"], "data.path", lambda: open_source("corpus", seq_len=8, vocab_size=300, path="x")),
         (["model.dropout=1.0"], "model.dropout", lambda: nn.Dropout(1.0, "site")),
-        (["model.remat=ful"], "model.remat", lambda: nn.Stack(None, n_layers=1, remat="ful", rngs=nnx.Rngs(0))),
+        (["model.remat=ful"], "model.remat", lambda: nn.Stack(nn.RMSNorm, n_layers=1, remat="ful", rngs=nnx.Rngs(0))),
         (["model.n_kv_heads=6"], "model.n_kv_heads", lambda: nn.Attention(128, 4, 6, rngs=nnx.Rngs(0))),
         (
             ["optimizer.schedule={type: wsd, warmup_steps: 9, decay_steps: 10}"],
