@@ -53,9 +53,9 @@ def sample(
     logging.getLogger("shardtrain.train.sampler").setLevel(logging.INFO)
     options: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
     Sampling(1.0 if temperature is None else temperature, **options)  # refuses them before anything is loaded
-    if batch is not None and prompt is not None:
-        raise UserError("--batch", str(batch), "brings its own prompts", "leave out PROMPT, or --batch")
     records = None if batch is None else [*_records(batch)]
+    if records is not None and prompt is not None:  # they bring the prompts, so this is an override
+        overrides = [prompt, *(overrides or ())]
     options |= {"tokens": tokens, "temperature": temperature, "stop": stop or (), "seed": seed}
     writer = Writer.open(run, overrides or ())
     if records is not None:

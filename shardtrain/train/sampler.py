@@ -167,9 +167,8 @@ class Sampler:
         texts = np.random.default_rng(0).integers(0, self._vocabulary, (rows, length)).tolist()
         whole, cache = self._read(weights, texts, length, slots)
         want, rounding = np.asarray(jax.block_until_ready(whole)), jnp.finfo(jax.tree.leaves(cache)[0].dtype).eps
-        last = jax.device_put(
-            np.array([text[-1] for text in texts], np.int32), self._place.sharding(())
-        )  # as drawn ones
-        got, _ = self._programs.step(*weights, cache, last, np.full(rows, length - 1, np.int32))
+        last = np.array([text[-1] for text in texts], np.int32)
+        drawn = jax.device_put(last, self._place.sharding(()))  # where `_draw` puts them, or it is compiled twice
+        got, _ = self._programs.step(*weights, cache, drawn, np.full(rows, length - 1, np.int32))
         error = float(np.abs(np.asarray(jax.block_until_ready(got)) - want).max() / (np.ptp(want) or 1))
         return error if error > math.sqrt(rounding) else 0.0
