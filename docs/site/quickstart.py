@@ -79,7 +79,7 @@ def terminal(lines: list[str]) -> str:
     """An SVG of the terminal, without fonts from elsewhere."""
     console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
     console.print(f"[bold green]$[/] {COMMAND}", highlight=False)
-    for line in lines:
+    for line in [*lines, ""]:
         console.print(Text.from_ansi(line.replace("\t", "    ")), soft_wrap=False, highlight=False)
     svg = console.export_svg(title="quickstart", unique_id="quickstart")
     return re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.S)
