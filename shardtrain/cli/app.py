@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -24,7 +25,7 @@ from shardtrain.host.streams import safe_streams
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(checkpoint_app, name="checkpoint")
-for name, verb in {
+VERBS: dict[str, Callable[..., None]] = {
     "init": init,
     "train": train,
     "eval": evaluate,
@@ -33,7 +34,8 @@ for name, verb in {
     "compare": compare,
     "config": config,
     "schedule": schedule,
-}.items():
+}
+for name, verb in VERBS.items():
     app.command(name)(verb)
 
 

@@ -104,9 +104,10 @@ def _batch(batch: Batch, tokenizer: Tokenizer | None) -> None:
     def local(leaf: Any) -> str:
         return " x ".join(map(str, leaf.sharding.shard_shape(leaf.shape)))
 
+    leaves: dict[str, Any] = dict(batch)
     rows = [
         (name, " x ".join(map(str, leaf.shape)), str(leaf.dtype), _spec(leaf.sharding.spec), local(leaf))
-        for name, leaf in batch.items()
+        for name, leaf in leaves.items()
     ]
     print_table(("batch", "shape", "dtype", "split over", "on a device"), rows)
     first = {name: np.asarray(leaf.addressable_shards[0].data)[0] for name, leaf in batch.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,14 +73,14 @@ def shares(events: list[Event], classes: Mapping[str, str], devices: int) -> dic
     """
     if not events:
         return {}
-    found: Counter[str] = Counter()
+    found: defaultdict[str, float] = defaultdict(float)
     for event, own in _own_times(events):
         if event.name in classes:
             found[classes[event.name]] += own / devices
     whole = max(event.end for event in events) - min(event.start for event in events)
     host = whole - _covered(events)
     rest = {HOST: host, IDLE: max(0.0, whole - host - sum(found.values()))}
-    return dict(found.most_common()) | rest
+    return dict(sorted(found.items(), key=lambda share: -share[1])) | rest
 
 
 def _own_times(events: list[Event]) -> Iterable[tuple[Event, float]]:

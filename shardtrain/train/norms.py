@@ -15,9 +15,7 @@ from shardtrain.weights.precision import at_least_float32
 from shardtrain.weights.weight import Weight
 
 
-def norms_each(
-    every: int | None, step: jax.Array, model: ModelDef, grads: Tree, params: Tree
-) -> dict[str, dict[str, jax.Array]]:
+def norms_each(every: int | None, step: jax.Array, model: ModelDef, grads: Tree, params: Tree) -> dict[str, Any]:
     """`{"norms": layer_norms(...)}`, or zeros, for which nothing is computed; without `every` not even these.
 
     Args:
@@ -44,7 +42,7 @@ def layer_norms(model: ModelDef, grads: Tree, params: Tree) -> dict[str, jax.Arr
         wide = a.astype(at_least_float32(a.dtype))
         return jnp.sqrt(jnp.square(wide).sum(tuple(range(weight.stack, a.ndim))))
 
-    found = {}
+    found: dict[str, jax.Array] = {}
     for name, tree in (("grad_norms", grads), ("weight_norms", params)):
         norms = model.canonical(jax.tree.map(norm, tree, model.weights))
         found |= {f"{name}/{path}": value for path, value in flatten(norms).items()}
