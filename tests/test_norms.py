@@ -46,6 +46,7 @@ def test_norms_are_those_of_each_layer_and_only_when_due():
             assert found[f"grad_norms/{name}"] == pytest.approx(np.linalg.norm(g), rel=2e-2, abs=1e-5)
 
 
+@pytest.mark.full
 def test_a_pipeline_reports_the_same_layers():
     (_, want), _ = norms_after(tiny.llama(), tiny.partitioner(fsdp=4), 2)
     base = tiny.llama()
