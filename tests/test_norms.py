@@ -46,6 +46,7 @@ def test_norms_are_those_of_each_layer_and_only_when_due():
             assert found[f"grad_norms/{name}"] == pytest.approx(np.linalg.norm(g), rel=2e-2, abs=1e-5)
 
 
+@pytest.mark.full
 def test_a_pipeline_reports_the_same_layers():
     (_, want), _ = norms_after(tiny.llama(), tiny.partitioner(fsdp=4), 2)
     base = tiny.llama()
@@ -56,7 +57,7 @@ def test_a_pipeline_reports_the_same_layers():
 
 
 def test_norms_take_no_memory():
-    model, place = tiny.llama(), tiny.partitioner(fsdp=4, tensor=2)
+    model, place = tiny.llama(d_model=64, d_ff=128), tiny.partitioner(fsdp=4, tensor=2)
     sizes = []
     for every in (None, 2):
         tx, step = step_of(model, place, every)

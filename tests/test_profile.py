@@ -77,6 +77,7 @@ def test_a_run_that_ends_first_leaves_what_it_has(tmp_path, caplog):
     assert "steps 3 to 4 took " in caplog.text
 
 
+@pytest.mark.full
 def test_a_signal_traces_the_next_steps(tmp_path):
     with start(("train", CONFIG, "run.dir=run", "run.steps=100000"), folder=tmp_path) as (process,):
         process.until(lambda: len(metrics(tmp_path / "run")) > 3)

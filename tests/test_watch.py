@@ -5,6 +5,8 @@ import os
 import signal
 import threading
 
+import pytest
+
 from commands import CONFIG, compiled_once, fit, metrics, shardtrain, start  # noqa: F401
 from shardtrain.host.lock import RunLock
 from shardtrain.metrics.follow import Follower, Line
@@ -52,6 +54,7 @@ def test_a_follower_sees_steps_checkpoints_and_a_resume(tmp_path):
     assert follower.status.state == "finished"
 
 
+@pytest.mark.full
 def test_watch_follows_a_run_of_another_process_until_it_ends(tmp_path):
     directory = tmp_path / "runs/live"
     with start(

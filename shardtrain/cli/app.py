@@ -26,7 +26,7 @@ from shardtrain.host.streams import safe_streams
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(checkpoint_app, name="checkpoint")
-_VERBS: dict[str, Callable[..., None]] = {
+VERBS: dict[str, Callable[..., None]] = {
     "init": init,
     "train": train,
     "eval": evaluate,
@@ -37,7 +37,7 @@ _VERBS: dict[str, Callable[..., None]] = {
     "config": config,
     "schedule": schedule,
 }
-for name, verb in _VERBS.items():
+for name, verb in VERBS.items():
     app.command(name)(verb)
 
 

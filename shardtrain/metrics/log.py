@@ -134,7 +134,8 @@ def tail(directory: Path | str, size: int = 2**16) -> list[dict[str, float]]:
 
     Args:
       directory: the run directory.
-      size: bytes to read; a line that begins before them is left out, and so is an incomplete last one.
+      size: bytes to read, or more if no line fits; a line that begins before them is left out, and so is an incomplete
+        last one.
     """
     try:
         with open(Path(directory) / FILE, "rb") as file:
@@ -143,6 +144,8 @@ def tail(directory: Path | str, size: int = 2**16) -> list[dict[str, float]]:
             lines = file.read().split(b"\n")[end > size : -1]
     except FileNotFoundError:
         return []
+    if not lines and end > size:
+        return tail(directory, 16 * size)
     return [_parsed(json.loads(line)) for line in lines]
 
 

@@ -80,7 +80,7 @@ def shares(events: list[Event], classes: Mapping[str, str], devices: int) -> dic
     whole = max(event.end for event in events) - min(event.start for event in events)
     host = whole - _covered(events)
     rest = {HOST: host, IDLE: max(0.0, whole - host - sum(found.values()))}
-    return dict(sorted(found.items(), key=lambda item: -item[1])) | rest
+    return dict(sorted(found.items(), key=lambda share: -share[1])) | rest
 
 
 def _own_times(events: list[Event]) -> Iterable[tuple[Event, float]]:

@@ -15,6 +15,7 @@ from tensorboardX.record_writer import RecordWriter
 
 from shardtrain.errors import UserError
 from shardtrain.metrics import MetricsLog, read
+from shardtrain.metrics.log import tail
 
 
 def steps(directory):
@@ -128,6 +129,20 @@ def test_a_damaged_line_is_an_error_that_names_it(tmp_path):
 def test_no_log_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"no metrics.jsonl in"):
         read(tmp_path)
+
+
+def test_the_tail_is_whole_lines(tmp_path):
+    assert tail(tmp_path) == []
+    with MetricsLog(tmp_path, tensorboard=False) as log:
+        for step in range(1, 100):
+            log.write(step, {"loss": math.inf if step == 99 else 1.0})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 100, "lo')
+    last = tail(tmp_path, 200)
+    assert 0 < len(last) < 10
+    assert last[-1] == {"step": 99, "loss": math.inf}
+    assert tail(tmp_path, 20) == read(tmp_path)[-len(tail(tmp_path, 20)) :], "one line is longer than that"
+    assert tail(tmp_path) == read(tmp_path)
 
 
 def test_tensorboard_holds_the_same_numbers(tmp_path):
