@@ -168,7 +168,7 @@ def test_decay_follows_the_role_and_never_ndim(type):
     roles = ("head",) if type == "sgd" else ("matrix", "embedding", "head", "router")
     tx = optimizer(type, WEIGHTS, lr=0.1, weight_decay=0.5, decay_roles=roles)
     moved, _ = run(tx, params, [zeros])
-    changed = jax.tree.map(lambda a, b: bool((a != b).any()), params, moved)
+    changed = jax.tree.map(lambda a, b: not np.allclose(a, b, rtol=1e-5), params, moved)  # schedule-free ones round
     # The stacked norm [L, D] has ndim 2 and stays.
     assert changed == jax.tree.map(lambda w: w.role in roles, WEIGHTS)
 
