@@ -24,8 +24,8 @@ class BatchGrowth:
 
     Example:
       >>> growth = BatchGrowth(first=4, last=16, rows=100)
-      >>> [growth.size(row) for row in (0, 48, 52, 96, 104)]
-      [4, 4, 8, 8, 16]
+      >>> tuple(growth.size(row) for row in (0, 48, 52, 96, 104))
+      (4, 4, 8, 8, 16)
     """
 
     first: int
