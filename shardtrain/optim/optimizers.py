@@ -69,8 +69,7 @@ def optimizer(
 
     Args:
       type: `adamw`, `lion`, `sgd`, `adafactor`, `muon` (arXiv:2502.16982; matrices by role, AdamW for the
-        rest), `schedule_free_adamw`, `schedule_free_sgd`, or the import path of an optax-like factory: `optax.lamb`,
-        `package.module:factory`.
+        rest), `schedule_free_adamw`, `schedule_free_sgd`, or the import path of a factory, such as `optax.lamb`.
       weights: nested dicts of `Weight`, congruent with the params. Frozen ones are left out.
       lr: learning rate, or a schedule over the number of updates made so far.
       clip_norm: largest norm of the whole gradient, over all weights together.
@@ -111,6 +110,8 @@ def optimizer(
 
 
 def _check_numbers(lr: float | optax.Schedule, clip_norm: float | None, weight_decay: float) -> None:
+    if not callable(lr):
+        require_kind("optimizer lr", lr, (float, int), "give a positive number, or a schedule of the step")
     for name, value, example in (("lr", lr, 1.0e-3), ("clip_norm", clip_norm, 1.0)):
         if isinstance(value, float | int) and not (value > 0 and math.isfinite(value)):
             raise UserError(f"optimizer.{name}", value, "must be a positive number", f"for example {example}")

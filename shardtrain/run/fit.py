@@ -36,8 +36,7 @@ def fit(
 ) -> Trainer:
     """Train a model on rows, or resume where the directory holds checkpoints.
 
-    It makes the `Trainer` of a config and runs it, so a directory holds what that of `shardtrain train` does: metrics,
-    checkpoints, `config.yaml` and `loss.png`. By default rows are split over all devices.
+    It makes the `Trainer` of a config, with a mesh that splits rows over all devices unless `mesh` says otherwise.
 
     Args:
       model: builds the module from `nnx.Rngs`. It chooses its own dtypes.
@@ -77,8 +76,8 @@ def fit(
     }
     config = parse_config(_joined(basics, sections), source="fit")
     trainer = Trainer.from_config(config, model=model, source=rows, loss=loss, callbacks=callbacks)
-    shown = show and jax.process_index() == 0 and trainer.step < steps
-    with progress(steps, trainer.step) if shown else contextlib.nullcontext() as display:
+    show = show and jax.process_index() == 0 and trainer.step < steps
+    with progress(steps, trainer.step) if show else contextlib.nullcontext() as display:
         trainer.fit(display)
     return trainer
 

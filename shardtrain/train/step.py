@@ -80,9 +80,8 @@ def make_train_step(
       UserError: an argument of another kind, or options that the model or the mesh cannot have. While tracing: rows not
         divisible by the microbatches, or wrong results of a part of the model. When called: see `JittedStep`.
     """
-    _check(model, loss, partitioner, accumulate, gather)
+    _check(model, loss, partitioner, accumulate, gather, ema)
     check_dtype("reduce_dtype", reduce_dtype)
-    check_decay(ema)
     _warn(model)
     gradients = Gradients(model, partitioner, loss, accumulate, reduce_dtype, gather)
 
@@ -91,14 +90,13 @@ def make_train_step(
         _check_ema(state, ema)
         with use(partitioner):
             grads, sums, model_state = gradients(state, batch, jax.random.fold_in(jax.random.key(seed), state.step))
-            metrics = means(sums)
-            metrics["grad_norm"] = global_norm(grads)
+            metrics = means(sums) | {"grad_norm": global_norm(grads)}
             new_state, metrics = _updated(state, grads, model_state, metrics, tx, lr, model.weights, ema)
             return new_state, metrics | norms_each(norms_every, new_state.step, model, grads, state.params)
 
     wanted = abstract_state(model, tx, partitioner, ema=ema is not None)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted)
-    out, options = (shardings, partitioner.sharding(())), ordered(partitioner.devices, compiler_options)
+    out = (jax.tree.map(lambda leaf: leaf.sharding, wanted), partitioner.sharding(()))
+    options = ordered(partitioner.devices, compiler_options)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=options)
     return _finished(jitted, model, partitioner, debug)
 
@@ -170,6 +168,11 @@ def make_eval_step(
     return _finished(jitted, model, partitioner, debug)
 
 
+def _warn(model: ModelDef) -> None:
+    if (warning := model.execution.warning()) and jax.process_index() == 0:
+        _log.warning(warning)
+
+
 def _check_ema(state: TrainState, decay: float | None) -> None:
     """Refuse a state with an average for a step that keeps none, and the other way round."""
     if (decay is not None) != bool(jax.tree.leaves(state.ema)):
@@ -191,8 +194,10 @@ def _check(
     partitioner: Partitioner,
     accumulate: int = 1,
     gather: Gather = "tick",
+    ema: float | None = None,
 ) -> None:
     check_parts(model, partitioner)
+    check_decay(ema)
     if loss is None and not isinstance(module := model.outline({}), Model):
         raise UserError(
             f"{type(module).__name__} does not follow nn.Model (blocks, embedder, head); give make_train_step and "
