@@ -168,11 +168,6 @@ def make_eval_step(
     return _finished(jitted, model, partitioner, debug)
 
 
-def _warn(model: ModelDef) -> None:
-    if (warning := model.execution.warning()) and jax.process_index() == 0:
-        _log.warning(warning)
-
-
 def _check_ema(state: TrainState, decay: float | None) -> None:
     """Refuse a state with an average for a step that keeps none, and the other way round."""
     if (decay is not None) != bool(jax.tree.leaves(state.ema)):
