@@ -111,6 +111,22 @@ def test_models_are_written_with_the_public_parts_only():
         assert all(name.startswith("shardtrain.nn") for name in imports(path)), path
 
 
+def test_files_and_functions_are_short():
+    """The limits of docs/CONTRIBUTING.md, for the package and the models."""
+    long = []
+    for path in [*FILES, *(ROOT / "models").glob("*.py")]:
+        text = path.read_text()
+        if (lines := len(text.splitlines())) > 250:
+            long.append(f"{path} has {lines} lines")
+        functions = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef))
+        long += [
+            f"{path}: {node.name} has {lines} lines"
+            for node in functions
+            if (lines := node.end_lineno - node.lineno + 1) > 60
+        ]
+    assert not long
+
+
 def test_no_private_jax():
     for path in [*FILES, *(ROOT / "models").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
         assert "jax._src" not in path.read_text(), path

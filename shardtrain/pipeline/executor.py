@@ -150,7 +150,7 @@ def run_ticks(
                 )
                 go = partial(phase, phases[name], carry, row, mb)
                 if irregular:  # all of the carry goes through the branch, so that nothing overtakes it
-                    with jax.named_scope(UNIFORM):
+                    with jax.named_scope(UNIFORM):  # all ranks take the same branch, so it may hold collectives
                         carry = jax.lax.cond((columns[name] >= 0).any(), go, lambda carry=carry: carry)
                 else:
                     carry = stage.skip_unless(mb.active, go, carry)

@@ -85,10 +85,9 @@ class Loop:
         unevaluated: Values | None = None,
     ):
         self.state, self.train_step, self.batches = state, train_step, batches
-        self.steps, self.should_stop = steps, should_stop
+        self.steps, self.eval_every, self.should_stop = steps, eval_every, should_stop
         self.canonical = canonical
         self.checkpointer, self.checkpoint_every, self.extra = checkpointer, checkpoint_every, dict(extra or {})
-        self.eval_every = eval_every
         self.log, self.log_every, self.norms_every, self.callbacks = log, log_every, norms_every, tuple(callbacks)
         check_callbacks(self.callbacks)
         self.step = int(state.step)
@@ -135,17 +134,21 @@ class Loop:
         pending: PendingStep | None = None
         compiled: dict[int, Callable[[TrainState, Batch], tuple[TrainState, Metrics]]] = {}
         while True:
-            if (rows := _rows(batch)) not in compiled:  # at first, and whenever the batch grows
+            rows = next(iter(batch.values())).shape[0]
+            if rows not in compiled:  # at first, and whenever the batch grows
                 if pending is not None:
                     self._timer.wait_for(pending)
                 self.compiled = compiled[rows] = self._compile(batch)
                 self._timer.restart()
             self.state, metrics = compiled[rows](self.state, batch)
             self.step += 1
-            if "norms" in metrics and not _due(self.step, self.norms_every):
-                metrics = {name: value for name, value in metrics.items() if name != "norms"}
+            metrics = dict(metrics)
+            if not _due(self.step, self.norms_every):
+                metrics.pop("norms", None)
+            for callback in self.callbacks:
+                join(metrics, callback.on_state(self.step, self.state), callback, "on_state")
             # The step before is fetched only now, while this one runs: two in flight, never more.
-            pending, previous = PendingStep(self.step, self._with_callbacks(metrics), rows), pending
+            pending, previous = PendingStep(self.step, metrics, rows), pending
             if previous is not None:
                 self._finish(previous, reports)
             last = self.step >= self.steps
@@ -163,7 +166,7 @@ class Loop:
         """Save, evaluate and finish a step before the next one is sent."""
         self._timer.wait_for(pending)
         if saves and not self.stopped_early and pending.number < self.steps:
-            saves = not self._skipped.keeps_from_saving(pending)
+            saves = self._skipped.may_be_saved(pending)
         unevaluated = dict(pending.values) if evaluates else None
         if evaluates and not self.stopped_early and not self._skipped.too_many(pending):
             if saves:
@@ -216,14 +219,6 @@ class Loop:
         self.message(f"compiled in {time.perf_counter() - start:.1f} s")
         return compiled
 
-    def _with_callbacks(self, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
-        if not self.callbacks:
-            return metrics
-        metrics = dict(metrics)
-        for callback in self.callbacks:
-            join(metrics, callback.on_state(self.step, self.state), callback, "on_state")
-        return metrics
-
     def _finish(self, pending: PendingStep, reports: Background) -> None:
         """Show and store a step, in the background."""
         self._timer.wait_for(pending)
@@ -249,10 +244,6 @@ class Loop:
         if self._display is not None:
             self._display.message(text)
         return self._display is not None
-
-
-def _rows(batch: Batch) -> int:
-    return next(iter(batch.values())).shape[0]
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -26,12 +26,12 @@ class SkippedSteps:
         """Whether this step is one non-finite step too many."""
         return min(step.values["skipped_in_row"], step.number - self._first) >= self._limit
 
-    def keeps_from_saving(self, step: PendingStep) -> bool:
-        """Whether this step is in a row of non-finite ones, and says so: its weights may be to blame."""
+    def may_be_saved(self, step: PendingStep) -> bool:
+        """Whether this step is finite. If not, its weights may be to blame: say that they are not saved."""
         in_row = int(step.values["skipped_in_row"])
         if in_row:
             self._say(f"step {step.number} is not saved: {in_row} steps in a row were not finite, up to this one")
-        return in_row > 0
+        return in_row == 0
 
     def check(self, step: PendingStep, saved: int | None) -> None:
         """Examine a step whose metrics have arrived.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -80,8 +80,7 @@ def make_train_step(
       UserError: an argument of another kind, or options that the model or the mesh cannot have. While tracing: rows not
         divisible by the microbatches, or wrong results of a part of the model. When called: see `JittedStep`.
     """
-    _check(model, loss, partitioner, accumulate, gather, ema)
-    check_dtype("reduce_dtype", reduce_dtype)
+    _check(model, loss, partitioner, accumulate, gather, ema, reduce_dtype)
     _warn(model)
     gradients = Gradients(model, partitioner, loss, accumulate, reduce_dtype, gather)
 
@@ -94,11 +93,8 @@ def make_train_step(
             new_state, metrics = _updated(state, grads, model_state, metrics, tx, lr, model.weights, ema)
             return new_state, metrics | norms_each(norms_every, new_state.step, model, grads, state.params)
 
-    wanted = abstract_state(model, tx, partitioner, ema=ema is not None)
-    out = (jax.tree.map(lambda leaf: leaf.sharding, wanted), partitioner.sharding(()))
-    options = ordered(partitioner.devices, compiler_options)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=options)
-    return _finished(jitted, model, partitioner, debug)
+    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, tx, partitioner, ema=ema is not None))
+    return _jitted(step, model, partitioner, (layout, partitioner.sharding(())), compiler_options, debug, donate=True)
 
 
 def _warn(model: ModelDef) -> None:
@@ -129,9 +125,9 @@ def _updated(
             ema = next_ema(ema, part, state.step, decay)
         return merged(part, params), opt_state, model_state, ema
 
-    # A branch instead of a choice per element, which would keep the old moments along with the new ones until the end.
+    # One branch for the whole state: `jnp.where` leaf by leaf would hold old and new moments until the end of the step.
     old = (state.params, state.opt_state, state.model_state, state.ema)
-    with jax.named_scope(UNIFORM):
+    with jax.named_scope(UNIFORM):  # all devices take the same branch, so it may hold collectives
         params, opt_state, model_state, ema = jax.lax.cond(applied, update, lambda *old: old, *old)
     skipped = state.skipped + ~finite
     in_row = jnp.where(applied, 0, state.skipped_in_row + ~finite)
@@ -163,9 +159,7 @@ def make_eval_step(
         with use(partitioner):
             return model.execution.sums(state, batch, partitioner, loss)
 
-    options = ordered(partitioner.devices, compiler_options)
-    jitted = jax.jit(step, out_shardings=partitioner.sharding(()), compiler_options=options)
-    return _finished(jitted, model, partitioner, debug)
+    return _jitted(step, model, partitioner, partitioner.sharding(()), compiler_options, debug)
 
 
 def _check_ema(state: TrainState, decay: float | None) -> None:
@@ -178,7 +172,18 @@ def _check_ema(state: TrainState, decay: float | None) -> None:
         )
 
 
-def _finished(jitted: Any, model: ModelDef, partitioner: Partitioner, debug: bool) -> JittedStep[Any]:
+def _jitted(
+    step: Callable[[TrainState, Batch], Any],
+    model: ModelDef,
+    partitioner: Partitioner,
+    out: Any,
+    compiler_options: Mapping[str, Any] | None,
+    debug: bool,
+    donate: bool = False,
+) -> JittedStep[Any]:
+    """The step under jit, checked before its first call; `out` are the shardings of its results."""
+    options = ordered(partitioner.devices, compiler_options)
+    jitted = jax.jit(step, donate_argnums=0 if donate else (), out_shardings=out, compiler_options=options)
     checked = model.execution.checked(jitted, partitioner.mesh)
     return JittedStep(checked, partitioner.mesh, IdCheck(model) if debug else None)
 
@@ -190,9 +195,11 @@ def _check(
     accumulate: int = 1,
     gather: Gather = "tick",
     ema: float | None = None,
+    reduce_dtype: Any = jnp.float32,
 ) -> None:
     check_parts(model, partitioner)
     check_decay(ema)
+    check_dtype("reduce_dtype", reduce_dtype)
     if loss is None and not isinstance(module := model.outline({}), Model):
         raise UserError(
             f"{type(module).__name__} does not follow nn.Model (blocks, embedder, head); give make_train_step and "
