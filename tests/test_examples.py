@@ -14,13 +14,14 @@ FOLDER = Path(__file__).parent.parent / "examples"
 #: Arguments of `main`, and how much the loss must fall.
 SHORT = {
     "batchnorm": ({"steps": 15}, 0.2),
+    "ema": ({"steps": 60}, 1.0),
     "gpt": ({"steps": 8}, 0.05),
     "own_loss": ({"steps": 20}, 0.1),
     "own_source": ({"steps": 15}, 0.5),
     "pipeline": ({"steps": 2, "names": ("1f1b", "zb_v")}, 0.0),
     "pretrain": ({"steps": 8}, 0.3),
 }
-LONG = ("pipeline", "pretrain")
+LONG = ("ema", "pipeline", "pretrain")  # of ema, the default suite has the test of its average
 
 
 def test_every_example_is_here():
@@ -33,6 +34,12 @@ def test_an_example_learns(name, tmp_path, monkeypatch):
     arguments, fall = SHORT[name]
     losses = runpy.run_path(str(FOLDER / f"{name}.py"))["main"](**arguments)
     assert losses[-1] < losses[0] - fall, losses
+
+
+def test_the_average_of_ema_is_better_than_the_last_weights(capsys):
+    losses = runpy.run_path(str(FOLDER / "ema.py"))["main"]()
+    last, average = (float(line.split()[-1]) for line in capsys.readouterr().out.splitlines())
+    assert average < last < losses[0]
 
 
 @pytest.mark.full
