@@ -45,7 +45,7 @@ class Checkpointer:
 
     Process 0 alone hashes the saved files (after the commit, which Orbax synchronises over the processes), renames,
     deletes, and chooses the step to restore. Each process then verifies its share of the files of that step. When
-    process 0 fails it ends, and the supervisor restarts all processes.
+    process 0 fails it ends, and whatever supervises the run starts all processes again.
 
     Args:
       directory: where the steps are stored; created if it is missing.

@@ -64,7 +64,7 @@ def check_sequence(data: Data, mesh: MeshSizes, rules: RuleTable) -> None:
         _check_dim("data.seq_len", data.seq_len, logical, mesh, rules)
 
 
-def check_schedule(mesh: MeshSizes, pipeline: Pipeline) -> None:
+def check_pipeline_schedule(mesh: MeshSizes, pipeline: Pipeline) -> None:
     """Whether there is such a schedule for these sizes, and whether it can go backward as asked."""
     if mesh.pipe <= 1:
         return

@@ -25,7 +25,7 @@ LAYOUT: tuple[Check, ...] = (
     layout_checks.check_batch,
     layout_checks.check_accumulation,
     layout_checks.check_sequence,
-    layout_checks.check_schedule,
+    layout_checks.check_pipeline_schedule,
     layout_checks.check_gathering,
     layout_checks.check_layers,
     layout_checks.check_pipeline_rows,

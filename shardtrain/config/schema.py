@@ -101,7 +101,9 @@ class Optimizer(Section):
     """How gradients become updates; `shardtrain.optim` explains each option."""
 
     type: str = Field(
-        default="adamw", description="adamw, lion, sgd, adafactor, muon, or an import path such as optax.lamb"
+        default="adamw",
+        description="adamw, lion, sgd, adafactor, muon, schedule_free_adamw, schedule_free_sgd, or an import path such "
+        "as optax.lamb",
     )
     lr: float = Field(gt=0, le=10, examples=[1e-3], description="the highest learning rate")
     schedule: Schedule = Field(default=Schedule(), description="the learning rate over the steps")

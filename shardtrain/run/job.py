@@ -133,8 +133,8 @@ class Job:
         flops = flops_per_token(self.model.outline({}), data.seq_len)
         devices = self.partitioner.mesh.devices
         peak = peak_flops(devices.flat[0].device_kind, jnp.dtype(self.precision.compute).name)
-        whole = None if peak is None else peak * devices.size
-        return Speed(data.global_batch * data.seq_len, flops, whole, rows_per_step=data.global_batch)
+        peak_of_all = None if peak is None else peak * devices.size
+        return Speed(data.global_batch * data.seq_len, flops, peak_of_all, rows_per_step=data.global_batch)
 
 
 def build(

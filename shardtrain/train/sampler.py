@@ -31,9 +31,10 @@ _SHORTEST = 16
 class Sampler:
     """Continues texts by the weights of a model; programs are compiled once, however often it is used.
 
-    Keys and values of the tokens are kept, if this gives the logits of the whole text; that is measured once. A model
-    whose blocks see other tokens only through `nn.Attention` needs nothing else for it. With any other model, each
-    token is a pass over the whole text before it, and so is each token beyond the window.
+    Keys and values of the tokens are kept, if this gives the logits of the whole text; that is measured once. It does
+    where the blocks see other tokens only through `nn.Attention`, or through layers that call `ctx.cache.extend` as it
+    does. With any other model, each token is a pass over the whole text before it, and so is each token beyond the
+    window.
 
     Args:
       model: a definition whose module follows `nn.Model` and has `logits(x)`, or any other with `logits`. It must be
@@ -145,7 +146,7 @@ class Sampler:
             logits, cache = jax.eval_shape(partial(self._programs.read, slots=slots), *weights, *shapes)
             self._vocabulary = logits.shape[1]
             if self.uncached is None and not cache:
-                self.uncached = "its blocks have no nn.Attention"
+                self.uncached = "its blocks keep nothing by ctx.cache.extend, as nn.Attention does"
         if wrong := [token for text in texts for token in text if not 0 <= token < self._vocabulary]:
             fix = f"the model's ids are 0 to {self._vocabulary - 1}"
             raise UserError("the prompt", wrong[0], "there is no such token", fix)
@@ -155,7 +156,8 @@ class Sampler:
         level = logging.INFO  # of a model without attention nobody expects a cache
         if self.uncached is None and length > 1 and (apart := self._apart(weights, len(texts), length, slots)):
             self.uncached = (
-                f"its blocks do not see other tokens by nn.Attention alone (its logits differ by {apart:.0e})"
+                "its blocks see other tokens in other ways than by what they keep with ctx.cache.extend "
+                f"(its logits differ by {apart:.0e})"
             )
             level = logging.WARNING
         if self.uncached is not None:
