@@ -27,11 +27,15 @@ PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").glo
 #: Pages whose blocks take more than a few seconds.
 LONG = {
     "docs/howto/another-mesh.md",
+    "docs/howto/curves.md",
     "docs/howto/data.md",
+    "docs/howto/dry-run.md",
     "docs/howto/extend.md",
     "docs/howto/mesh.md",
+    "docs/howto/metrics.md",
     "docs/howto/orbax.md",
     "docs/howto/profiling.md",
+    "docs/howto/sample.md",
     "docs/howto/tokens.md",
     "docs/tutorials/first-run.md",
     "docs/tutorials/gpus.md",
