@@ -83,6 +83,7 @@ def test_they_import_with_jax_flax_optax_and_numpy_only():
     assert bare.returncode == 0, bare.stderr[-2000:]
 
 
+@pytest.mark.full
 def test_a_tiny_run_finds_its_batch_and_survives_a_contestant_that_fails(tmp_path, monkeypatch, capsys):
     options = "--no-torch --attention einsum --remat full --loss-chunk 16 --turns 2 --profile --flags gpu-default"
     options += " --limit-gib 0.006 --max-tokens 4096"

@@ -154,7 +154,7 @@ def matched(tree, specs):
     return jax.tree.map(lambda _, spec: spec, tree, match_weights(tree, specs))
 
 
-NARROW = [pytest.param("bfloat16", marks=pytest.mark.full), "int8"]
+NARROW = [pytest.param(name, marks=pytest.mark.full) for name in ("bfloat16", "int8")]
 
 
 @pytest.mark.parametrize("moments", NARROW)

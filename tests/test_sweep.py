@@ -36,6 +36,7 @@ def test_a_choice_becomes_overrides_and_a_name():
     assert label(choice) == "lr=3e-4,schedule.type=wsd,data.type=c_D"
 
 
+@pytest.mark.full
 def test_a_sweep_trains_resumes_and_shows_all(tmp_path, capfd):
     words = ("train", CONFIG, f"run.dir={tmp_path / 'run'}", "optimizer.lr=1e-2,1e-9", "run.steps=6")
     assert shardtrain(*words).code == 0

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from shardtrain.errors import refuse
 from shardtrain.host.typed import typed
 from shardtrain.nn.param import param
-from shardtrain.nn.ranges import positive_problems
+from shardtrain.nn.ranges import check_epsilon
 from shardtrain.weights.precision import Precision
 
 #: For the backward pass a norm keeps its input in its own dtype, and nothing in float32.
@@ -29,7 +28,7 @@ class RMSNorm(nnx.Module):
       rngs: seeds of the weights.
 
     Raises:
-      UserError: `eps` is not positive.
+      UserError: `eps` is negative.
 
     Example:
       >>> norm = nn.RMSNorm(4, rngs=nnx.Rngs(0))
@@ -39,7 +38,7 @@ class RMSNorm(nnx.Module):
 
     @typed
     def __init__(self, dim: int, *, eps: float = 1e-5, precision: Precision = Precision(), rngs: nnx.Rngs):
-        refuse(positive_problems({"eps": eps}))
+        check_epsilon(eps)
         self.eps, self.precision = eps, precision
         self.scale = param(rngs.params(), (dim,), ("norm",), _ONES, precision.params, "norm")
 
@@ -64,7 +63,7 @@ class LayerNorm(nnx.Module):
       rngs: seeds of the weights.
 
     Raises:
-      UserError: `eps` is not positive.
+      UserError: `eps` is negative.
 
     Example:
       >>> norm = nn.LayerNorm(2, rngs=nnx.Rngs(0))
@@ -74,7 +73,7 @@ class LayerNorm(nnx.Module):
 
     @typed
     def __init__(self, dim: int, *, eps: float = 1e-5, precision: Precision = Precision(), rngs: nnx.Rngs):
-        refuse(positive_problems({"eps": eps}))
+        check_epsilon(eps)
         self.eps, self.precision = eps, precision
         self.scale = param(rngs.params(), (dim,), ("norm",), _ONES, precision.params, "norm")
         self.bias = param(rngs.params(), (dim,), ("norm",), _ZEROS, precision.params, "bias")

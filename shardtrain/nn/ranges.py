@@ -14,6 +14,12 @@ def positive_problems(numbers: Mapping[str, float | None]) -> Iterator[UserError
             yield UserError(name, value, "must be greater than 0", f"give {name} a positive value")
 
 
+def check_epsilon(eps: float) -> None:
+    """Refuse a negative epsilon of a norm; 0 leaves only rows of zeros undefined."""
+    if not eps >= 0:
+        raise UserError("eps", eps, "must be 0 or more", "give eps a small positive value such as 1e-5")
+
+
 def check_z_loss(z_loss: float) -> None:
     """Refuse a coefficient of the z-loss that is no fraction."""
     if not 0 <= z_loss <= 1:

@@ -68,6 +68,7 @@ def test_the_blocks_multiply_in_float8_and_the_vocabulary_does_not():
     assert not any(64 in v.aval.shape for e in dots for v in e.invars if "float8" in str(v.aval.dtype))
 
 
+@pytest.mark.full
 def test_the_loss_curve_stays_with_that_of_bfloat16():
     """A sentence with its letters to learn; 40 of the library's own steps."""
     text = np.frombuffer(b"the quick brown fox jumps over the lazy dog and then sleeps. " * 12, np.uint8)[: 8 * 65]

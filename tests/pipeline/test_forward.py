@@ -119,7 +119,7 @@ def tokens(mesh, schedule=None, **options):
 @pytest.mark.parametrize(
     ("mesh", "schedule", "n_layers"),
     [
-        ("pipe2 fsdp2", "1f1b 4 1", 3),
+        pytest.param("pipe2 fsdp2", "1f1b 4 1", 3, marks=pytest.mark.full),
         pytest.param("pipe4 data2", "zb_v 2 2", 9, marks=pytest.mark.full),
         pytest.param("pipe2 data2 tensor2", "interleaved 3 2", 5, marks=pytest.mark.full),
     ],

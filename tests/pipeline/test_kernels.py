@@ -38,10 +38,14 @@ def gradients(place, attention, schedule=None, compute=jnp.float32):
 @pytest.mark.parametrize(
     ("mesh", "schedule", "rules"),
     [
-        ({"data": 2, "fsdp": 2, "tensor": 2}, None, {}),
+        pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, None, {}, marks=pytest.mark.full),
         ({"context": 2, "tensor": 2}, None, {}),  # no device has all of a sequence
-        ({"tensor": 4}, None, {"kv_heads": None}),  # half a group of queries on a device
-        ({"context": 2, "tensor": 2}, None, {"seq": None, "kv_heads": "context"}),  # as many pieces, other axes
+        pytest.param(
+            {"tensor": 4}, None, {"kv_heads": None}, marks=pytest.mark.full
+        ),  # half a group of queries on a device
+        pytest.param(
+            {"context": 2, "tensor": 2}, None, {"seq": None, "kv_heads": "context"}, marks=pytest.mark.full
+        ),  # as many pieces, other axes
         ({"pipe": 2, "data": 2, "tensor": 2}, "1f1b", {}),
         pytest.param({"pipe": 2}, "1f1b", {}, marks=pytest.mark.full),
         pytest.param({"pipe": 2, "data": 2, "tensor": 2}, "zb_h1", {}, marks=pytest.mark.full),
