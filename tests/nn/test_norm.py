@@ -84,6 +84,6 @@ def test_scale_gradients_are_made_in_float32(pair):
 
 
 @pytest.mark.parametrize("norm", [nn.RMSNorm, nn.LayerNorm])
-def test_the_epsilon_is_positive(norm):
-    with pytest.raises(UserError, match=r"eps = 0\.0: must be greater than 0"):
-        norm(4, eps=0.0, rngs=nnx.Rngs(0))
+def test_the_epsilon_is_not_negative(norm):
+    with pytest.raises(UserError, match=r"eps = -1e-05: must be 0 or more"):
+        norm(4, eps=-1e-5, rngs=nnx.Rngs(0))
