@@ -50,11 +50,9 @@ def test_a_first_batch_that_does_not_double_to_the_last_is_refused(first):
 def test_a_config_needs_both_numbers(tmp_path):
     refused = train(tmp_path, "data.first_batch=4")
     assert refused.code == 2
-    assert "data.growth_rows: a batch that grows needs it, since data.first_batch is set" in refused.err
-    assert (
-        "data.first_batch = 2: the rules split 'batch' over fsdp 4"
-        in train(tmp_path, "data.first_batch=2", "data.growth_rows=8").err
-    )
+    assert "data.growth_rows\n    rule: a batch that grows needs it, since data.first_batch is set" in refused.err
+    refused = train(tmp_path, "data.first_batch=2", "data.growth_rows=8")
+    assert "data.first_batch = 2\n    rule: the rules split 'batch' over fsdp 4" in refused.err
 
 
 def test_a_run_grows_its_batch_and_resumes(tmp_path):
