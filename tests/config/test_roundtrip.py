@@ -31,7 +31,9 @@ maybe = {
         "lr": st.floats(1e-12, 10),
         "clip_norm": st.none() | st.floats(1e-6, 1e6),
         "decay_roles": st.lists(st.sampled_from(["matrix", "head", "bias"]), max_size=3),
-        "options": st.dictionaries(st.sampled_from(["b1", "b2", "nesterov"]), st.floats(0, 1) | st.booleans()),
+        "options": st.fixed_dictionaries(
+            {}, optional={"b1": st.floats(0, 1), "b2": st.floats(0, 1), "nesterov": st.booleans()}
+        ),
     },
     "precision": {"params": st.sampled_from(["float32", "float64"]), "compute": st.sampled_from(["auto", "bfloat16"])},
     "checkpoint": {"every": positive, "keep_every": st.none() | positive, "compress": st.booleans()},
