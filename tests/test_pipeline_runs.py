@@ -30,7 +30,7 @@ def test_a_run_moves_between_pipeline_layouts(undisturbed, tmp_path):
     for steps, overrides in LAYOUTS:
         run = fit(tmp_path / "run", LAYERS, f"run.steps={steps}", *overrides)
     assert run.resumed_from == 8
-    assert any(line.startswith("gather: step, for 0.") for line in summary(run))
+    assert any(line.startswith("gather: step, for 0.") for line in summary(run.job, run.directory, run.resumed_from))
     np.testing.assert_allclose(losses(run.directory), undisturbed, rtol=1e-5)
 
 
