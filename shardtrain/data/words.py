@@ -45,7 +45,7 @@ def pieces(parts: Iterable[str]) -> Iterator[str]:
     for part in parts:
         for start in range(0, len(part), PIECE):
             rest += part[start : start + PIECE]
-            if len(rest) >= PIECE:
+            while len(rest) >= PIECE:
                 end = _last_end(rest)
                 yield rest[:end]
                 rest = rest[end:]

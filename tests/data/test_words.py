@@ -4,7 +4,7 @@ import unicodedata
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
@@ -33,6 +33,7 @@ def test_no_word_is_longer_than_the_limit():
 @pytest.mark.parametrize("piece", [800, 1100])
 @settings(deadline=None, max_examples=60)
 @given(text=TEXTS, cuts=st.lists(st.integers(0, 3000), max_size=5))
+@example(text="'" + " " * 1500 + "'" * 700 + " ", cuts=[3])  # what is left of a piece is itself as long as one
 def test_pieces_have_the_ids_of_the_whole(piece, text, cuts):
     parts = [text[a:b] for a, b in zip([0, *sorted(cuts)], [*sorted(cuts), len(text)], strict=True)]
     with pytest.MonkeyPatch.context() as patch:
