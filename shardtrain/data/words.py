@@ -58,5 +58,10 @@ def _last_end(text: str) -> int:
     if space := _BEFORE_SPACE.match(text):
         return space.end()  # a word never continues from a non-space to a space
     # What follows decides where the last word ends; so it does for the word before, if that is an apostrophe ('ll).
-    *_, (_, (_, end)), _, _ = words().pre_tokenize_str(text)
-    return end
+    *ends, _, _ = (end for _, (_, end) in words().pre_tokenize_str(text))
+    # White space leaves its last sign to the word that follows, but has none to leave it to at the end of a piece.
+    return max(end for end in ends if not _is_space(text[end - 1]) or _is_space(text[end]))
+
+
+def _is_space(sign: str) -> bool:
+    return sign.isspace() and sign not in "\x1c\x1d\x1e\x1f"  # which are no spaces to the `tokenizers` package

@@ -33,7 +33,8 @@ def test_no_word_is_longer_than_the_limit():
 @pytest.mark.parametrize("piece", [800, 1100])
 @settings(deadline=None, max_examples=60)
 @given(text=TEXTS, cuts=st.lists(st.integers(0, 3000), max_size=5))
-@example(text="'" + " " * 1500 + "'" * 700 + " ", cuts=[3])  # what is left of a piece is itself as long as one
+@example(text="'" + " " * 1501 + "'" * 700 + " ", cuts=[3])  # what is left of a piece is itself as long as one
+@example(text="\n" * 400 + "a" * 1000, cuts=[])  # the last of the spaces before a word is a word of its own
 def test_pieces_have_the_ids_of_the_whole(piece, text, cuts):
     parts = [text[a:b] for a, b in zip([0, *sorted(cuts)], [*sorted(cuts), len(text)], strict=True)]
     with pytest.MonkeyPatch.context() as patch:
@@ -52,6 +53,13 @@ def test_what_python_calls_a_space_before_a_cut_is_one_for_the_words_too():
         if not sign.isspace() and unicodedata.category(sign) != "Cs":
             ends = [end for _, (_, end) in words.words().pre_tokenize_str(f"{sign} \n")]
             assert ends[0] == 1, repr(sign)
+
+
+def test_a_space_is_what_the_words_take_for_one():
+    for sign in map(chr, range(0x10000)):
+        if unicodedata.category(sign) != "Cs":
+            pair = words.words().pre_tokenize_str(f"{sign}{sign}7")  # two spaces are two words before a number
+            assert words._is_space(sign) == (len(pair) == 3 or sign == " "), repr(sign)
 
 
 def test_a_tokenizer_of_other_words_gets_the_whole_text(monkeypatch):
