@@ -41,7 +41,7 @@ class Stop:
 
     Attributes:
       run: the run that would be saved, once there is one.
-      asked: whether this process has received a signal.
+      asked: whether this process itself has received a signal.
       trace: traces the next steps, once there are any.
     """
 
@@ -109,7 +109,6 @@ class StopTogether(Stop):
         if multihost_utils.reached_preemption_sync_point(next(self._polls)):
             self._agreed = True
             if not self.asked:
-                self.asked = True
                 print(f"one of the processes is to stop: {self._plan()}", file=sys.stderr, flush=True)
         return self._agreed
 
