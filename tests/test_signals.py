@@ -190,6 +190,33 @@ def until(condition):
         time.sleep(0.01)
 
 
+def test_without_the_service_by_which_processes_agree_the_variable_is_named(tmp_path):
+    script = SAVES.replace("sys.argv[1], 2, int(sys.argv[2])", "sys.argv[1], 1, 0")
+    done = subprocess.run(
+        [sys.executable, "-c", script, free_address()],
+        env={**os.environ, "JAX_ENABLE_PREEMPTION_SERVICE": "false"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert "JAX_ENABLE_PREEMPTION_SERVICE = false: several processes agree by JAX's preemption service" in done.stderr
+    assert "drop this variable" in done.stderr
+
+
+def test_a_trace_that_is_asked_for_too_early_is_answered(capfd):
+    with stop_on_signals() as stop:
+        signal.raise_signal(signal.SIGUSR1)
+        said = ""
+        deadline = time.monotonic() + 5
+        while "\n" not in said:
+            assert time.monotonic() < deadline
+            said += capfd.readouterr().err
+        assert not stop(1)
+    assert said == "SIGUSR1: there are no steps to trace yet; send it again later\n"
+
+
 def test_the_handlers_are_there_only_as_long_as_they_are_asked_for():
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
