@@ -152,7 +152,6 @@ class Sampler:
             raise UserError("the prompt", wrong[0], "there is no such token", fix)
         if self._compared:
             return
-        self._compared = True
         level = logging.INFO  # of a model without attention nobody expects a cache
         if self.uncached is None and length > 1 and (apart := self._apart(weights, len(texts), length, slots)):
             self.uncached = (
@@ -160,6 +159,7 @@ class Sampler:
                 f"(its logits differ by {apart:.0e})"
             )
             level = logging.WARNING
+        self._compared = True
         if self.uncached is not None:
             say = "%s samples without a cache, each token by a pass over all tokens before it: %s"
             _log.log(level, say, self._name, self.uncached)
