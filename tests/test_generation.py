@@ -107,6 +107,15 @@ def test_each_program_is_compiled_once_and_the_cache_is_split_like_the_heads(sam
 
 
 @pytest.mark.usefixtures("x64")
+def test_other_numbers_of_a_sampling_compile_nothing_again(sampler_and_state):
+    sampler, _ = sampler_and_state
+    before = sampler._draw._cache_size()
+    for temperature, top_p in ((0.0, 0.8), (0.5, 0.8), (1.0, 0.9), (1.5, 1.0)):
+        continued(*sampler_and_state, tokens=2, sampling=Sampling(temperature, top_p=top_p, min_p=0.01))
+    assert sampler._draw._cache_size() == before + 1
+
+
+@pytest.mark.usefixtures("x64")
 def test_a_text_is_sampled_alike_whatever_is_sampled_with_it(sampler_and_state):
     sample = partial(continued, *sampler_and_state, tokens=6, sampling=Sampling(1.5, top_p=0.9), seed=4)
     together = sample([[7, 7], [8]], numbers=[10, 11])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from shardtrain.sharding import Partitioner
 from shardtrain.train.jitted_step import refuse_donated
 from shardtrain.train.model_def import ModelDef
 from shardtrain.train.next_token import LogitsFunction, NextToken
-from shardtrain.train.sampling import Sampling
+from shardtrain.train.sampling import Sampling, draw
 from shardtrain.train.state import TrainState, check_parts
 
 _log = logging.getLogger(__name__)
@@ -69,8 +70,8 @@ class Sampler:
         self._compared = False
         self._programs = NextToken(model, partitioner, logits)
         self._draw = jax.jit(
-            Sampling.draw,
-            static_argnums=0,
+            draw,
+            static_argnames="top_k",
             out_shardings=partitioner.sharding(()),
             compiler_options=ordered(partitioner.devices),
         )
@@ -106,7 +107,7 @@ class Sampler:
         rows = np.zeros(len(texts), np.uint32)
         rows[:count] = np.arange(count) if numbers is None else numbers
         weights, key = (state.params, state.model_state), jax.random.key(seed)
-        sampling, longest = sampling or Sampling(), max(map(len, texts))
+        options, longest = dataclasses.asdict(sampling or Sampling()), max(map(len, texts))
         read = longest + tokens - 1  # the last token is not read any more
         slots, length = self._size(read), self._size(longest if read <= self._window else read)
         self._prepare(weights, texts, length, slots)
@@ -119,7 +120,7 @@ class Sampler:
             else:
                 positions = np.array([len(text) - 1 for text in texts], np.int32)
                 logits, cache = self._programs.step(*weights, cache, chosen, positions)
-            chosen = self._draw(sampling, logits, key, rows, index)
+            chosen = self._draw(logits, key, rows, index, **options)
             found = np.asarray(jax.block_until_ready(chosen))  # waits for all devices; reading waits for one only
             for text, token in zip(texts, found.tolist(), strict=True):
                 text.append(token)
