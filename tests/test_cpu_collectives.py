@@ -116,9 +116,9 @@ def test_no_program_can_take_all_threads_of_the_pool(mesh, options):
     state, batch = abstract_state(model, tx, place), tiny.batch(place, rows=32)
     ids = [jax.ShapeDtypeStruct((place.shards("batch"), *dims), jnp.int32) for dims in ((), (16,))]
     weights, text = (state.params, state.model_state), NextToken(model, place)
-    _, kept = jax.eval_shape(partial(text.read, slots=16), *weights, *ids[::-1])
+    _, kept = jax.eval_shape(partial(text.read, keep=True), *weights, *ids[::-1])
     programs = {
-        "read": text.read.lower(*weights, *ids[::-1], slots=16),
+        "read": text.read.lower(*weights, *ids[::-1], keep=True),
         "next token": text.step.lower(*weights, kept, ids[0], ids[0]),
         "train": make_train_step(model, tx, place, accumulate=options.get("accumulate", 1)).lower(state, batch),
         "evaluate": make_eval_step(model, place).lower(state, batch),

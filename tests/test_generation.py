@@ -76,8 +76,14 @@ def test_texts_of_different_lengths_continue_as_each_would_alone_and_uncached(ki
 @pytest.mark.usefixtures("x64")
 def test_beyond_the_window_a_token_is_predicted_from_the_last_ones():
     place, model = tiny.partitioner(tensor=2), llama("grouped")
-    got = continued(Sampler(model, place, window=16), state_of(model, place))
+    sampler, state = Sampler(model, place, window=16), state_of(model, place)
+    got = continued(sampler, state)
     np.testing.assert_array_equal(got, wanted("grouped", window=16))
+    programs = sampler._programs
+    assert (programs.read._cache_size(), programs.step._cache_size()) == (2, 1)
+    text, lengths = np.zeros((1, 16), np.int32), np.ones(1, np.int32)
+    _, kept = programs.read(state.params, state.model_state, text, lengths, keep=False)
+    assert not kept, "nothing would use it"
     with pytest.raises(AssertionError):  # the prompt of 11 tokens outgrows it
         np.testing.assert_array_equal(got, wanted("grouped"))
 
@@ -100,10 +106,22 @@ def test_each_program_is_compiled_once_and_the_cache_is_split_like_the_heads(sam
     programs = sampler._programs
     assert (programs.read._cache_size(), programs.step._cache_size()) == (1, 1)
     text, lengths = np.zeros((2, 16), np.int32), np.array([3, 2], np.int32)
-    _, kept = programs.read(state.params, state.model_state, text, lengths, slots=16)
-    for array in jax.tree.leaves(kept):
-        assert array.shape == (3, 2, 16, 2, 8)
-        assert array.sharding.shard_shape(array.shape) == (3, 1, 16 // 2, 1, 8)
+    _, kept = programs.read(state.params, state.model_state, text, lengths, keep=True)
+    for slots, held in ((16, kept), (24, programs.grow(kept, slots=24))):
+        for array in jax.tree.leaves(held):
+            assert array.shape == (3, 2, slots, 2, 8)
+            assert array.sharding.shard_shape(array.shape) == (3, 1, slots // 2, 1, 8)
+    continued(sampler, state, [[7, 7], [8]], 20)  # which needs more slots
+    assert (programs.read._cache_size(), programs.step._cache_size()) == (1, 2)
+
+
+@pytest.mark.usefixtures("x64")
+def test_other_numbers_of_a_sampling_compile_nothing_again(sampler_and_state):
+    sampler, _ = sampler_and_state
+    before = sampler._draw._cache_size()
+    for temperature, top_p in ((0.0, 0.8), (0.5, 0.8), (1.0, 0.9), (1.5, 1.0)):
+        continued(*sampler_and_state, tokens=2, sampling=Sampling(temperature, top_p=top_p, min_p=0.01))
+    assert sampler._draw._cache_size() == before + 1
 
 
 @pytest.mark.usefixtures("x64")

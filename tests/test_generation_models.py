@@ -82,6 +82,22 @@ def test_any_blocks_continue_a_text_rightly_and_it_is_said_once_if_without_a_cac
     assert all(re.match(reason, record.getMessage()) for record in said)
 
 
+@pytest.mark.usefixtures("x64")
+def test_a_comparison_that_failed_is_made_again():
+    place, model = tiny.partitioner(fsdp=2), model_of(Mixing)
+    sampler, state = Sampler(model, place, window=WINDOW), state_of(model, place)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler, "_apart", no_memory)
+        with pytest.raises(MemoryError):
+            continued(sampler, state, tokens=1)
+    continued(sampler, state, tokens=1)
+    assert sampler.uncached is not None
+
+
+def no_memory(*_):
+    raise MemoryError
+
+
 class Plain(nnx.Module):
     """A module that follows no contract, with statistics that training changes."""
 

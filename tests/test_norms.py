@@ -56,6 +56,14 @@ def test_a_pipeline_reports_the_same_layers():
     assert found == pytest.approx(want, rel=1e-3, abs=1e-6)
 
 
+def test_ranks_that_skip_their_work_may_meet_in_the_norms():
+    """All of them compute the norms in the same steps."""
+    piped = ModelDef(tiny.llama().make, schedule=schedules.make("1f1b", 2, 4), idle="skip")
+    place = tiny.partitioner(pipe=2)
+    tx, step = step_of(piped, place, 2)
+    step.lower(abstract_state(piped, tx, place), tiny.batch(place)).compile()  # refuses what is not safe
+
+
 def test_norms_take_next_to_no_memory():
     model, place = tiny.llama(d_model=64, d_ff=128), tiny.partitioner(fsdp=4, tensor=2)
     sizes = []

@@ -1,5 +1,6 @@
 """Optimizers: roles, stacked layers, clipping, state shardings, and errors that help."""
 
+import dataclasses
 import sys
 import types
 from functools import partial
@@ -344,6 +345,8 @@ def test_state_that_does_not_follow_its_weight_is_refused(placed):
             "optimizer.options.b1 = abc: must be a number, not 'abc'; its default is 0.9",
         ),
         ("adamw", {"b1": None}, "optimizer.options.b1: must be a number, not None"),
+        ("schedule_free_adamw", {"b1": 0}, r"options.b1 = 0: must be above 0 and below 1; its default is 0.9"),
+        ("optax.contrib.schedule_free_sgd", {"b1": 1.0}, "options.b1 = 1.0: must be above 0 and below 1"),
         ("adamw", {"clip_norm": "a"}, "clip_norm = a: must be a number or None, not 'a'"),
         ("sgd", {"lr": -0.1}, "lr = -0.1: must be a positive number"),
         ("sgd", {"clip_norm": 0.0}, "clip_norm = 0.0: must be a positive number"),
@@ -363,6 +366,13 @@ def test_mistakes_name_the_value_and_the_fix(type, options, message):
 def test_muon_refuses_a_matrix_without_input_dims():
     with pytest.raises(UserError, match=r"matrix a\.kernel of shape \(4, 4\).*declare `inputs`"):
         optimizer("muon", {"a": {"kernel": weight((4, 4), "matrix")}}, lr=0.1)
+
+
+def test_a_schedule_free_optimizer_refuses_weights_that_would_round_its_average_away():
+    narrow = {"a": weight((4,), "norm"), "b": dataclasses.replace(weight((4,), "norm"), dtype=jnp.bfloat16)}
+    message = "type = schedule_free_sgd: its average would be lost .* bfloat16.*set precision.params to float32"
+    with pytest.raises(UserError, match=message):
+        optimizer("schedule_free_sgd", narrow, lr=0.1, moments="float32")
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import pytest
 from commands import (
     CONFIG,
     compiled_once,  # noqa: F401
+    free_address,
     metrics,
     pair,
     saved,
@@ -139,6 +140,81 @@ def test_two_processes_leave_an_evaluation_together(tmp_path, number):
     assert "stopped and saved after step 5; to resume:" in outputs[0]
     assert f"{number.name}: saving after" in outputs[1]
     assert (saved(directory), len(metrics(directory))) == ([5], 5)
+
+
+#: One of two processes that stop together and then save until a file says that they have.
+SAVES = """
+import os, sys, time, jax
+from types import SimpleNamespace
+from shardtrain.launch.signals import stop_together
+
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+with stop_together() as stop:
+    stop.follow(SimpleNamespace(step=7, checkpointer=SimpleNamespace(kept=4)))
+    print("waiting", file=sys.stderr)
+    while not stop(7):
+        time.sleep(0.02)
+    while not os.path.exists("saved"):
+        time.sleep(0.02)
+"""
+
+
+def test_the_first_signal_to_a_process_that_was_told_to_stop_does_not_interrupt_its_saving(tmp_path):
+    address = free_address()
+    logs = [tmp_path / f"{i}.log" for i in range(2)]
+    processes = []
+    try:
+        for i, log in enumerate(logs):
+            with log.open("w") as err:
+                command = [sys.executable, "-c", SAVES, address, str(i)]
+                processes.append(subprocess.Popen(command, stderr=err, cwd=tmp_path))
+        for log in logs:
+            until(lambda log=log: "waiting" in log.read_text())
+        processes[1].send_signal(signal.SIGTERM)
+        until(lambda: "one of the processes is to stop: saving after this step" in logs[0].read_text())
+        processes[0].send_signal(signal.SIGTERM)
+        until(lambda: "SIGTERM" in logs[0].read_text())
+        (tmp_path / "saved").touch()
+        assert [process.wait(60) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert "SIGTERM: saving after this step, then stopping; send it again" in logs[0].read_text()
+
+
+def until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_without_the_service_by_which_processes_agree_the_variable_is_named(tmp_path):
+    script = SAVES.replace("sys.argv[1], 2, int(sys.argv[2])", "sys.argv[1], 1, 0")
+    done = subprocess.run(
+        [sys.executable, "-c", script, free_address()],
+        env={**os.environ, "JAX_ENABLE_PREEMPTION_SERVICE": "false"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert "JAX_ENABLE_PREEMPTION_SERVICE = false: several processes agree by JAX's preemption service" in done.stderr
+    assert "drop this variable" in done.stderr
+
+
+def test_a_trace_that_is_asked_for_too_early_is_answered(capfd):
+    with stop_on_signals() as stop:
+        signal.raise_signal(signal.SIGUSR1)
+        said = ""
+        deadline = time.monotonic() + 5
+        while "\n" not in said:
+            assert time.monotonic() < deadline
+            said += capfd.readouterr().err
+        assert not stop(1)
+    assert said == "SIGUSR1: there are no steps to trace yet; send it again later\n"
 
 
 def test_the_handlers_are_there_only_as_long_as_they_are_asked_for():

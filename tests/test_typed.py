@@ -11,7 +11,7 @@ from flax import nnx
 
 import tiny
 from shardtrain import MeshSpec, UserError, make_rules, make_train_step, open_source
-from shardtrain.host.typed import is_of
+from shardtrain.host.typed import is_of, typed
 from shardtrain.models.llama import Llama
 
 
@@ -64,6 +64,15 @@ def test_an_argument_of_another_type_is_refused_by_name(call, message):
         (None, int | None, True),
         ("a", Literal["a", "b"], True),
         (["a"], Literal["a", "b"], False),
+        (np.array(["a", "b"]), Literal["a", "b"], False),
+        (np.ones(2), Literal[1, 2], False),
+        (True, Literal[1, 2], False),
+        (1, Literal[True], False),
+        (2, Literal[1, 2], True),
+        (True, bool, True),
+        (np.True_, bool, True),
+        (np.True_, int, False),
+        (1, bool, False),
         (len, Callable[[int], int] | float, True),
         (("a", "b"), Sequence[str], True),
         ({"a": None}, Mapping[str, str | None], True),
@@ -74,6 +83,14 @@ def test_an_argument_of_another_type_is_refused_by_name(call, message):
 )
 def test_what_has_a_type(value, hint, fits):
     assert is_of(value, hint) is fits
+
+
+def test_further_arguments_are_left_to_the_function():
+    @typed
+    def total(first: int, *others: int, **named: int) -> int:
+        return first + sum(others) + sum(named.values())
+
+    assert total(1, 2, 3, last=4) == 10
 
 
 def test_a_call_with_a_wrong_name_stays_pythons_own_error():

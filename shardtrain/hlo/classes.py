@@ -6,7 +6,7 @@ import re
 
 from jax.sharding import Mesh
 
-from shardtrain.hlo.collectives import collectives
+from shardtrain.hlo.collectives import collectives_of
 from shardtrain.hlo.text import Instruction, Module, parse
 
 MATMUL, ATTENTION, OTHER = "matmul", "attention", "other"
@@ -31,16 +31,14 @@ def instruction_classes(text: str, mesh: Mesh) -> dict[str, str]:
       UnknownHLOError: the parser does not know a line of it.
     """
     module = parse(text)
-    sends = {each.name: f"{each.kind} over {' and '.join(sorted(each.axes))}" for each in collectives(text, mesh)}
+    sends = {each.name: f"{each.kind} over {' and '.join(sorted(each.axes))}" for each in collectives_of(module, mesh)}
     found: dict[str, str] = {}
     for body in module.computations.values():
         for op in body.values():
             if op.opcode in CONTROL:
                 continue
-            started = (
-                next((name for name in op.operands() if name in sends), None) if op.opcode.endswith("-done") else None
-            )
-            found[op.name] = sends.get(started or op.name) or _computes(op, module)
+            begun = op.operands() if op.opcode.endswith("-done") else [op.name]
+            found[op.name] = next((sends[name] for name in begun if name in sends), None) or _computes(op, module)
     return found
 
 

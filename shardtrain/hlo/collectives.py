@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from shardtrain.errors import UserError
 from shardtrain.hlo.groups import Groups, replica_groups, source_target_pairs, spanned
-from shardtrain.hlo.text import Array, Instruction, UnknownHLOError, leaves, parse
+from shardtrain.hlo.text import Array, Instruction, Module, UnknownHLOError, leaves, parse
 
 _REDUCING = frozenset({"all-reduce", "all-gather", "reduce-scatter"})  # they have use_global_device_ids
 _KINDS = _REDUCING | {"all-to-all", "collective-permute", "collective-broadcast", "ragged-all-to-all"}
@@ -96,7 +96,11 @@ def collectives(text: str, mesh: Mesh | AbstractMesh) -> list[Collective]:
       UserError: the program and the mesh have different numbers of devices.
       UnknownHLOError: the parser does not know a line, an instruction or the syntax of a group.
     """
-    module = parse(text)
+    return collectives_of(parse(text), mesh)
+
+
+def collectives_of(module: Module, mesh: Mesh | AbstractMesh) -> list[Collective]:
+    """List the collectives of a program that is parsed already, as `collectives` does."""
     if module.partitions != mesh.size:
         raise UserError(
             f"the program is compiled for {module.partitions} devices, but the mesh {dict(mesh.shape)} has "

@@ -13,9 +13,12 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
+import numpy as np
+
 from shardtrain.errors import UserError, described, did_you_mean
 
 F = TypeVar("F", bound=Callable[..., Any])
+_FURTHER = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "None"}
 
 
@@ -42,7 +45,7 @@ def typed(function: F) -> F:
         except TypeError:  # too many, or too few: calling it says so
             given = {}
         for name, value in given.items():
-            if name in hints() and signature.parameters[name].kind is not inspect.Parameter.VAR_KEYWORD:
+            if name in hints() and signature.parameters[name].kind not in _FURTHER:
                 require_type(name, value, hints()[name])
         return function(*args, **kwargs)
 
@@ -78,7 +81,7 @@ def is_of(value: Any, hint: Any) -> bool:
     if origin in (typing.Union, types.UnionType):
         return any(is_of(value, each) for each in arguments)
     if origin is Literal:
-        return not isinstance(value, list | dict) and value in arguments
+        return any(is_of(value, type(each)) and value == each for each in arguments)
     if origin is Callable:
         return callable(value)
     if origin is Mapping:
@@ -88,6 +91,8 @@ def is_of(value: Any, hint: Any) -> bool:
         return isinstance(value, Sequence)
     if hint in (int, float):
         return is_number(value, whole=hint is int)
+    if hint is bool:
+        return isinstance(value, bool | np.bool_)
     return hint not in _WORDS or isinstance(value, hint)
 
 

@@ -23,6 +23,8 @@ from typing import Any, Protocol
 from jax.experimental import multihost_utils
 from rich.console import Console
 
+from shardtrain.errors import UserError
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -41,7 +43,7 @@ class Stop:
 
     Attributes:
       run: the run that would be saved, once there is one.
-      asked: whether this process has received a signal.
+      asked: whether this process itself has received a signal.
       trace: traces the next steps, once there are any.
     """
 
@@ -62,7 +64,9 @@ class Stop:
         """Act on any signal, on the listening thread."""
         if number != signal.SIGUSR1:
             self.receive(number)
-        elif self.trace is not None:
+        elif self.trace is None:
+            print("SIGUSR1: there are no steps to trace yet; send it again later", file=sys.stderr, flush=True)
+        else:
             self.trace()
             print("SIGUSR1: tracing the next steps", file=sys.stderr, flush=True)
 
@@ -109,7 +113,6 @@ class StopTogether(Stop):
         if multihost_utils.reached_preemption_sync_point(next(self._polls)):
             self._agreed = True
             if not self.asked:
-                self.asked = True
                 print(f"one of the processes is to stop: {self._plan()}", file=sys.stderr, flush=True)
         return self._agreed
 
@@ -142,11 +145,17 @@ def _preemption_service() -> Iterator[Callable[[], object]]:
 
     The service handles SIGTERM in C++, silently. Python cannot read that handler, and would only replace it; so libc
     hands it out, and it is called by hand. It sets a flag, which is safe on any thread.
+
+    Raises:
+      UserError: JAX has not started the service.
     """
     libc = ctypes.CDLL(None)
     libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
     handler = libc.signal(signal.SIGTERM, None)
-    assert handler, "jax.distributed.initialize has started the service"
+    libc.signal(signal.SIGTERM, handler)  # at once, for a signal that comes now
+    if not handler:
+        rule = "several processes agree by JAX's preemption service on when to stop"
+        raise UserError("JAX_ENABLE_PREEMPTION_SERVICE", "false", rule, "drop this variable, or set it to true")
     tell = ctypes.CFUNCTYPE(None, ctypes.c_int)(handler)
     try:
         yield lambda: tell(signal.SIGTERM)

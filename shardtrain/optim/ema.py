@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ Tree = Any
 
 def check_decay(decay: float | None) -> None:
     """Refuse the decay of an average that is not from 0 to below 1."""
-    if decay is not None and not (0 <= decay < 1 and math.isfinite(decay)):
+    if decay is not None and not 0 <= decay < 1:
         raise UserError("ema.decay", decay, "must be from 0 to below 1", "for example 0.999, or null for no average")
 
 

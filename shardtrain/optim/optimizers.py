@@ -18,7 +18,7 @@ from shardtrain.host.typed import is_number, typed
 from shardtrain.optim.clipping import clipped
 from shardtrain.optim.moments import Moments, with_moments
 from shardtrain.optim.per_layer import abstract, over_layers, probe, slices
-from shardtrain.optim.schedule_free import schedule_free_adamw, schedule_free_sgd
+from shardtrain.optim.schedule_free import check_average, schedule_free_adamw, schedule_free_sgd
 from shardtrain.weights.layout import shardings_like
 from shardtrain.weights.paths import Path, dotted
 from shardtrain.weights.trained import trained
@@ -36,8 +36,9 @@ OPTIMIZERS: dict[str, Callable[..., Transform]] = {
     "schedule_free_adamw": schedule_free_adamw,
     "schedule_free_sgd": schedule_free_sgd,
 }
+_SCHEDULE_FREE = (schedule_free_adamw, schedule_free_sgd)
 # None of their statistics spans a tensor, so stacking cannot change them.
-_ELEMENTWISE = (optax.adamw, optax.lion, optax.sgd, schedule_free_adamw, schedule_free_sgd)
+_ELEMENTWISE = (optax.adamw, optax.lion, optax.sgd, *_SCHEDULE_FREE)
 _MASKS = ("mask", "weight_decay_mask")
 # Those for which the learning rate of a wide matrix is known to scale with 1 / width (Adam's class of muP).
 _SCALABLE = (optax.adamw, optax.lion)
@@ -93,6 +94,8 @@ def optimizer(
         if role not in get_args(Role):
             raise UserError("optimizer.decay_roles", role, "there is no such role", did_you_mean(role, get_args(Role)))
     _check_numbers(lr, clip_norm, weight_decay)
+    if factory in _SCHEDULE_FREE:
+        check_average(type, weights)
     if per_layer is False and factory in OPTIMIZERS.values() and factory not in _ELEMENTWISE:
         rule = f"{type} would then mix the layers of a stack"
         raise UserError("optimizer.per_layer", per_layer, rule, "drop it, or set it to true")
@@ -154,7 +157,7 @@ def option_problems(type: str, options: Mapping[str, Any]) -> Iterator[UserError
     Raises:
       UserError: there is no such optimizer.
     """
-    accepted = inspect.signature(_factory(type)).parameters
+    accepted = inspect.signature(factory := _factory(type)).parameters
     if not accepts(accepted, "learning_rate"):
         fix = "name a factory that takes one, such as optax.lamb"
         yield UserError("optimizer.type", type, "this factory takes no learning_rate", fix)
@@ -170,6 +173,8 @@ def option_problems(type: str, options: Mapping[str, Any]) -> Iterator[UserError
             if not (is_number(value) or isinstance(value, jax.Array | np.ndarray) or may_be_none):
                 rule = f"must be a number, not {described(value)}"
                 yield UserError(key, value, rule, f"its default is {default}")
+            elif name == "b1" and factory in _SCHEDULE_FREE and isinstance(value, float | int) and not 0 < value < 1:
+                yield UserError(key, value, "must be above 0 and below 1", f"its default is {default}")
 
 
 def _build(type: str, weights: Any, lr: Rate, weight_decay: float, decays: Any, options: dict[str, Any]) -> Transform:

@@ -8,7 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
+
+from shardtrain.errors import UserError
+from shardtrain.weights.precision import at_least_float32
 
 
 def schedule_free_adamw(
@@ -37,6 +42,22 @@ def schedule_free_sgd(
     """Return `optax.contrib.schedule_free_sgd` whose decay has a mask."""
     scale = optax.identity()
     return _schedule_free(scale, learning_rate, b1, weight_decay, weight_lr_power, state_dtype, mask)
+
+
+def check_average(type: str, weights: Any) -> None:
+    """Refuse weights that are narrower than float32.
+
+    The average is found from the weights and the fast sequence at each step, and changes less and less: rounding the
+    weights to bfloat16 keeps it from moving.
+
+    Raises:
+      UserError: there is such a weight.
+    """
+    for weight in jax.tree.leaves(weights):
+        if (dtype := jnp.dtype(weight.dtype)) != at_least_float32(dtype):
+            rule = f"its average would be lost by rounding the weights to {dtype}"
+            fix = "set precision.params to float32, or take another optimizer and ema.decay"
+            raise UserError("optimizer.type", type, rule, fix)
 
 
 def _schedule_free(

@@ -12,9 +12,9 @@ from shardtrain.nn.cache import constrain_kept
 from shardtrain.nn.model import Batch
 from shardtrain.pipeline.executor import AXIS, microbatch_lookup, run_ticks
 from shardtrain.pipeline.forward import OutputFunction, output_of_last_stage
-from shardtrain.pipeline.phases import Carry, TableRow
+from shardtrain.pipeline.phases import Carry, TableRow, stage_input
 from shardtrain.pipeline.schedules import Program
-from shardtrain.pipeline.slots import buffer, read, read_at, write, zeros_like
+from shardtrain.pipeline.slots import buffer, read_at, write, zeros_like
 from shardtrain.pipeline.stage import MicrobatchAtStage, StageFunctions
 
 Tree = Any
@@ -44,8 +44,7 @@ def pipeline_extend(
         return y, output_of_last_stage(stage, output, y, mb), kept
 
     def forward(carry: Carry, row: TableRow, mb: MicrobatchAtStage) -> Carry:
-        x = stage.when(mb.first, lambda: stage.embed(mb), read(carry["x"], row["F_x"]) if "F_x" in row else carry["y"])
-        y, found, kept = extended(x, mb)
+        y, found, kept = extended(stage_input(stage, carry, row, mb), mb)
         # A rank that is idle in this tick writes to the slot that is never read.
         kept = write(carry["kept"], jnp.where(mb.active, mb.chunk, -1), kept)
         return carry | {"y": y, "sums": jax.tree.map(jnp.add, carry["sums"], found), "kept": kept}

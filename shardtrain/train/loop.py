@@ -132,15 +132,15 @@ class Loop:
         batches = iter(self.batches)
         batch = next(batches)
         pending: PendingStep | None = None
-        compiled: dict[int, Callable[[TrainState, Batch], tuple[TrainState, Metrics]]] = {}
+        compiled_rows: int | None = None
         while True:
             rows = next(iter(batch.values())).shape[0]
-            if rows not in compiled:  # at first, and whenever the batch grows
+            if rows != compiled_rows:  # at first, and whenever the batch grows
                 if pending is not None:
                     self._timer.wait_for(pending)
-                self.compiled = compiled[rows] = self._compile(batch)
+                self.compiled, compiled_rows = self._compile(batch), rows
                 self._timer.restart()
-            self.state, metrics = compiled[rows](self.state, batch)
+            self.state, metrics = self.compiled(self.state, batch)
             self.step += 1
             metrics = dict(metrics)
             if not _due(self.step, self.norms_every):

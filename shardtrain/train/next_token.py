@@ -43,23 +43,28 @@ class NextToken:
         self._one = dataclasses.replace(partitioner, rules=rules)
         whole = partitioner.sharding(())
         options: dict[str, Any] = {"out_shardings": (whole, None), "compiler_options": ordered(partitioner.devices)}
-        self.read = jax.jit(self._read, static_argnames="slots", **options)
+        self.read = jax.jit(self._read, static_argnames="keep", **options)
+        self.grow = jax.jit(self._grow, static_argnames="slots", compiler_options=ordered(partitioner.devices))
         self.step = jax.jit(self._step, donate_argnames="cache", **options)
 
     def _read(
-        self, params: Tree, model_state: Tree, text_BS: jax.Array, lengths_B: jax.Array, slots: int
+        self, params: Tree, model_state: Tree, text_BS: jax.Array, lengths_B: jax.Array, keep: bool
     ) -> tuple[jax.Array, Tree]:
-        """Logits `[B, V]` of the token after each text of `lengths_B` tokens, and a cache with `slots` slots."""
+        """Logits `[B, V]` of the token after each text of `lengths_B` tokens, and if `keep`, a cache of `S` slots."""
         with use(self._place):
             positions_BS = jnp.broadcast_to(jnp.arange(text_BS.shape[1], dtype=jnp.int32), text_BS.shape)
             last_BS = positions_BS == lengths_B[:, None] - 1
             logits_BV, kept = self._extend(params, model_state, text_BS, positions_BS, last_BS, None, self._place)
+        return logits_BV, self._placed(kept) if keep else {}
+
+    def _grow(self, cache: Tree, slots: int) -> Tree:
+        """The same cache with `slots` slots."""
 
         def padded(a: jax.Array) -> jax.Array:
             dim = self._tokens_dim
             return jnp.pad(a, [(0, slots - a.shape[dim] if i == dim else 0) for i in range(a.ndim)])
 
-        return logits_BV, self._placed(jax.tree.map(padded, kept))
+        return self._placed(jax.tree.map(padded, cache))
 
     def _step(
         self, params: Tree, model_state: Tree, cache: Tree, tokens_B: jax.Array, positions_B: jax.Array

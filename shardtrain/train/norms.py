@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from shardtrain.pipeline.idle import UNIFORM
 from shardtrain.train.model_def import ModelDef
 from shardtrain.train.split_module import Tree
 from shardtrain.weights.paths import flatten
@@ -33,7 +34,8 @@ def norms_each(every: int | None, step: jax.Array, model: ModelDef, grads: Tree,
         return layer_norms(model, grads, params)
 
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(now))
-    return {"norms": jax.lax.cond(step % every == 0, now, lambda: zeros)}
+    with jax.named_scope(UNIFORM):  # all devices take the same branch, so it may hold collectives
+        return {"norms": jax.lax.cond(step % every == 0, now, lambda: zeros)}
 
 
 def layer_norms(model: ModelDef, grads: Tree, params: Tree) -> dict[str, jax.Array]:

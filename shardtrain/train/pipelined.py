@@ -127,7 +127,7 @@ class PipelinedModel(PipelinedForward):
         of the layers; the gradients of all other parameters are this rank's share of a sum.
         """
         partitioner = options.partitioner
-        stage = self._stage(params, batch, self.module.context(batch, key, train=True))
+        stage = self._stage(params, batch, self.module.context(batch, key, train=True), skip=self.skip)
 
         def weights() -> tuple[jax.Array, dict[str, jax.Array]]:
             # All layers are alike, so one stands for all of them.

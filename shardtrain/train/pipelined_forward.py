@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -103,29 +102,20 @@ class PipelinedForward:
         Raises:
           UserError: the number of rows is not a multiple of the devices that share them.
         """
-        for name, a in batch.items():
-            partitioner.sharding(("batch", *[None] * (a.ndim - 1)), a.shape, f"batch[{name!r}]")  # checks the rows
-        manual = row_axes(partitioner)
         program = allocate(forward(self.program.schedule, 1))
 
         def output(shared: Tree, y: Any, batch: Batch, ctx: Context) -> jax.Array:
             return result(self.module.outline(shared), y, batch)
 
         def local(params: Tree, batch: Batch, past: Tree | None) -> tuple[jax.Array, Tree]:
-            stage = dataclasses.replace(self._stage(params, batch, self.module.context(batch)), skip=False)
+            stage = self._stage(params, batch, self.module.context(batch), skip=False)
             mine = jax.tree.map(lambda a: a[:, 0], past)  # as in `_stage`
             found, kept = pipeline_extend(program, self.layers_CRk, stage, batch, mine, output)
             return found, jax.tree.map(lambda a: a[:, None], kept)
 
-        rows, kept = PartitionSpec(manual or None), PartitionSpec(None, "pipe", None, manual or None)
-        return jax.shard_map(
-            local,
-            mesh=partitioner.mesh,
-            in_specs=(jax.tree.map(partial(entry_spec, dim=NONE), self.weights), rows, kept),
-            out_specs=(rows, kept),
-            axis_names={*self.manual_axes, *manual},
-            check_vma=False,  # as in `_forward`
-        )(params, batch, past)
+        manual = row_axes(partitioner) or None
+        rows, kept = PartitionSpec(manual), PartitionSpec(None, "pipe", None, manual)
+        return self._mapped(local, partitioner, batch, (rows, kept), (rows, kept))(params, batch, past)
 
     def _forward(
         self, params: Tree, batch: Batch, partitioner: Partitioner, most: int, result: OutputFunction, *, added: bool
@@ -136,33 +126,48 @@ class PipelinedForward:
           added: whether they are also added up over the rows of all devices; otherwise the results of each device's
             rows are concatenated, and the auxiliary terms, which every device has for its own rows, mean nothing.
         """
-        for name, a in batch.items():
-            partitioner.sharding(("batch", *[None] * (a.ndim - 1)), a.shape, f"batch[{name!r}]")  # checks the rows
         skip = added and self.skip  # nothing checks the program of a generation, so its idle ranks compute
         manual = row_axes(partitioner)
 
         def local(params: Tree, batch: Batch) -> tuple[Any, Any]:
             rows = jax.tree.leaves(batch)[0].shape[0] // partitioner.shards("batch")
             count = next(m for m in range(min(most, rows), 0, -1) if rows % m == 0)
-            stage = dataclasses.replace(self._stage(params, batch, self.module.context(batch)), skip=skip)
+            stage = self._stage(params, batch, self.module.context(batch), skip=skip)
             program = allocate(forward(self.program.schedule, count))
             batch_M = microbatches(batch, count, "pipeline.microbatches")
             found = pipeline_forward(program, self.layers_CRk, stage, batch_M, result)
             return jax.lax.psum(found, manual) if manual and added else found
 
         rows = PartitionSpec(manual or None)
+        out = (PartitionSpec() if added else rows, PartitionSpec())
+        return self._mapped(local, partitioner, batch, (rows,), out)(params, batch)
+
+    def _mapped(
+        self, local: Callable[..., Any], partitioner: Partitioner, batch: Batch, ins: tuple[Any, ...], outs: Any
+    ) -> Callable[..., Any]:
+        """`local` on each rank, and on each device's own rows.
+
+        Args:
+          local: of the parameters, and of more.
+          partitioner: the mesh and its rules.
+          batch: whose rows the devices share.
+          ins: specs of its arguments after the parameters.
+          outs: specs of its results.
+        """
+        for name, a in batch.items():
+            partitioner.sharding(("batch", *[None] * (a.ndim - 1)), a.shape, f"batch[{name!r}]")  # checks the rows
         return jax.shard_map(
             local,
             mesh=partitioner.mesh,
-            in_specs=(jax.tree.map(partial(entry_spec, dim=NONE), self.weights), rows),
-            out_specs=(PartitionSpec() if added else rows, PartitionSpec()),
-            axis_names={*self.manual_axes, *manual},
+            in_specs=(jax.tree.map(partial(entry_spec, dim=NONE), self.weights), *ins),
+            out_specs=outs,
+            axis_names={*self.manual_axes, *row_axes(partitioner)},
             check_vma=False,  # other axes stay Auto, for which the check does not hold
-        )(params, batch)
+        )
 
-    def _stage(self, params: Tree, batch: Batch, ctx: Context) -> StageFunctions:
+    def _stage(self, params: Tree, batch: Batch, ctx: Context, *, skip: bool) -> StageFunctions:
         """The functions and parameters of this rank's stages."""
         stacked, shared = split_layers(params)
         mine = jax.tree.map(lambda a: a[:, 0], stacked)  # [chunks, 1, k, ...]: the only rank here is this one
         parts = model_parts(self.module, partial(constrain_residual, inputs=batch))
-        return StageFunctions(parts, mine, shared, ctx, skip=self.skip)
+        return StageFunctions(parts, mine, shared, ctx, skip=skip)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from shardtrain.sharding import Partitioner
 from shardtrain.train.jitted_step import refuse_donated
 from shardtrain.train.model_def import ModelDef
 from shardtrain.train.next_token import LogitsFunction, NextToken
-from shardtrain.train.sampling import Sampling
+from shardtrain.train.sampling import Sampling, draw
 from shardtrain.train.state import TrainState, check_parts
 
 _log = logging.getLogger(__name__)
@@ -69,8 +70,8 @@ class Sampler:
         self._compared = False
         self._programs = NextToken(model, partitioner, logits)
         self._draw = jax.jit(
-            Sampling.draw,
-            static_argnums=0,
+            draw,
+            static_argnames="top_k",
             out_shardings=partitioner.sharding(()),
             compiler_options=ordered(partitioner.devices),
         )
@@ -106,20 +107,23 @@ class Sampler:
         rows = np.zeros(len(texts), np.uint32)
         rows[:count] = np.arange(count) if numbers is None else numbers
         weights, key = (state.params, state.model_state), jax.random.key(seed)
-        sampling, longest = sampling or Sampling(), max(map(len, texts))
-        read = longest + tokens - 1  # the last token is not read any more
-        slots, length = self._size(read), self._size(longest if read <= self._window else read)
-        self._prepare(weights, texts, length, slots)
-        if self.uncached is not None:
-            length = slots
-        chosen: Any = None
+        options, longest = dataclasses.asdict(sampling or Sampling()), max(map(len, texts))
+        slots = self._size(longest + tokens - 1)  # the last token is not read any more
+        self._check(weights, texts, slots)
+        if longest < self._window:  # a longer text has no use for a cache
+            self._compare(weights, len(texts), self._size(longest), slots)
+        chosen = cache = None
         for index in range(tokens):
-            if index == 0 or self.uncached is not None or max(map(len, texts)) > self._window:
-                logits, cache = self._read(weights, texts, length, slots)
-            else:
+            length = longest + index
+            if cache is not None and length <= self._window:
                 positions = np.array([len(text) - 1 for text in texts], np.int32)
                 logits, cache = self._programs.step(*weights, cache, chosen, positions)
-            chosen = self._draw(sampling, logits, key, rows, index)
+            elif index == 0 and self.uncached is None and length < self._window:
+                logits, cache = self._read(weights, texts, self._size(length), slots)
+            else:
+                cache = None
+                logits, _ = self._programs.read(*weights, *self._padded(texts, slots), keep=False)
+            chosen = self._draw(logits, key, rows, index, **options)
             found = np.asarray(jax.block_until_ready(chosen))  # waits for all devices; reading waits for one only
             for text, token in zip(texts, found.tolist(), strict=True):
                 text.append(token)
@@ -131,35 +135,43 @@ class Sampler:
         length = max(_SHORTEST, 1 << (tokens - 1).bit_length())
         return min(math.ceil(length / parts) * parts, self._window)
 
-    def _read(self, weights: Any, texts: Texts, length: int, slots: int) -> tuple[jax.Array, Any]:
-        """Logits after the last `window` tokens of each text, and a cache of them."""
+    def _padded(self, texts: Texts, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """The last `window` tokens of each text, `[B, length]`, and how many these are."""
         padded, lengths = np.zeros((len(texts), length), np.int32), np.zeros(len(texts), np.int32)
         for row, text in enumerate(texts):
             known = text[-self._window :]
             padded[row, : len(known)], lengths[row] = known, len(known)
-        return self._programs.read(*weights, padded, lengths, slots=slots)
+        return padded, lengths
 
-    def _prepare(self, weights: Any, texts: Texts, length: int, slots: int) -> None:
-        """Check the prompts; the first time, find out whether a cache gives the logits of the whole text."""
+    def _read(self, weights: Any, texts: Texts, length: int, slots: int) -> tuple[jax.Array, Any]:
+        """Logits after texts of at most `length` tokens, and a cache of them."""
+        logits, cache = self._programs.read(*weights, *self._padded(texts, length), keep=True)
+        return logits, cache if slots == length else self._programs.grow(cache, slots=slots)
+
+    def _check(self, weights: Any, texts: Texts, slots: int) -> None:
+        """Check the prompts; the first time, find out whether the model keeps anything."""
         if self._vocabulary is None:
-            shapes = (jax.ShapeDtypeStruct((len(texts), *dims), jnp.int32) for dims in ((length,), ()))
-            logits, cache = jax.eval_shape(partial(self._programs.read, slots=slots), *weights, *shapes)
+            shapes = (jax.ShapeDtypeStruct((len(texts), *dims), jnp.int32) for dims in ((slots,), ()))
+            logits, cache = jax.eval_shape(partial(self._programs.read, keep=True), *weights, *shapes)
             self._vocabulary = logits.shape[1]
             if self.uncached is None and not cache:
                 self.uncached = "its blocks keep nothing by ctx.cache.extend, as nn.Attention does"
         if wrong := [token for text in texts for token in text if not 0 <= token < self._vocabulary]:
             fix = f"the model's ids are 0 to {self._vocabulary - 1}"
             raise UserError("the prompt", wrong[0], "there is no such token", fix)
+
+    def _compare(self, weights: Any, rows: int, length: int, slots: int) -> None:
+        """The first time, find out whether a cache gives the logits of the whole text."""
         if self._compared:
             return
-        self._compared = True
         level = logging.INFO  # of a model without attention nobody expects a cache
-        if self.uncached is None and length > 1 and (apart := self._apart(weights, len(texts), length, slots)):
+        if self.uncached is None and (apart := self._apart(weights, rows, length, slots)):
             self.uncached = (
                 "its blocks see other tokens in other ways than by what they keep with ctx.cache.extend "
                 f"(its logits differ by {apart:.0e})"
             )
             level = logging.WARNING
+        self._compared = True
         if self.uncached is not None:
             say = "%s samples without a cache, each token by a pass over all tokens before it: %s"
             _log.log(level, say, self._name, self.uncached)

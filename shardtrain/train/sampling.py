@@ -49,33 +49,52 @@ class Sampling:
                     name, value, "must be above 0 and at most 1", f"use {'0.95' if name == 'top_p' else '0.05'}"
                 )
 
-    def draw(self, logits_BV: jax.Array, key: jax.Array, rows_B: jax.Array, index: jax.Array) -> jax.Array:
-        """Draw a token for each row, int32 `[B]`.
+    def draw(self, logits_BV: jax.Array, key: jax.Array, rows_B: jax.Array, index: int | jax.Array) -> jax.Array:
+        """Draw a token for each row, see `draw`."""
+        return draw(logits_BV, key, rows_B, index, **dataclasses.asdict(self))
 
-        Args:
-          logits_BV: of the next token.
-          key: of the seed.
-          rows_B: the number of each text. With `index` it determines the random bits, so that these do not depend on
-            the texts that are sampled together, or on the mesh.
-          index: of the token in the text.
-        """
-        if self.temperature == 0:
-            return logits_BV.argmax(-1).astype(jnp.int32)
-        logits_BV = logits_BV / self.temperature
 
+def draw(
+    logits_BV: jax.Array,
+    key: jax.Array,
+    rows_B: jax.Array,
+    index: int | jax.Array,
+    *,
+    temperature: float | jax.Array,
+    top_k: int | None,
+    top_p: float | jax.Array | None,
+    min_p: float | jax.Array | None,
+) -> jax.Array:
+    """Draw a token for each row, int32 `[B]`; under jit, only `top_k` has to be static.
+
+    The noise is multiplied by the temperature, which is the same as dividing the logits by it, and is right for 0, too.
+
+    Args:
+      logits_BV: of the next token.
+      key: of the seed.
+      rows_B: the number of each text. With `index` it determines the random bits, so that these do not depend on the
+        texts that are sampled together, or on the mesh.
+      index: of the token in the text.
+      temperature: see `Sampling`, as for the next three.
+      top_k: see there.
+      top_p: see there.
+      min_p: see there.
+    """
+
+    def noisy(logits_BN: jax.Array) -> jax.Array:
         def noise(row: jax.Array) -> jax.Array:
-            return jax.random.gumbel(jax.random.fold_in(jax.random.fold_in(key, row), index), shape, logits_BV.dtype)
+            bits = jax.random.fold_in(jax.random.fold_in(key, row), index)
+            return jax.random.gumbel(bits, logits_BN.shape[1:], logits_BN.dtype)
 
-        if self.top_k is None and self.top_p is None and self.min_p is None:
-            shape = logits_BV.shape[1:]
-            return (logits_BV + jax.vmap(noise)(rows_B)).argmax(-1).astype(jnp.int32)
-        count = min(self.top_k or logits_BV.shape[1], logits_BV.shape[1])
-        logits_BN, tokens_BN = jax.lax.top_k(logits_BV, count)
-        shape = logits_BN.shape[1:]
-        if self.top_p is not None:
-            p_BN = jax.nn.softmax(logits_BN, axis=-1)
-            logits_BN = jnp.where(p_BN.cumsum(-1) - p_BN < self.top_p, logits_BN, -jnp.inf)
-        if self.min_p is not None:
-            logits_BN = jnp.where(logits_BN >= logits_BN[:, :1] + jnp.log(self.min_p), logits_BN, -jnp.inf)
-        chosen_B = (logits_BN + jax.vmap(noise)(rows_B)).argmax(-1)
-        return jnp.take_along_axis(tokens_BN, chosen_B[:, None], axis=1)[:, 0].astype(jnp.int32)
+        return logits_BN + temperature * jax.vmap(noise)(rows_B)
+
+    if top_k is None and top_p is None and min_p is None:
+        return noisy(logits_BV).argmax(-1).astype(jnp.int32)
+    count = min(top_k or logits_BV.shape[1], logits_BV.shape[1])
+    logits_BN, tokens_BN = jax.lax.top_k(logits_BV, count)
+    if top_p is not None:
+        p_BN = jax.nn.softmax(logits_BN / jnp.where(temperature > 0, temperature, 1), axis=-1)
+        logits_BN = jnp.where(p_BN.cumsum(-1) - p_BN < top_p, logits_BN, -jnp.inf)
+    if min_p is not None:
+        logits_BN = jnp.where(logits_BN >= logits_BN[:, :1] + temperature * jnp.log(min_p), logits_BN, -jnp.inf)
+    return jnp.take_along_axis(tokens_BN, noisy(logits_BN).argmax(-1)[:, None], axis=1)[:, 0].astype(jnp.int32)

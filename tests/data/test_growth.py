@@ -1,8 +1,12 @@
 """A batch that grows by data: which rows it takes, over a resume too, and that training sees the same losses."""
 
+import weakref
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
+from loops import trainer
 
 from commands import compiled_once, fit, losses, metrics, train  # noqa: F401
 from shardtrain import UserError
@@ -66,6 +70,24 @@ def test_a_run_grows_its_batch_and_resumes(tmp_path):
     assert losses(tmp_path / "run") == losses(run.directory)
     rates = [(row["tokens_per_s"] * row["step_time_s"]) for row in metrics(run.directory)]
     np.testing.assert_allclose(rates, [4 * 16] * 4 + [8 * 16] * 2)
+
+
+def test_the_program_of_an_earlier_size_is_dropped():
+    alive, seen = weakref.WeakSet(), []
+
+    class Program:
+        def __init__(self):
+            alive.add(self)
+
+        def __call__(self, state, batch):
+            seen.append((len(alive), len(batch["tokens"])))
+            return state, {"loss": 1.0, "skipped": 0, "skipped_in_row": 0}
+
+    loop = trainer(len(SIZES))
+    loop.train_step = SimpleNamespace(lower=lambda *_: SimpleNamespace(compile=Program))
+    with loop.batches, loader() as loop.batches:
+        loop.fit()
+    assert seen == [(1, size) for size in SIZES]
 
 
 def hand_written(run: Trainer) -> list[float]:

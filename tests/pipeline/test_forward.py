@@ -215,7 +215,7 @@ def test_generation_moves_activations_and_the_logits_of_one_position(tokens):
 
         def run(state, batch):
             text, lengths = batch["tokens"], jnp.full(len(batch["tokens"]), 3, jnp.int32)
-            logits, cache = programs.read(state.params, {}, text, lengths, slots=8)
+            logits, cache = programs.read(state.params, {}, text, lengths, keep=True)
             return (logits, cache) if tokens > 1 else programs.step(state.params, {}, cache, text[:, 0], lengths)
 
         return jax.jit(run)
