@@ -64,6 +64,15 @@ def intact_step(directory: Path | str, step: int | None = None) -> Path:
     return folder / str(step)
 
 
+def parts_of(path: Path) -> set[str]:
+    """The names of the parts of the state in an intact step, such as `params`; of those that have arrays.
+
+    Raises:
+      UserError: it was written by a newer shardtrain.
+    """
+    return {_part(name) for name in describe_intact(path).arrays}
+
+
 def load_parts(path: Path, parts: dict[str, Any], *, cast: bool) -> dict[str, Any]:
     """Load some parts of the state in an intact step, such as `params` and `model_state`.
 
@@ -76,7 +85,7 @@ def load_parts(path: Path, parts: dict[str, Any], *, cast: bool) -> dict[str, An
       UserError: paths, shapes or dtypes differ (each is named).
     """
     wanted = {name: names.restorable(name, leaf) for name, leaf in names.flatten(parts).items()}
-    saved = {name: info for name, info in describe_intact(path).arrays.items() if name.partition(".")[0] in parts}
+    saved = {name: info for name, info in describe_intact(path).arrays.items() if _part(name) in parts}
     _require_fit(path, saved, wanted, cast)
     return names.unflatten(parts, store.load(path, wanted, partial=True))
 
@@ -154,6 +163,10 @@ def describe_intact(path: Path) -> store.Description:
             "use the newer shardtrain that wrote it"
         )
     return description
+
+
+def _part(name: str) -> str:
+    return name.partition(".")[0]
 
 
 def _require_fit(path: Path, saved: dict[str, ArrayInfo], wanted: dict[str, jax.ShapeDtypeStruct], cast: bool) -> None:

@@ -87,7 +87,7 @@ class Start:
         if step is None:
             state = job.init_state()
             return cls(state if config.init_from is None else _with_weights_of(config.init_from, state, job))
-        ema = any(name.startswith("ema.") for name in checkpointer.names(step))
+        ema = "ema" in checkpointer.parts(step)
         restored = checkpointer.restore(job.abstract_canonical(ema=ema), step, cast=config.checkpoint.cast)
         assert restored is not None, "a step was named"
         state = job.live(_with_ema(restored.state, job) if ema != job.keeps_ema else restored.state)
