@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from commands import CONFIG, compiled_once, fit, metrics, saved, shardtrain, start  # noqa: F401
+from shardtrain.config import load_config
 from shardtrain.data import TokenWindows, open_tokens, split
 from shardtrain.run.report import report
-from shardtrain.run.trained import Trained
+from shardtrain.run.trained import Trained, build_here
 
 TEXT = "To be, or not to be, that is the question. " * 200
 
@@ -81,6 +82,13 @@ def test_eval_on_other_devices_and_meshes_is_the_same(home):
     for words in (["devices.emulate=2"], ["mesh.pipe=2", "mesh.tensor=1", "pipeline.microbatches=2"]):
         found = evaluated("words", *words)
         assert found == pytest.approx(want, rel=1e-5), words
+
+
+@pytest.mark.parametrize("growth", ["data.first_batch=2", "optimizer.accumulate=4"])
+def test_what_only_training_does_with_a_batch_need_not_fit_the_devices_here(growth):
+    wide = ("devices.emulate=2", "mesh={fsdp: 2}", "data.growth_rows=8" if "first" in growth else "run.seed=1")
+    stored = load_config(CONFIG, [growth, *wide]).to_dict()
+    assert build_here(stored, ["devices.emulate=8"]).partitioner.mesh.shape["fsdp"] == 8
 
 
 def test_eval_of_a_step_and_of_other_text(trained, home):

@@ -75,6 +75,8 @@ def build_here(stored: dict[str, Any], overrides: Sequence[str]) -> Job:
       UserError: the config, with its overrides, does not fit these devices.
     """
     wanted = thaw(stored)
+    wanted["data"] |= {"first_batch": None, "growth_rows": None}  # which are for training alone, as the next one is
+    wanted["optimizer"]["accumulate"] = 1
     if wanted["devices"]["emulate"] is None:
         wanted["devices"]["platform"] = "auto"
     asked = thaw(wanted)
