@@ -162,6 +162,15 @@ def test_a_dry_run_tells_all_and_makes_no_step(trained, tmp_path):
     other = shardtrain("train", CONFIG, *trained.overrides, "run.seed=1", "--dry-run")
     assert other.code == 2
     assert "run.seed" in other.err
+    (tmp_path / "empty").mkdir()
+    for words, message in (
+        (["run.steps=5"], "run.steps = 5 is below step 6"),
+        ([f"run.dir={directory}", f"init_from={tmp_path / 'empty'}"], "no checkpoints: "),
+        ([f"run.dir={directory}", f"init_from={trained.directory}", "model.d_model=64"], "does not fit this model"),
+    ):
+        refused = shardtrain("train", CONFIG, *trained.overrides, *words, "--dry-run")
+        assert refused.code == 2
+        assert message in refused.err
     assert saved(trained.directory) == [3, 6]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from pathlib import Path
@@ -35,16 +36,18 @@ def dry_run(config: RunConfig, allow_changes: bool = False, processes: int = 1) 
     """
     import jax
 
-    from shardtrain.checkpoint import RunLock
+    from shardtrain.checkpoint import RunLock, read_extra
     from shardtrain.host.agree import on_process_zero
     from shardtrain.launch.compile_cache import cache_folder, use_cache
     from shardtrain.run import build
     from shardtrain.run.data import open_data, training_batches
+    from shardtrain.run.start import check_start
 
-    directory = Path(config.run.dir or f"runs/{config.run.name}").absolute()
+    directory = config.run.directory.absolute()
     use_cache(cache_folder(config.run.compile_cache, directory))
     job = build(config, processes=processes)
-    resumes = _would_resume(config, directory, allow_changes)
+    resumes = _would_resume(directory)
+    check_start(job, directory, resumes, functools.partial(read_extra, directory), allow_changes)
     lock = on_process_zero(lambda: RunLock(directory))
     try:
         data = open_data(config, directory)
@@ -69,19 +72,14 @@ def dry_run(config: RunConfig, allow_changes: bool = False, processes: int = 1) 
     print("dry run: all is well, and no step was made")
 
 
-def _would_resume(config: RunConfig, directory: Path, allow_changes: bool) -> int | None:
+def _would_resume(directory: Path) -> int | None:
     """The step that a run would try first. Its checkpoint is neither verified nor touched."""
-    from shardtrain.checkpoint import list_steps, read_extra
-    from shardtrain.config import check_same_run
+    from shardtrain.checkpoint import list_steps
 
     if not (directory / "checkpoints").is_dir():
         return None
     steps = [record.step for record in list_steps(directory, hashes=False) if record.status == "unchecked"]
-    if not steps:
-        return None
-    if not allow_changes:
-        check_same_run(read_extra(directory, steps[-1])["config"], config, str(directory), steps[-1])
-    return steps[-1]
+    return steps[-1] if steps else None
 
 
 def _weights(job: Job) -> None:
