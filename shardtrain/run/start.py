@@ -11,10 +11,10 @@ from typing import Any
 from shardtrain.checkpoint import Checkpointer, check_weights, load_weights
 from shardtrain.config import RunConfig, check_same_run
 from shardtrain.errors import UserError
-from shardtrain.host.agree import decide_on_process_zero
+from shardtrain.host.agree import decide_on_process_zero, on_process_zero
 from shardtrain.host.files import write_text
 from shardtrain.metrics import MetricsLog
-from shardtrain.metrics.logger import LoggedRun, open_logger
+from shardtrain.metrics.logger import LoggedRun, find_logger, open_logger
 from shardtrain.run.job import Job
 from shardtrain.train.averages import start_ema
 from shardtrain.train.callbacks import Values
@@ -58,9 +58,11 @@ def check_start(
       allow_changes: go on in the directory of a run with another model, data, optimizer or seed.
 
     Raises:
-      UserError: the config does not continue that run, or `init_from` has no weights that fit.
+      UserError: the config does not continue that run, `init_from` has no weights that fit, or the package of a logger
+        is not installed.
     """
     config = job.config
+    on_process_zero(lambda: [find_logger(name) for name in config.log.also])
     if step is None:
         if config.init_from is not None:
             folder, source = _weights_of(config.init_from)
@@ -77,7 +79,8 @@ def check_start(
 def open_log(config: RunConfig, directory: Path, step: int) -> MetricsLog:
     """The metrics up to `step`; also writes the config into the run directory."""
     run = LoggedRun(directory, config.run.name, config.to_dict())
-    others = [open_logger(name, run) for name in config.log.also]
+    names = [name for name in dict.fromkeys(config.log.also) if name != "tensorboard" or not config.log.tensorboard]
+    others = [open_logger(name, run) for name in names]
     log = MetricsLog(directory, tensorboard=config.log.tensorboard, others=others)
     log.truncate(step)
     write_text(directory / "config.yaml", config.to_yaml())
