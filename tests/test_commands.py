@@ -107,6 +107,7 @@ def test_eval_says_what_is_missing(trained, home):
     near = shardtrain("eval", "wrods")
     assert (near.code, near.err) == (2, "error: there is no run wrods; did you mean runs/words?\n")
     assert "the verifiable steps are [3, 6]" in shardtrain("eval", "words", "--step", "4").err
+    assert "--step = 3: words/6 is already step 6; leave" in shardtrain("eval", "words/6", "--step", "3").err
     assert "no-such.txt" in shardtrain("eval", "words", "--data", "no-such.txt").err
     shutil.copytree(trained.directory, home / "runs/bare", ignore=shutil.ignore_patterns("data"))
     assert "bare/data is missing" in shardtrain("eval", "bare").err
