@@ -58,9 +58,7 @@ def test_a_damaged_line_is_left_out(tmp_path):
     directory = tmp_path / "runs/torn"
     directory.mkdir(parents=True)
     follower = Follower(directory)
-    (directory / "metrics.jsonl").write_bytes(
-        b'{"step": 1, "loss": 2.0}\n{"st\x00\xff": 2\n[3]\n{"step": 4, "loss": 1.0}\n'
-    )
+    (directory / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 2}\n{"\xff": 2\n[3]\n{"step": 4, "loss": 1.0}\n')
     assert [each.step for each in follower.poll()] == [1, 4]
     listed = shardtrain("runs", tmp_path / "runs")
     assert listed.code == 0, listed.err

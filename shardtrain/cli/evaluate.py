@@ -37,7 +37,9 @@ def evaluate(
 
     directory, number = find_step(run)
     if number is not None and step not in (None, number):
-        raise UserError("--step", step, f"{run} is already step {number}", f"leave it out, or name the run: {directory}")
+        raise UserError(
+            "--step", step, f"{run} is already step {number}", f"leave it out, or name the run: {directory}"
+        )
     trained = Trained.open(directory.absolute(), number if step is None else step, overrides or ())
     found = report(trained, data, rows)
     if as_json:

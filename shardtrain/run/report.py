@@ -27,6 +27,7 @@ from shardtrain.data import (
 )
 from shardtrain.data.checks import TEXT
 from shardtrain.data.prepare import is_kept
+from shardtrain.data.rows import counted_targets
 from shardtrain.errors import UserError
 from shardtrain.run.data import open_rows
 from shardtrain.run.trained import Trained
@@ -122,7 +123,6 @@ def _bytes(source: Source, tokenizer: Tokenizer) -> int:
     """Bytes of UTF-8 in the targets that count."""
     total = 0
     for start in range(0, len(source), _TOGETHER):
-        rows = [source[row] for row in range(start, min(start + _TOGETHER, len(source)))]
-        counted = [row["targets"][(row["targets"] >= 0) & (row["loss_mask"] > 0)] for row in rows]
+        counted = [counted_targets(source[row]) for row in range(start, min(start + _TOGETHER, len(source)))]
         total += len(tokenizer.decode(np.concatenate(counted)).encode())
     return total
