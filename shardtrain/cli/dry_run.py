@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardtrain.cli.summary import summary
-from shardtrain.cli.table import print_table
+from shardtrain.cli.table import print_table, shape, size
 from shardtrain.errors import UserError, shortened
 
 if TYPE_CHECKING:
@@ -86,10 +86,10 @@ def _weights(job: Job) -> None:
     rows = [
         (
             row.path,
-            " x ".join(map(str, row.weight.shape)),
+            shape(row.weight.shape),
             ", ".join(axis or "-" for axis in row.weight.axes),
             _spec(row.spec),
-            _size(row.weight.nbytes // row.pieces),
+            size(row.weight.nbytes // row.pieces),
         )
         for row in job.report.rows
     ]
@@ -100,8 +100,8 @@ def _batch(batch: Batch, tokenizer: Tokenizer | None) -> None:
     import numpy as np
 
     def row(name: str, leaf: Any) -> tuple[str, ...]:
-        shape, local = (" x ".join(map(str, dims)) for dims in (leaf.shape, leaf.sharding.shard_shape(leaf.shape)))
-        return name, shape, str(leaf.dtype), _spec(leaf.sharding.spec), local
+        local = shape(leaf.sharding.shard_shape(leaf.shape))
+        return name, shape(leaf.shape), str(leaf.dtype), _spec(leaf.sharding.spec), local
 
     rows = [row(name, leaf) for name, leaf in batch.items()]
     print_table(("batch", "shape", "dtype", "split over", "on a device"), rows)
@@ -126,14 +126,14 @@ def _memory(compiled: Any, job: Job) -> None:
     whole = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     total = whole + found.temp_size_in_bytes
     print(
-        f"\nmemory of a step on each device: {_size(total)}: {_size(state)} of weights and optimizer, "
-        f"{_size(whole - state)} of batch and metrics, {_size(found.temp_size_in_bytes)} of activations, gradients and "
+        f"\nmemory of a step on each device: {size(total)}: {size(state)} of weights and optimizer, "
+        f"{size(whole - state)} of batch and metrics, {size(found.temp_size_in_bytes)} of activations, gradients and "
         "buffers"
     )
     device = job.partitioner.mesh.devices.flat[0]
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit is not None:
-        print(f"{total / limit:.0%} of the {_size(limit)} that {device.device_kind} gives")
+        print(f"{total / limit:.0%} of the {size(limit)} that {device.device_kind} gives")
 
 
 def _collectives(compiled: Any, job: Job) -> None:
@@ -151,7 +151,7 @@ def _collectives(compiled: Any, job: Job) -> None:
         key = (" and ".join(sorted(each.axes)) or "no axis", each.kind)
         count[key] += each.times or 1
         sent[key] += (each.times or 1) * each.bytes
-    rows = [(axes, kind, f"{count[axes, kind]:,}", _size(sent[axes, kind])) for axes, kind in sorted(count)]
+    rows = [(axes, kind, f"{count[axes, kind]:,}", size(sent[axes, kind])) for axes, kind in sorted(count)]
     if rows:
         print_table(("over", "collective", "times", "bytes"), rows, numbers=("times", "bytes"))
 
@@ -163,10 +163,3 @@ def _local_bytes(leaf: Any) -> int:
 def _spec(spec: Any) -> str:
     parts = [" and ".join(part) if isinstance(part, tuple) else part or "-" for part in spec]
     return ", ".join(parts) or "-"
-
-
-def _size(size: float) -> str:
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if size >= scale:
-            return f"{size / scale:,.1f} {unit}"
-    return f"{size:,.0f} B"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import typer
 
-from shardtrain.cli.runs import cells
+from shardtrain.cli.runs import CELLS, cells
 from shardtrain.cli.table import print_table
 from shardtrain.errors import UserError
 
@@ -112,8 +112,8 @@ def _show(folder: Path, found: list[Job]) -> None:
     from shardtrain.metrics.plot import plot_runs
 
     ranked = sorted(((_status(job), job) for job in found), key=lambda pair: _loss(pair[0]))
-    columns = ("run", "step", "loss", "held out", "tokens/s", "last line", "state")
-    print_table(columns, [(job.label, *cells(status)) for status, job in ranked], numbers=columns[1:6])
+    rows = [(job.label, *cells(status)) for status, job in ranked]
+    print_table(("run", *CELLS), rows, numbers=CELLS[:-1])
     started = {job.label: job.directory for status, job in ranked if status.last}
     if started:
         print(f"drawn into {plot_runs(started, folder / 'sweep.png')}")
