@@ -192,6 +192,16 @@ def test_a_new_project_trains_at_once(tmp_path):
     }
 
 
+@pytest.mark.full
+def test_the_commands_of_a_new_project_train_and_write_a_sample(tmp_path):
+    assert shardtrain("init", tmp_path / "project").code == 0
+    words = ("train", "config.yaml", "run.steps=2", "optimizer.schedule.warmup_steps=1")
+    with start(words, folder=tmp_path / "project") as (process,):
+        assert process.end() == 0, process.output
+        assert "done: 2 steps; results in " in process.output
+    assert "7+5=" in (tmp_path / "project/runs/sums/sample.txt").read_text()
+
+
 def completed(monkeypatch, *words):
     with monkeypatch.context() as patch:
         patch.setenv("_SHARDTRAIN_COMPLETE", "complete_bash")
