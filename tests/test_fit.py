@@ -124,7 +124,7 @@ def test_sections_are_checked_as_in_a_file(tmp_path):
         ({"global_batch": 0, "held_out": 0.2}, r"data.global_batch = 0\n"),
         ({"steps": "6"}, "steps = 6: must be a whole number, not '6'"),
         ({"optimizer": 3}, "optimizer"),
-        ({"global_batch": 40, "held_out": 0.2}, "held_out = 0.2: whole batches of 40, as .* are over half of 64 rows"),
+        ({"global_batch": 40, "held_out": 0.2}, "held_out = 0.2: whole batches of 40, .* are over half of 64 rows"),
     ],
     ids=str,
 )
