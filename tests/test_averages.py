@@ -1,6 +1,7 @@
 """Averages of the weights: the formula, every mesh, checkpoints with and without one, and what evaluations use."""
 
 import dataclasses
+import json
 from functools import cache
 
 import jax
@@ -10,7 +11,7 @@ import optax
 import pytest
 
 import tiny
-from commands import assert_same_bits, compiled_once, fit, losses, metrics  # noqa: F401
+from commands import assert_same_bits, compiled_once, fit, losses, metrics, shardtrain  # noqa: F401
 from shardtrain import UserError
 from shardtrain.checkpoint import parameter_table
 from shardtrain.optim import optimizer
@@ -157,3 +158,35 @@ def test_an_old_run_starts_its_average_from_its_weights(tmp_path, caplog):
     assert 0 < max(jax.tree.leaves(gap)) < 0.1
     fit(tmp_path / "run", "run.steps=13")
     assert "is dropped, since ema.decay is null" in caplog.text
+
+
+EMA, SCHEDULE_FREE = "ema.decay=0.9", "optimizer={type: schedule_free_adamw, lr: 3.0e-3, schedule: {type: constant}}"
+PIPE = ("mesh={pipe: 2, fsdp: 4}", "pipeline.microbatches=2")
+
+
+PIPED = [pytest.param((average, *PIPE), marks=pytest.mark.full) for average in (EMA, SCHEDULE_FREE)]
+
+
+@pytest.mark.parametrize("overrides", [(EMA,), (SCHEDULE_FREE,), *PIPED], ids=str)
+def test_a_checkpoint_is_evaluated_at_its_average_as_in_the_run(tmp_path, overrides):
+    fit(tmp_path / "run", *overrides, "run.steps=6")
+    logged = metrics(tmp_path / "run")[-1]["eval_loss"]
+    assert evaluated_by_command(tmp_path / "run") == pytest.approx(logged, rel=1e-6)
+    if PIPE[0] in overrides:
+        assert evaluated_by_command(tmp_path / "run", "devices.emulate=1") == pytest.approx(logged, rel=1e-5)
+    elif EMA in overrides:
+        assert abs(evaluated_by_command(tmp_path / "run", "ema.evaluate=false") - logged) > 1e-3
+
+
+def evaluated_by_command(directory, *overrides) -> float:
+    """The held-out loss as `shardtrain eval` finds it."""
+    result = shardtrain("eval", directory, *overrides, "--json")
+    assert result.code == 0, result.err
+    return json.loads(result.out)["loss"]
+
+
+@pytest.mark.full
+def test_an_average_that_the_config_has_only_now_is_not_looked_for(tmp_path):
+    fit(tmp_path / "run", "run.steps=4")
+    logged = metrics(tmp_path / "run")[-1]["eval_loss"]
+    assert evaluated_by_command(tmp_path / "run", EMA) == pytest.approx(logged, rel=1e-6)

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from commands import CONFIG, compiled_once, fit, metrics, saved, shardtrain, start  # noqa: F401
+from shardtrain.config import load_config
 from shardtrain.data import TokenWindows, open_tokens, split
 from shardtrain.run.report import report
-from shardtrain.run.trained import Trained
+from shardtrain.run.trained import Trained, build_here
 
 TEXT = "To be, or not to be, that is the question. " * 200
 
@@ -83,6 +84,13 @@ def test_eval_on_other_devices_and_meshes_is_the_same(home):
         assert found == pytest.approx(want, rel=1e-5), words
 
 
+@pytest.mark.parametrize("growth", ["data.first_batch=2", "optimizer.accumulate=4"])
+def test_what_only_training_does_with_a_batch_need_not_fit_the_devices_here(growth):
+    wide = ("devices.emulate=2", "mesh={fsdp: 2}", "data.growth_rows=8" if "first" in growth else "run.seed=1")
+    stored = load_config(CONFIG, [growth, *wide]).to_dict()
+    assert build_here(stored, ["devices.emulate=8"]).partitioner.mesh.shape["fsdp"] == 8
+
+
 def test_eval_of_a_step_and_of_other_text(trained, home):
     (home / "b.txt").write_text("Nothing like that at all, dear Sir! " * 10)
     third = evaluated("runs/words/checkpoints/3")
@@ -99,6 +107,7 @@ def test_eval_says_what_is_missing(trained, home):
     near = shardtrain("eval", "wrods")
     assert (near.code, near.err) == (2, "error: there is no run wrods; did you mean runs/words?\n")
     assert "the verifiable steps are [3, 6]" in shardtrain("eval", "words", "--step", "4").err
+    assert "--step = 3: words/6 is already step 6; leave" in shardtrain("eval", "words/6", "--step", "3").err
     assert "no-such.txt" in shardtrain("eval", "words", "--data", "no-such.txt").err
     shutil.copytree(trained.directory, home / "runs/bare", ignore=shutil.ignore_patterns("data"))
     assert "bare/data is missing" in shardtrain("eval", "bare").err
@@ -154,6 +163,15 @@ def test_a_dry_run_tells_all_and_makes_no_step(trained, tmp_path):
     other = shardtrain("train", CONFIG, *trained.overrides, "run.seed=1", "--dry-run")
     assert other.code == 2
     assert "run.seed" in other.err
+    (tmp_path / "empty").mkdir()
+    for words, message in (
+        (["run.steps=5"], "run.steps = 5 is below step 6"),
+        ([f"run.dir={directory}", f"init_from={tmp_path / 'empty'}"], "no checkpoints: "),
+        ([f"run.dir={directory}", f"init_from={trained.directory}", "model.d_model=64"], "does not fit this model"),
+    ):
+        refused = shardtrain("train", CONFIG, *trained.overrides, *words, "--dry-run")
+        assert refused.code == 2
+        assert message in refused.err
     assert saved(trained.directory) == [3, 6]
 
 
@@ -172,6 +190,16 @@ def test_a_new_project_trains_at_once(tmp_path):
         "my_model.py",
         "test_project.py",
     }
+
+
+@pytest.mark.full
+def test_the_commands_of_a_new_project_train_and_write_a_sample(tmp_path):
+    assert shardtrain("init", tmp_path / "project").code == 0
+    words = ("train", "config.yaml", "run.steps=2", "optimizer.schedule.warmup_steps=1")
+    with start(words, folder=tmp_path / "project") as (process,):
+        assert process.end() == 0, process.output
+        assert "done: 2 steps; results in " in process.output
+    assert "7+5=" in (tmp_path / "project/runs/sums/sample.txt").read_text()
 
 
 def completed(monkeypatch, *words):

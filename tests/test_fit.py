@@ -116,3 +116,18 @@ def test_rows_of_any_kind_are_the_same_source():
 def test_sections_are_checked_as_in_a_file(tmp_path):
     with pytest.raises(UserError, match=r"(?s)checkpoint.evry.*did you mean .*every"):
         fit(lambda rngs: Line(rngs), TABLE, square, directory=tmp_path, **{**PLAIN, "checkpoint": {"evry": 4}})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"global_batch": 0, "held_out": 0.2}, r"data.global_batch = 0\n"),
+        ({"steps": "6"}, "steps = 6: must be a whole number, not '6'"),
+        ({"optimizer": 3}, "optimizer"),
+        ({"global_batch": 40, "held_out": 0.2}, "held_out = 0.2: whole batches of 40, .* are over half of 64 rows"),
+    ],
+    ids=str,
+)
+def test_a_wrong_argument_is_named(tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        fit(lambda rngs: Line(rngs), TABLE, square, directory=tmp_path, **{**PLAIN, **options})

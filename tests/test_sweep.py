@@ -52,6 +52,34 @@ def test_a_sweep_trains_resumes_and_shows_all(tmp_path, capfd):
     assert f"drawn into {folder / 'sweep.png'}" in again.out
 
 
+def test_a_sweep_goes_on_after_a_break_and_a_failing_run_keeps_no_other_from_running(tmp_path, monkeypatch):
+    """With a stand-in for the processes that train."""
+    words = ("train", CONFIG, f"run.dir={tmp_path / 'run'}", "optimizer.lr=1,2,3", "run.steps=6", "--debug")
+    codes = {"lr=1": 0, "lr=2": 1, "lr=3": 0}
+    trained, broken = [], ["lr=3"]
+
+    def train(run):
+        assert run.words[-1] == "--debug"
+        trained.append(run.label)
+        run.directory.mkdir(parents=True, exist_ok=True)
+        (run.directory / "config.yaml").write_text("run: {steps: 6}")
+        done = codes[run.label] == 0 and run.label not in broken
+        (run.directory / "metrics.jsonl").write_text(f'{{"step": {6 if done else 3}, "loss": 1.5}}\n')
+        return codes[run.label]
+
+    monkeypatch.setattr("shardtrain.cli.sweep._train", train)
+    first = shardtrain(*words)
+    assert (first.code, trained) == (0, ["lr=1", "lr=2", "lr=3"])
+    assert first.out.splitlines()[-1] == "the sweep was stopped; the same command goes on with it"
+    broken.clear()
+    second = shardtrain(*words)
+    assert (second.code, trained[3:]) == (1, ["lr=2", "lr=3"]), "one has failed"
+    rows = [line.split() for line in second.out.splitlines() if line.strip().startswith("lr=")]
+    assert sorted(row[:2] for row in rows) == [["lr=1", "6/6"], ["lr=2", "3/6"], ["lr=3", "6/6"]]
+    codes["lr=2"] = 0
+    assert (shardtrain(*words).code, trained[5:]) == (0, ["lr=2"])
+
+
 def test_jobs_are_written_for_an_engine(tmp_path):
     words = ("train", CONFIG, f"run.dir={tmp_path / 'run'}", "optimizer.lr=1e-2,2e-2", "run.steps=6")
     result = shardtrain(*words, "--write-jobs", tmp_path / "jobs.txt")

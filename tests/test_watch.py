@@ -54,6 +54,17 @@ def test_a_follower_sees_steps_checkpoints_and_a_resume(tmp_path):
     assert follower.status.state == "finished"
 
 
+def test_a_damaged_line_is_left_out(tmp_path):
+    directory = tmp_path / "runs/torn"
+    directory.mkdir(parents=True)
+    follower = Follower(directory)
+    (directory / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 2}\n{"\xff": 2\n[3]\n{"step": 4, "loss": 1.0}\n')
+    assert [each.step for each in follower.poll()] == [1, 4]
+    listed = shardtrain("runs", tmp_path / "runs")
+    assert listed.code == 0, listed.err
+    assert "1.0000" in listed.out
+
+
 @pytest.mark.full
 def test_watch_follows_a_run_of_another_process_until_it_ends(tmp_path):
     directory = tmp_path / "runs/live"

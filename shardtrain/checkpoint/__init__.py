@@ -10,7 +10,7 @@ Each run has one directory on disk::
 
 from shardtrain.checkpoint.checkpointer import Checkpointer, Restored
 from shardtrain.checkpoint.inspect import Parameter, StepRecord, list_steps, parameter_table, verify
-from shardtrain.checkpoint.reading import load_weights, read_extra
+from shardtrain.checkpoint.reading import check_weights, load_weights, read_extra
 from shardtrain.checkpoint.store import FORMAT_VERSION
 from shardtrain.host.lock import RunLock
 
@@ -21,6 +21,7 @@ __all__ = [
     "Restored",
     "RunLock",
     "StepRecord",
+    "check_weights",
     "list_steps",
     "load_weights",
     "parameter_table",

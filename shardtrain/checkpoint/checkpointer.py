@@ -159,14 +159,14 @@ class Checkpointer:
         self._require_intact(step)
         return reading.intact_extra(self.directory / str(step))
 
-    def names(self, step: int) -> list[str]:
-        """The dotted paths of the arrays of a step. The step is verified as in `restore`.
+    def parts(self, step: int) -> set[str]:
+        """The names of the parts of the state in a step that have arrays. The step is verified as in `restore`.
 
         Raises:
           UserError: the step cannot be trusted.
         """
         self._require_intact(step)
-        return [*reading.describe_intact(self.directory / str(step)).arrays]
+        return reading.parts_of(self.directory / str(step))
 
     def close(self) -> None:
         """Wait for the save under way, and end the background thread.

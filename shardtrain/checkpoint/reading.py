@@ -46,22 +46,41 @@ def load_weights(directory: Path | str, abstract_params: Any, step: int | None =
     return load_parts(path, {"params": abstract_params}, cast=cast)["params"]
 
 
-def intact_step(directory: Path | str, step: int | None = None) -> Path:
+def check_weights(directory: Path | str, abstract_params: Any, step: int | None = None, *, cast: bool = False) -> None:
+    """Refuse what `load_weights` would, as far as small files and sizes tell; no array is read.
+
+    Raises:
+      UserError: see `load_weights`, which has the same arguments.
+    """
+    _require_parts(intact_step(directory, step, hash_up_to=_METADATA_BYTES), {"params": abstract_params}, cast)
+
+
+def intact_step(directory: Path | str, step: int | None = None, *, hash_up_to: int | None = None) -> Path:
     """Verify a step of a run, and return its directory. The directory of the run is not changed.
 
     Args:
       directory: a run directory or its `checkpoints`.
       step: which step; None means the newest that verifies, with a warning for each newer one that does not.
+      hash_up_to: hash only files of at most this many bytes. None hashes all.
 
     Raises:
       UserError: no intact step.
     """
     folder = locate(directory)
     if step is None:
-        step = trust.newest_intact(folder)
+        step = trust.newest_intact(folder, hash_up_to)
     else:
-        trust.require_intact(folder, step)
+        trust.require_intact(folder, step, hash_up_to)
     return folder / str(step)
+
+
+def parts_of(path: Path) -> set[str]:
+    """The names of the parts of the state in an intact step, such as `params`; of those that have arrays.
+
+    Raises:
+      UserError: it was written by a newer shardtrain.
+    """
+    return {_part(name) for name in describe_intact(path).arrays}
 
 
 def load_parts(path: Path, parts: dict[str, Any], *, cast: bool) -> dict[str, Any]:
@@ -75,9 +94,7 @@ def load_parts(path: Path, parts: dict[str, Any], *, cast: bool) -> dict[str, An
     Raises:
       UserError: paths, shapes or dtypes differ (each is named).
     """
-    wanted = {name: names.restorable(name, leaf) for name, leaf in names.flatten(parts).items()}
-    saved = {name: info for name, info in describe_intact(path).arrays.items() if name.partition(".")[0] in parts}
-    _require_fit(path, saved, wanted, cast)
+    wanted = _require_parts(path, parts, cast)
     return names.unflatten(parts, store.load(path, wanted, partial=True))
 
 
@@ -154,6 +171,18 @@ def describe_intact(path: Path) -> store.Description:
             "use the newer shardtrain that wrote it"
         )
     return description
+
+
+def _require_parts(path: Path, parts: dict[str, Any], cast: bool) -> dict[str, jax.ShapeDtypeStruct]:
+    """The leaves of some parts by their names, which fit those that are saved."""
+    wanted = {name: names.restorable(name, leaf) for name, leaf in names.flatten(parts).items()}
+    saved = {name: info for name, info in describe_intact(path).arrays.items() if _part(name) in parts}
+    _require_fit(path, saved, wanted, cast)
+    return wanted
+
+
+def _part(name: str) -> str:
+    return name.partition(".")[0]
 
 
 def _require_fit(path: Path, saved: dict[str, ArrayInfo], wanted: dict[str, jax.ShapeDtypeStruct], cast: bool) -> None:

@@ -32,33 +32,42 @@ def newest(directory: Path) -> int | None:
     return None
 
 
-def newest_intact(directory: Path) -> int:
+def newest_intact(directory: Path, hash_up_to: int | None = None) -> int:
     """Return the newest step that verifies in a directory that is not ours to change; warn of each newer one.
+
+    Args:
+      directory: the folder of the steps.
+      hash_up_to: see `manifest.problem`.
 
     Raises:
       UserError: no step verifies.
     """
     for step in _newest_first(directory):
-        problem = _problem(directory, step)
+        problem = _problem(directory, step, hash_up_to)
         if problem is None:
             return step
         _log.warning("checkpoint %d in %s is corrupt: %s; trying an older one", step, directory, problem)
     raise UserError(f"no intact checkpoint in {directory}")
 
 
-def require_intact(directory: Path, step: int) -> None:
+def require_intact(directory: Path, step: int, hash_up_to: int | None = None) -> None:
     """Check one step that was given by number. Rename nothing.
+
+    Args:
+      directory: the folder of the steps.
+      step: the step to check.
+      hash_up_to: see `manifest.problem`.
 
     Raises:
       UserError: it does not exist, has no manifest, or differs from it.
     """
     agree.decide_on_process_zero(lambda: lifecycle.require_manifest(directory, step))
-    lifecycle.require_no_problem(directory, step, _problem(directory, step))
+    lifecycle.require_no_problem(directory, step, _problem(directory, step, hash_up_to))
 
 
-def _problem(directory: Path, step: int) -> str | None:
+def _problem(directory: Path, step: int, hash_up_to: int | None = None) -> str | None:
     share = (jax.process_index(), jax.process_count())
-    return agree.first_found(lambda: manifest.problem(directory, step, share=share))
+    return agree.first_found(lambda: manifest.problem(directory, step, hash_up_to, share))
 
 
 def _newest_first(directory: Path) -> Iterator[int]:

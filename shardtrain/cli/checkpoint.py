@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from shardtrain.cli.options import Debug
-from shardtrain.cli.table import print_table
+from shardtrain.cli.table import print_table, shape, size
 from shardtrain.errors import UserError
 
 checkpoint_app = typer.Typer(no_args_is_help=True, help="Look at a run's checkpoints.")
@@ -29,7 +29,7 @@ def checkpoint_list(directory: Directory, debug: Debug = False) -> None:
         (
             str(record.step),
             record.status,
-            f"{record.bytes / 2**20:,.1f} MiB",
+            size(record.bytes),
             f"{datetime.datetime.fromtimestamp(record.time):%Y-%m-%d %H:%M:%S}",
             record.detail,
         )
@@ -75,10 +75,7 @@ def checkpoint_show(
     if step is None and not sound:
         raise UserError(f"no sound checkpoint in {directory}; `shardtrain checkpoint list` shows all that exist")
     step = sound[-1] if step is None else step
-    rows = [
-        (row.path, " x ".join(map(str, row.shape)), row.dtype, f"{row.bytes:,} B")
-        for row in parameter_table(directory, step)
-    ]
+    rows = [(row.path, shape(row.shape), row.dtype, f"{row.bytes:,} B") for row in parameter_table(directory, step)]
     print_table((f"step {step}", "shape", "dtype", "size"), rows)
     extra = read_extra(directory, step)
     if "config" not in extra:

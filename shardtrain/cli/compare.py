@@ -10,7 +10,7 @@ import typer
 
 from shardtrain.cli import complete
 from shardtrain.cli.options import Debug
-from shardtrain.cli.runs import cells
+from shardtrain.cli.runs import CELLS, cells
 from shardtrain.cli.table import print_table
 from shardtrain.errors import UserError
 
@@ -44,8 +44,7 @@ def compare_runs(directories: list[Path], out: Path) -> None:
 
     statuses = [RunStatus.of(directory) for directory in directories]
     names = short_names(directories)
-    facts = ("step", "loss", "held out", "tokens/s", "last line", "state")
-    rows = [[fact, *values] for fact, *values in zip(facts, *map(cells, statuses), strict=True)]
+    rows = [[fact, *values] for fact, *values in zip(CELLS, *map(cells, statuses), strict=True)]
     settings = _settings(directories)
     rows += [[key, *map(_shown, values)] for key, values in settings.items()]
     print_table(("", *names), rows, numbers=names)

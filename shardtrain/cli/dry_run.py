@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardtrain.cli.summary import summary
-from shardtrain.cli.table import print_table
+from shardtrain.cli.table import print_table, shape, size
 from shardtrain.errors import UserError, shortened
 
 if TYPE_CHECKING:
@@ -35,16 +36,18 @@ def dry_run(config: RunConfig, allow_changes: bool = False, processes: int = 1) 
     """
     import jax
 
-    from shardtrain.checkpoint import RunLock
+    from shardtrain.checkpoint import RunLock, read_extra
     from shardtrain.host.agree import on_process_zero
     from shardtrain.launch.compile_cache import cache_folder, use_cache
     from shardtrain.run import build
     from shardtrain.run.data import open_data, training_batches
+    from shardtrain.run.start import check_start
 
-    directory = Path(config.run.dir or f"runs/{config.run.name}").absolute()
+    directory = config.run.directory.absolute()
     use_cache(cache_folder(config.run.compile_cache, directory))
     job = build(config, processes=processes)
-    resumes = _would_resume(config, directory, allow_changes)
+    resumes = _would_resume(directory)
+    check_start(job, directory, resumes, functools.partial(read_extra, directory), allow_changes)
     lock = on_process_zero(lambda: RunLock(directory))
     try:
         data = open_data(config, directory)
@@ -69,29 +72,24 @@ def dry_run(config: RunConfig, allow_changes: bool = False, processes: int = 1) 
     print("dry run: all is well, and no step was made")
 
 
-def _would_resume(config: RunConfig, directory: Path, allow_changes: bool) -> int | None:
+def _would_resume(directory: Path) -> int | None:
     """The step that a run would try first. Its checkpoint is neither verified nor touched."""
-    from shardtrain.checkpoint import list_steps, read_extra
-    from shardtrain.config import check_same_run
+    from shardtrain.checkpoint import list_steps
 
     if not (directory / "checkpoints").is_dir():
         return None
     steps = [record.step for record in list_steps(directory, hashes=False) if record.status == "unchecked"]
-    if not steps:
-        return None
-    if not allow_changes:
-        check_same_run(read_extra(directory, steps[-1])["config"], config, str(directory), steps[-1])
-    return steps[-1]
+    return steps[-1] if steps else None
 
 
 def _weights(job: Job) -> None:
     rows = [
         (
             row.path,
-            " x ".join(map(str, row.weight.shape)),
+            shape(row.weight.shape),
             ", ".join(axis or "-" for axis in row.weight.axes),
             _spec(row.spec),
-            _size(row.weight.nbytes // row.pieces),
+            size(row.weight.nbytes // row.pieces),
         )
         for row in job.report.rows
     ]
@@ -102,8 +100,8 @@ def _batch(batch: Batch, tokenizer: Tokenizer | None) -> None:
     import numpy as np
 
     def row(name: str, leaf: Any) -> tuple[str, ...]:
-        shape, local = (" x ".join(map(str, dims)) for dims in (leaf.shape, leaf.sharding.shard_shape(leaf.shape)))
-        return name, shape, str(leaf.dtype), _spec(leaf.sharding.spec), local
+        local = shape(leaf.sharding.shard_shape(leaf.shape))
+        return name, shape(leaf.shape), str(leaf.dtype), _spec(leaf.sharding.spec), local
 
     rows = [row(name, leaf) for name, leaf in batch.items()]
     print_table(("batch", "shape", "dtype", "split over", "on a device"), rows)
@@ -128,14 +126,14 @@ def _memory(compiled: Any, job: Job) -> None:
     whole = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     total = whole + found.temp_size_in_bytes
     print(
-        f"\nmemory of a step on each device: {_size(total)}: {_size(state)} of weights and optimizer, "
-        f"{_size(whole - state)} of batch and metrics, {_size(found.temp_size_in_bytes)} of activations, gradients and "
+        f"\nmemory of a step on each device: {size(total)}: {size(state)} of weights and optimizer, "
+        f"{size(whole - state)} of batch and metrics, {size(found.temp_size_in_bytes)} of activations, gradients and "
         "buffers"
     )
     device = job.partitioner.mesh.devices.flat[0]
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit is not None:
-        print(f"{total / limit:.0%} of the {_size(limit)} that {device.device_kind} gives")
+        print(f"{total / limit:.0%} of the {size(limit)} that {device.device_kind} gives")
 
 
 def _collectives(compiled: Any, job: Job) -> None:
@@ -153,7 +151,7 @@ def _collectives(compiled: Any, job: Job) -> None:
         key = (" and ".join(sorted(each.axes)) or "no axis", each.kind)
         count[key] += each.times or 1
         sent[key] += (each.times or 1) * each.bytes
-    rows = [(axes, kind, f"{count[axes, kind]:,}", _size(sent[axes, kind])) for axes, kind in sorted(count)]
+    rows = [(axes, kind, f"{count[axes, kind]:,}", size(sent[axes, kind])) for axes, kind in sorted(count)]
     if rows:
         print_table(("over", "collective", "times", "bytes"), rows, numbers=("times", "bytes"))
 
@@ -165,10 +163,3 @@ def _local_bytes(leaf: Any) -> int:
 def _spec(spec: Any) -> str:
     parts = [" and ".join(part) if isinstance(part, tuple) else part or "-" for part in spec]
     return ", ".join(parts) or "-"
-
-
-def _size(size: float) -> str:
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if size >= scale:
-            return f"{size / scale:,.1f} {unit}"
-    return f"{size:,.0f} B"

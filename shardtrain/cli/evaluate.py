@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from shardtrain.cli.options import Debug, Overrides, Run
+from shardtrain.errors import UserError
 
 
 def evaluate(
@@ -35,6 +36,10 @@ def evaluate(
     from shardtrain.run.trained import Trained
 
     directory, number = find_step(run)
+    if number is not None and step not in (None, number):
+        raise UserError(
+            "--step", step, f"{run} is already step {number}", f"leave it out, or name the run: {directory}"
+        )
     trained = Trained.open(directory.absolute(), number if step is None else step, overrides or ())
     found = report(trained, data, rows)
     if as_json:

@@ -15,6 +15,9 @@ from shardtrain.errors import UserError
 if TYPE_CHECKING:
     from shardtrain.metrics.status import RunStatus
 
+#: Headings of `cells`.
+CELLS = ("step", "loss", "held out", "tokens/s", "last line", "state")
+
 
 def runs(
     folder: Annotated[Path, typer.Argument(help="Folder of runs.", metavar="[DIR]")] = Path("runs"),
@@ -28,9 +31,8 @@ def runs(
     if not found:
         other = "" if folder == Path("runs") else "; `shardtrain runs` lists those in runs/"
         raise UserError(f"no runs in {folder}/; `shardtrain train CONFIG` makes one in runs/{other}")
-    columns = ("run", "step", "loss", "held out", "tokens/s", "last line", "state")
     rows = [(str(run.directory), *cells(run)) for run in sorted(found, key=lambda run: run.changed)]
-    print_table(columns, rows, numbers=columns[1:6])
+    print_table(("run", *CELLS), rows, numbers=CELLS[:-1])
 
 
 def cells(run: RunStatus) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import typer
 
-from shardtrain.cli.runs import cells
+from shardtrain.cli.runs import CELLS, cells
 from shardtrain.cli.table import print_table
 from shardtrain.errors import UserError
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from shardtrain.metrics.status import RunStatus
 
 
-class Job(NamedTuple):
+class SweptRun(NamedTuple):
     """One run of a sweep.
 
     Attributes:
@@ -49,28 +49,28 @@ def sweep(file: str, overrides: Sequence[str], options: Sequence[str], write_job
     Raises:
       UserError: one of the configs has problems, before any of them runs.
     """
-    folder, found = jobs(file, overrides, options)
+    folder, found = swept_runs(file, overrides, options)
     if write_jobs is not None:
-        lines = [shlex.join(["shardtrain", *job.words]) for job in found]
+        lines = [shlex.join(["shardtrain", *run.words]) for run in found]
         write_jobs.write_text("".join(f"{line}\n" for line in lines))
         print(
             f"{len(found)} jobs in {write_jobs}, one per line; `shardtrain compare {folder}/*` shows them side by side"
         )
         return
-    for number, job in enumerate(found, 1):
-        if _status(job).state == "finished":
+    for number, run in enumerate(found, 1):
+        if _status(run).state == "finished":
             continue
-        print(f"--- run {number} of {len(found)}: {job.label}", flush=True)
-        code = _train(job)
-        if code == 0 and _status(job).state != "finished":
+        print(f"--- run {number} of {len(found)}: {run.label}", flush=True)
+        code = _train(run)
+        if code == 0 and _status(run).state != "finished":
             print("the sweep was stopped; the same command goes on with it")
             return
     _show(folder, found)
-    if any(_status(job).state != "finished" for job in found):
+    if any(_status(run).state != "finished" for run in found):
         raise typer.Exit(1)
 
 
-def jobs(file: str, overrides: Sequence[str], options: Sequence[str] = ()) -> tuple[Path, list[Job]]:
+def swept_runs(file: str, overrides: Sequence[str], options: Sequence[str] = ()) -> tuple[Path, list[SweptRun]]:
     """The folder of a sweep, beside the run directory of its config, and its runs, whose configs are checked.
 
     Raises:
@@ -82,18 +82,17 @@ def jobs(file: str, overrides: Sequence[str], options: Sequence[str] = ()) -> tu
     found, folder = [], Path()
     for choice in grid(overrides):
         own = chosen(overrides, choice)
-        run = load_config(file, own).run
-        folder = Path(f"{run.dir or f'runs/{run.name}'}.sweep")
+        folder = Path(f"{load_config(file, own).run.directory}.sweep")
         directory = folder / label(choice)
-        found.append(Job(label(choice), directory, ["train", file, *own, f"run.dir={directory}", *options]))
-    if len({job.directory for job in found}) < len(found):
+        found.append(SweptRun(label(choice), directory, ["train", file, *own, f"run.dir={directory}", *options]))
+    if len({run.directory for run in found}) < len(found):
         raise UserError(f"two runs of this sweep would share a directory in {folder}; name each value once")
     return folder, found
 
 
-def _train(job: Job) -> int:
-    """Run a job in a process of its own, to which signals that end the sweep are passed on; its exit code."""
-    process = subprocess.Popen([sys.executable, "-m", "shardtrain", *job.words])
+def _train(run: SweptRun) -> int:
+    """Train a run in a process of its own, to which signals that end the sweep are passed on; its exit code."""
+    process = subprocess.Popen([sys.executable, "-m", "shardtrain", *run.words])
     # Ctrl-C reaches the run by itself, as it is sent to all processes of a terminal.
     handlers = {
         signal.SIGINT: lambda number, frame: None,
@@ -107,14 +106,14 @@ def _train(job: Job) -> int:
             signal.signal(number, handler)
 
 
-def _show(folder: Path, found: list[Job]) -> None:
+def _show(folder: Path, found: list[SweptRun]) -> None:
     """The runs of a sweep, the best first."""
     from shardtrain.metrics.plot import plot_runs
 
-    ranked = sorted(((_status(job), job) for job in found), key=lambda pair: _loss(pair[0]))
-    columns = ("run", "step", "loss", "held out", "tokens/s", "last line", "state")
-    print_table(columns, [(job.label, *cells(status)) for status, job in ranked], numbers=columns[1:6])
-    started = {job.label: job.directory for status, job in ranked if status.last}
+    ranked = sorted(((_status(run), run) for run in found), key=lambda pair: _loss(pair[0]))
+    rows = [(run.label, *cells(status)) for status, run in ranked]
+    print_table(("run", *CELLS), rows, numbers=CELLS[:-1])
+    started = {run.label: run.directory for status, run in ranked if status.last}
     if started:
         print(f"drawn into {plot_runs(started, folder / 'sweep.png')}")
 
@@ -124,7 +123,7 @@ def _loss(status: RunStatus) -> float:
     return loss if math.isfinite(loss) else math.inf
 
 
-def _status(job: Job) -> RunStatus:
+def _status(run: SweptRun) -> RunStatus:
     from shardtrain.metrics.status import RunStatus
 
-    return RunStatus.of(job.directory)
+    return RunStatus.of(run.directory)

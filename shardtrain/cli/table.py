@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[str] = ()) -> None:
@@ -26,3 +26,16 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers
     if not console.is_terminal:
         console.width = 1000  # as wide as the table, which `print` does not fill up
     console.print(table)
+
+
+def size(count: float) -> str:
+    """A number of bytes in words: `1.5 MiB`."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= scale:
+            return f"{count / scale:,.1f} {unit}"
+    return f"{count:,.0f} B"
+
+
+def shape(dims: Iterable[int]) -> str:
+    """A shape in words: `8 x 16`."""
+    return " x ".join(map(str, dims))

@@ -61,7 +61,8 @@ def train(
     if len(grid(overrides or ())) > 1:
         if processes > 1 or coordinator is not None or dry:
             raise UserError("a grid of runs is trained by one process; write its jobs by --write-jobs, to start each")
-        sweep(file, overrides or (), ["--allow-changes"] if allow_changes else [], write_jobs)
+        chosen = {"--allow-changes": allow_changes, "--debug": debug}
+        sweep(file, overrides or (), [option for option, given in chosen.items() if given], write_jobs)
         return
     if write_jobs is not None:
         raise UserError("--write-jobs is for a grid of runs; give a key several values: optimizer.lr=1e-4,3e-4")

@@ -147,6 +147,12 @@ def check_last_batch(source: Source, row: Row, rows: int, global_batch: int) -> 
         )
 
 
+def counted_targets(row: Row) -> np.ndarray:
+    """The targets of a row that count: all that are token ids, but those that its `loss_mask`, if any, leaves out."""
+    targets = row.get("targets", np.zeros(0, np.int32))
+    return targets[(targets >= 0) & (row.get(MASK, np.ones(targets.shape)) > 0)]
+
+
 def name_of(source: Any) -> str:
     """Name a source for messages: by its class or, for a part of a source, by the class of the whole."""
     while isinstance(source, Rows):

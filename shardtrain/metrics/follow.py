@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
-from shardtrain.metrics.log import FILE, read
+from shardtrain.metrics.log import FILE, read, row
 from shardtrain.metrics.status import RunStatus
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -65,14 +64,14 @@ class Follower:
             return
         whole = content[: content.rfind(b"\n") + 1]
         self._offset += len(whole)
-        rows = [json.loads(line) for line in whole.splitlines()]
+        rows = [found for line in whole.splitlines() if (found := row(line)) is not None]
         if rows and rows[-1]["step"] < self._step:
             yield f"went back from step {self._step} to {rows[-1]['step']}"
             self._step = rows[-1]["step"]
-        for row in rows:
-            if row["step"] > self._step:
-                self._step = row.pop("step")
-                yield Line(self._step, {name: float(value) for name, value in row.items()})
+        for values in rows:
+            if values["step"] > self._step:
+                self._step = values.pop("step")
+                yield Line(self._step, {name: float(value) for name, value in values.items()})
 
     def _changes(self) -> Iterator[str]:
         saved, aside = self._checkpoints()

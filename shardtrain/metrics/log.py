@@ -109,7 +109,7 @@ class MetricsLog:
 
     def _open(self, step: int | None) -> tuple[dict[str, Any], TextIO]:
         """Keep only complete lines up to `step` (None: all); return the last one and the file to append to."""
-        lines = [(row, line) for row, line in _lines(self._path) if step is None or row["step"] <= step]
+        lines = [(values, line) for values, line in _lines(self._path) if step is None or values["step"] <= step]
         kept = b"".join(line for _, line in lines)
         if kept != self._path.read_bytes():
             with atomic(self._path) as file:
@@ -126,7 +126,7 @@ def read(directory: Path | str) -> list[dict[str, float]]:
     path = Path(directory) / FILE
     if not path.is_file():
         raise UserError(f"no {FILE} in {directory}: give the directory of a run that has started")
-    return [_parsed(row) for row, _ in _lines(path)]
+    return [_parsed(values) for values, _ in _lines(path)]
 
 
 def tail(directory: Path | str, size: int = 2**16) -> list[dict[str, float]]:
@@ -134,8 +134,8 @@ def tail(directory: Path | str, size: int = 2**16) -> list[dict[str, float]]:
 
     Args:
       directory: the run directory.
-      size: bytes to read, or more if no line fits; a line that begins before them is left out, and so is an incomplete
-        last one.
+      size: bytes to read, or more if no line fits; a line that begins before them is left out, and so are damaged ones
+        and an incomplete last one.
     """
     try:
         with open(Path(directory) / FILE, "rb") as file:
@@ -146,24 +146,28 @@ def tail(directory: Path | str, size: int = 2**16) -> list[dict[str, float]]:
         return []
     if not lines and end > size:
         return tail(directory, 16 * size)
-    return [_parsed(json.loads(line)) for line in lines]
+    return [_parsed(found) for line in lines if (found := row(line)) is not None]
 
 
-def _parsed(row: dict[str, Any]) -> dict[str, float]:
-    return {key: _NOT_FINITE.get(value, value) for key, value in row.items()}
+def row(line: bytes) -> dict[str, Any] | None:
+    """The values of a line as JSON has them, `step` among them; `None` if the line is damaged."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("step"), int) else None
+
+
+def _parsed(values: dict[str, Any]) -> dict[str, float]:
+    return {key: _NOT_FINITE.get(value, value) for key, value in values.items()}
 
 
 def _lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
     """Yield each complete line, parsed and as bytes."""
     lines = path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            whole = isinstance(row, dict) and isinstance(row.get("step"), int) and line.endswith(b"\n")
-        except ValueError:
-            whole = False
-        if whole:
-            yield row, line
+        if line.endswith(b"\n") and (found := row(line)) is not None:
+            yield found, line
         elif number < len(lines):
             raise UserError(f"{path}, line {number} is damaged: {line[:80]!r}; delete that line and try again")
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol, cast
 
 from shardtrain.errors import UserError, did_you_mean
-from shardtrain.host.import_path import find, modules_of
+from shardtrain.host.import_path import find, module_names
+from shardtrain.metrics import loggers
 
 _log = logging.getLogger(__name__)
 _SYSTEM = ("step_time_s", "tokens_per_s", "mfu", "memory_bytes", "skipped", "skipped_in_row")
@@ -56,22 +56,24 @@ class Guarded:
 
     Args:
       name: for the warning.
-      logger: the logger.
+      opens: opens the logger, which may fail, too.
     """
 
-    def __init__(self, name: str, logger: Logger):
-        self._name, self._logger = name, logger
+    def __init__(self, name: str, opens: Callable[[], Logger]):
+        self._name = name
+        self._logger = self._guarded(opens)
 
     def __getattr__(self, method: str) -> Any:
-        def guarded(*arguments: Any) -> None:
-            if self._name:
-                try:
-                    getattr(self._logger, method)(*arguments)
-                except Exception as error:
-                    _log.warning("no more metrics to %s: %s: %s", self._name, type(error).__name__, error)
-                    self._name = ""
+        return lambda *arguments: self._guarded(lambda: getattr(self._logger, method)(*arguments))
 
-        return guarded
+    def _guarded(self, call: Callable[[], Any]) -> Any:
+        if not self._name:
+            return None
+        try:
+            return call()
+        except Exception as error:
+            _log.warning("no more metrics to %s: %s: %s", self._name, type(error).__name__, error)
+            self._name = ""
 
 
 def open_logger(name: str, run: LoggedRun) -> Logger:
@@ -82,21 +84,38 @@ def open_logger(name: str, run: LoggedRun) -> Logger:
       run: whose metrics these are.
 
     Raises:
+      UserError: see `find_logger`.
+    """
+    opens = find_logger(name)
+    return cast(Logger, Guarded(name, lambda: opens(run)))
+
+
+def find_logger(name: str) -> Callable[[LoggedRun], Logger]:
+    """The function that opens a place for metrics.
+
+    Args:
+      name: as for `open_logger`.
+
+    Raises:
       UserError: there is none of that name, or its package is not installed.
     """
     check_logger(name)
-    opens = find(name, "function", "log.also") if ":" in name else _modules()[name].open_logger
-    return cast(Logger, Guarded(name, opens(run)))
+    if ":" in name:
+        return find(name, "function", "log.also")
+    module = importlib.import_module(f"{loggers.__name__}.{name}")
+    if hasattr(module, "PACKAGE"):
+        required(module.PACKAGE)
+    return module.open_logger
 
 
 def check_logger(name: str) -> None:
-    """Refuse a name that no logger has.
+    """Refuse a name that no logger has. Whether its package is installed is asked where a run starts, not here.
 
     Raises:
       UserError: names those that there are.
     """
-    if ":" not in name and name not in _modules():
-        fix = f"{did_you_mean(name, _modules())} (package.module:function for one of your own)"
+    if ":" not in name and name not in (known := module_names(loggers)):
+        fix = f"{did_you_mean(name, known)} (package.module:function for one of your own)"
         raise UserError("log.also", name, "there is no such logger", fix)
 
 
@@ -120,9 +139,3 @@ def grouped(key: str) -> str:
     if key.startswith("eval_"):
         return f"held_out/{key.removeprefix('eval_')}"
     return f"{'system' if key in _SYSTEM else 'train'}/{key}"
-
-
-def _modules() -> dict[str, ModuleType]:
-    from shardtrain.metrics import loggers
-
-    return modules_of(loggers)

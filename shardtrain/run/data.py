@@ -83,7 +83,7 @@ def _open(
 ) -> OpenedData:
     if source is not None:
         check_source(source)
-        check_source_vocabulary(source, _vocab_size(config), "the source")
+        check_source_vocabulary(source, vocab_size(config), "the source")
         check_row_length(source, config.data.seq_len, "the source")
         rows, tokenizer = source, getattr(source, "tokenizer", None)
         check_tokenizer(tokenizer)
@@ -125,7 +125,7 @@ def open_rows(
     return open_source(
         data.type,
         seq_len=data.seq_len,
-        vocab_size=_vocab_size(config),
+        vocab_size=vocab_size(config),
         seed=config.run.seed,
         path=data.path,
         tokenizer=data.tokenizer,
@@ -136,10 +136,11 @@ def open_rows(
     )
 
 
-def _vocab_size(config: RunConfig) -> int:
-    vocab_size = config.model.size("vocab")
-    assert vocab_size is not None, "the config has been checked"
-    return vocab_size
+def vocab_size(config: RunConfig) -> int:
+    """The size of the vocabulary of a model that a config names."""
+    found = config.model.size("vocab")
+    assert found is not None, "the config has been checked"
+    return found
 
 
 def training_batches(

@@ -11,7 +11,9 @@ import jax
 from flax import nnx
 
 from shardtrain.config import given, parse_config
-from shardtrain.data import as_source
+from shardtrain.data import Source, as_source
+from shardtrain.errors import UserError
+from shardtrain.host.typed import typed
 from shardtrain.metrics import progress
 from shardtrain.run.trainer import Trainer
 from shardtrain.train.callbacks import Callback
@@ -20,6 +22,7 @@ from shardtrain.train.model_def import ModelDef
 from shardtrain.weights.paths import flatten
 
 
+@typed
 def fit(
     model: Callable[[nnx.Rngs], nnx.Module],
     source: Any,
@@ -60,8 +63,8 @@ def fit(
     definition = ModelDef(model)
     rows = as_source(source, _vocab_size(definition))
     first = rows[0]
-    if held_out and "loss_mask" not in first:
-        held_out = max(1, round(len(rows) * held_out / global_batch)) * global_batch / len(rows)
+    if held_out and global_batch > 0 and "loss_mask" not in first:
+        held_out = _in_whole_batches(held_out, rows, global_batch)
     basics = {
         "run": {"name": Path(directory).name, "dir": str(directory), "steps": steps},
         "mesh": {"data": -1},
@@ -82,9 +85,21 @@ def fit(
     return trainer
 
 
+def _in_whole_batches(held_out: float, rows: Source, global_batch: int) -> float:
+    """The fraction of rows that is nearest to `held_out` among those of whole batches."""
+    batches = max(1, round(len(rows) * held_out / global_batch))
+    if held_out <= 0.5 and 2 * batches * global_batch > len(rows):
+        rule = (
+            f"whole batches of {global_batch}, which rows without a loss_mask need, are over half of {len(rows)} rows"
+        )
+        raise UserError("held_out", held_out, rule, "use a smaller global_batch, more rows, or give rows a loss_mask")
+    return batches * global_batch / len(rows)
+
+
 def _joined(basics: dict[str, Any], sections: Mapping[str, Any]) -> dict[str, Any]:
     """The sections, with the values of `fit`'s own arguments where they name no other. A mesh is one decision."""
-    both = {name: {**basics.get(name, {}), **section} for name, section in sections.items() if name != "mesh"}
+    mappings = [(name, section) for name, section in sections.items() if isinstance(section, Mapping)]
+    both = {name: {**basics.get(name, {}), **section} for name, section in mappings if name != "mesh"}
     return {**basics, **sections, **both}
 
 

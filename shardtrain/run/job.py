@@ -62,9 +62,10 @@ class Job:
         """Whether a moving average of the weights is kept."""
         return self.config.ema.decay is not None
 
-    def abstract_state(self) -> TrainState:
-        """The state as shapes and shardings."""
-        return abstract_state(self.model, self.tx, self.partitioner, ema=self.keeps_ema)
+    def abstract_state(self, ema: bool | None = None) -> TrainState:
+        """The state as shapes and shardings; with an average or not, by config or as told."""
+        ema = self.keeps_ema if ema is None else ema
+        return abstract_state(self.model, self.tx, self.partitioner, ema=ema)
 
     def abstract_canonical(self, ema: bool | None = None) -> TrainState:
         """The state as checkpoints store it, as shapes and shardings; with an average or not, by config or as told."""
@@ -80,6 +81,12 @@ class Job:
     def live(self) -> Callable[[TrainState], TrainState]:
         """The inverse of `canonical`."""
         return self._converter(self.model.live, self.abstract_state)
+
+    def live_parts(self, state: TrainState) -> TrainState:
+        """As `live`, of a state whose optimizer or average may be left out, whatever the config keeps."""
+        whole = self.abstract_state(ema=bool(state.ema))
+        parts = whole if state.opt_state else dataclasses.replace(whole, opt_state=())
+        return self._converter(self.model.live, lambda: parts)(state)
 
     def _converter(
         self, convert: Callable[[Any], Any], wanted: Callable[[], TrainState]

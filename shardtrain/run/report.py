@@ -27,8 +27,9 @@ from shardtrain.data import (
 )
 from shardtrain.data.checks import TEXT
 from shardtrain.data.prepare import is_kept
+from shardtrain.data.rows import counted_targets
 from shardtrain.errors import UserError
-from shardtrain.run.data import open_rows
+from shardtrain.run.data import open_rows, vocab_size
 from shardtrain.run.trained import Trained
 from shardtrain.train.accuracy import with_accuracy
 from shardtrain.train.evaluation import total_sums
@@ -92,9 +93,7 @@ def _opened(trained: Trained, path: str | None) -> Iterator[tuple[Source, Tokeni
     if path is None:
         yield _held_out(trained, kept)
     elif path.endswith(".bin"):
-        vocab = trained.config.model.size("vocab")
-        assert vocab is not None, "the config has been checked"
-        source, _ = open_source("tokens", seq_len=section.seq_len, vocab_size=vocab, path=path)
+        source, _ = open_source("tokens", seq_len=section.seq_len, vocab_size=vocab_size(trained.config), path=path)
         yield source, load_tokenizer(kept) if has_tokenizer else None
     elif not has_tokenizer:
         rule = f"it is text, and the run in {trained.directory} has no tokenizer of its own (data.type {section.type})"
@@ -122,7 +121,6 @@ def _bytes(source: Source, tokenizer: Tokenizer) -> int:
     """Bytes of UTF-8 in the targets that count."""
     total = 0
     for start in range(0, len(source), _TOGETHER):
-        rows = [source[row] for row in range(start, min(start + _TOGETHER, len(source)))]
-        counted = [row["targets"][(row["targets"] >= 0) & (row["loss_mask"] > 0)] for row in rows]
+        counted = [counted_targets(source[row]) for row in range(start, min(start + _TOGETHER, len(source)))]
         total += len(tokenizer.decode(np.concatenate(counted)).encode())
     return total

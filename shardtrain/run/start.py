@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shardtrain.checkpoint import Checkpointer, load_weights
+from shardtrain.checkpoint import Checkpointer, check_weights, load_weights
 from shardtrain.config import RunConfig, check_same_run
 from shardtrain.errors import UserError
-from shardtrain.host.agree import decide_on_process_zero
+from shardtrain.host.agree import decide_on_process_zero, on_process_zero
 from shardtrain.host.files import write_text
 from shardtrain.metrics import MetricsLog
-from shardtrain.metrics.logger import LoggedRun, open_logger
+from shardtrain.metrics.logger import LoggedRun, find_logger, open_logger
 from shardtrain.run.job import Job
 from shardtrain.train.averages import start_ema
 from shardtrain.train.callbacks import Values
@@ -33,29 +34,53 @@ def open_checkpoints(config: RunConfig, directory: Path) -> Checkpointer:
     )
 
 
-def newest_step(checkpointer: Checkpointer, config: RunConfig, directory: Path, allow_changes: bool) -> int | None:
+def newest_step(checkpointer: Checkpointer, job: Job, directory: Path, allow_changes: bool) -> int | None:
     """The step to resume from; `None` for a fresh start.
 
     Raises:
-      UserError: the config does not continue that run, which is found out before data and state are prepared.
+      UserError: see `check_start`, which is called before data and state are prepared.
     """
     step = checkpointer.latest()
+    check_start(job, directory, step, checkpointer.extra, allow_changes)
+    return step
+
+
+def check_start(
+    job: Job, directory: Path, step: int | None, extra: Callable[[int], dict[str, Any]], allow_changes: bool
+) -> None:
+    """Refuse a job that cannot begin, or cannot go on, in a run directory.
+
+    Args:
+      job: with the config of the run.
+      directory: of the run.
+      step: of the checkpoint to resume from; `None` for a fresh start.
+      extra: the record saved with a step.
+      allow_changes: go on in the directory of a run with another model, data, optimizer or seed.
+
+    Raises:
+      UserError: the config does not continue that run, `init_from` has no weights that fit, or the package of a logger
+        is not installed.
+    """
+    config = job.config
+    on_process_zero(lambda: [find_logger(name) for name in config.log.also])
     if step is None:
-        return None
-    if config.run.steps < step:
+        if config.init_from is not None:
+            folder, source = _weights_of(config.init_from)
+            check_weights(folder, job.abstract_canonical().params, source, cast=config.checkpoint.cast)
+    elif config.run.steps < step:
         raise UserError(
             f"run.steps = {config.run.steps} is below step {step}, which the run in {directory} has reached; set "
             f"run.steps to {step} or more, or another run.name to start anew"
         )
-    if not allow_changes:
-        check_same_run(checkpointer.extra(step)["config"], config, str(directory), step)
-    return step
+    elif not allow_changes:
+        check_same_run(extra(step)["config"], config, str(directory), step)
 
 
 def open_log(config: RunConfig, directory: Path, step: int) -> MetricsLog:
     """The metrics up to `step`; also writes the config into the run directory."""
     run = LoggedRun(directory, config.run.name, config.to_dict())
-    others = [open_logger(name, run) for name in config.log.also]
+    names = [name for name in dict.fromkeys(config.log.also) if name != "tensorboard" or not config.log.tensorboard]
+    others = [open_logger(name, run) for name in names]
     log = MetricsLog(directory, tensorboard=config.log.tensorboard, others=others)
     log.truncate(step)
     write_text(directory / "config.yaml", config.to_yaml())
@@ -87,7 +112,7 @@ class Start:
         if step is None:
             state = job.init_state()
             return cls(state if config.init_from is None else _with_weights_of(config.init_from, state, job))
-        ema = any(name.startswith("ema.") for name in checkpointer.names(step))
+        ema = "ema" in checkpointer.parts(step)
         restored = checkpointer.restore(job.abstract_canonical(ema=ema), step, cast=config.checkpoint.cast)
         assert restored is not None, "a step was named"
         state = job.live(_with_ema(restored.state, job) if ema != job.keeps_ema else restored.state)
@@ -114,13 +139,17 @@ class Start:
 
 
 def _with_weights_of(path: str, state: TrainState, job: Job) -> TrainState:
-    place = Path(path)
-    is_step = place.name.isdigit() and not (place / "checkpoints").is_dir()
-    step = int(place.name) if is_step else None
-    folder, cast = place.parent if is_step else place, job.config.checkpoint.cast
-    params = load_weights(folder, job.abstract_canonical().params, step, cast=cast)
+    folder, step = _weights_of(path)
+    params = load_weights(folder, job.abstract_canonical().params, step, cast=job.config.checkpoint.cast)
     loaded = dataclasses.replace(job.canonical(state), params=params)
     return job.live(start_ema(job.model, loaded) if job.keeps_ema else loaded)
+
+
+def _weights_of(path: str) -> tuple[Path, int | None]:
+    """The folder and the step that `init_from` names; `None` for the newest."""
+    place = Path(path)
+    is_step = place.name.isdigit() and not (place / "checkpoints").is_dir()
+    return (place.parent, int(place.name)) if is_step else (place, None)
 
 
 def _with_ema(state: TrainState, job: Job) -> TrainState:

@@ -8,19 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from shardtrain.checkpoint.reading import intact_step, load_parts
+from shardtrain.checkpoint.reading import intact_step, load_parts, parts_of
 from shardtrain.config import RunConfig, parse_config, thaw
 from shardtrain.config.files import read_file
 from shardtrain.config.overrides import apply_overrides
 from shardtrain.errors import UserError
 from shardtrain.launch.compile_cache import cache_folder, use_cache
-from shardtrain.launch.cpu_collectives import ordered
 from shardtrain.launch.devices import select_devices
 from shardtrain.run.job import Job, build
 from shardtrain.sharding.mesh import AXES
+from shardtrain.train.averages import keeps_average
 from shardtrain.train.state import TrainState
 
 
@@ -34,7 +33,7 @@ class Trained:
       config: of the run.
       job: mesh and model on the devices here. Its config is that of the run with another mesh, if the run's does not
         fit these devices.
-      state: with the weights, and without a state of the optimizer.
+      state: with the weights that the run evaluates (of an average, if it keeps one), and nothing else.
     """
 
     directory: Path
@@ -76,6 +75,8 @@ def build_here(stored: dict[str, Any], overrides: Sequence[str]) -> Job:
       UserError: the config, with its overrides, does not fit these devices.
     """
     wanted = thaw(stored)
+    wanted["data"] |= {"first_batch": None, "growth_rows": None}  # which are for training alone, as the next one is
+    wanted["optimizer"]["accumulate"] = 1
     if wanted["devices"]["emulate"] is None:
         wanted["devices"]["platform"] = "auto"
     asked = thaw(wanted)
@@ -90,16 +91,15 @@ def build_here(stored: dict[str, Any], overrides: Sequence[str]) -> Job:
 
 
 def _weights(path: Path, job: Job) -> TrainState:
-    canonical = job.abstract_canonical()
-    parts = load_parts(
-        path,
-        {"params": canonical.params, "model_state": canonical.model_state},
-        cast=job.config.checkpoint.cast,
-    )
+    """The weights that the run would evaluate: their average, if it keeps one."""
+    ema = job.config.ema.evaluate and "ema" in parts_of(path)
+    canonical = job.abstract_canonical(ema=ema)
+    wanted = {"params": canonical.params, "model_state": canonical.model_state}
+    if ema:
+        wanted["ema"] = canonical.ema
+    elif keeps_average(canonical.opt_state):
+        wanted["opt_state"] = canonical.opt_state
+    parts = load_parts(path, wanted, cast=job.config.checkpoint.cast)
     zero = jnp.zeros((), jnp.int32)
-    state = TrainState(jnp.int32(int(path.name)), parts["params"], parts["model_state"], (), zero, zero)
-    if job.model.is_canonical:
-        return state
-    live = dataclasses.replace(job.abstract_state(), opt_state=())
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, live)
-    return jax.jit(job.model.live, out_shardings=shardings, compiler_options=ordered(job.partitioner.devices))(state)
+    state = TrainState(**{"opt_state": (), **parts}, step=jnp.int32(int(path.name)), skipped=zero, skipped_in_row=zero)
+    return dataclasses.replace(job.evaluated(job.live_parts(state)), opt_state=(), ema={})

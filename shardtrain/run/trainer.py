@@ -108,7 +108,7 @@ class Trainer:
             if (lock := on_process_zero(lambda: RunLock(directory))) is not None:
                 on_error.callback(lock.release)
             checkpointer = open_checkpoints(config, directory)
-            latest = newest_step(checkpointer, config, directory, allow_changes)
+            latest = newest_step(checkpointer, job, directory, allow_changes)
             data = open_data(config, directory, source=source, loss=loss, should_stop=interrupted)
             start = Start.of(config, job, checkpointer, latest)
             batches = training_batches(config, data.train, job.batch_sharding, start.position, allow_changes)

@@ -7,16 +7,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from shardtrain.data import Tokenizer, load_tokenizer, open_source
+from shardtrain.config.schema import Sample
+from shardtrain.data import Tokenizer, load_tokenizer
 from shardtrain.data.prepare import is_kept
 from shardtrain.data.text_stream import TextStream
 from shardtrain.errors import UserError
 from shardtrain.metrics.find import find_step
+from shardtrain.run.data import open_rows
 from shardtrain.run.trained import Trained
 from shardtrain.train.sampler import Sampler
 from shardtrain.train.sampling import Sampling
 from shardtrain.train.state import TrainState
 
+_DEFAULT = Sample()
 #: Why a text ends: a stop string, the end of a document, or as many tokens as were asked for.
 Finish = Literal["stop", "end", "length"]
 
@@ -54,8 +57,8 @@ class Writer:
         state: TrainState,
         tokenizer: Tokenizer,
         *,
-        tokens: int = 128,
-        temperature: float = 0.8,
+        tokens: int = _DEFAULT.tokens,
+        temperature: float = _DEFAULT.temperature,
         prompt: str | None = None,
     ):
         self.sampler, self.state, self.tokenizer = sampler, state, tokenizer
@@ -80,7 +83,7 @@ class Writer:
             sampler,
             trained.state,
             tokenizer,
-            tokens=config.sample.tokens or 128,
+            tokens=config.sample.tokens or _DEFAULT.tokens,
             temperature=config.sample.temperature,
             prompt=config.sample.prompt,
         )
@@ -179,21 +182,7 @@ def _tokenizer(trained: Trained) -> Tokenizer:
     config, kept = trained.config, trained.directory / "data"
     if is_kept(kept):
         return load_tokenizer(kept)
-    found: Any = None
-    if ":" in config.data.type:
-        vocabulary = config.model.size("vocab")
-        assert vocabulary is not None, "the config has been checked"
-        found = open_source(
-            config.data.type,
-            seq_len=config.data.seq_len,
-            vocab_size=vocabulary,
-            seed=config.run.seed,
-            path=config.data.path,
-            tokenizer=config.data.tokenizer,
-            tokenizer_vocab=config.data.vocab_size,
-            directory=kept,
-            write=False,
-        )[1]
+    found = open_rows(config, trained.directory, write=False)[1] if ":" in config.data.type else None
     if found is None:
         rule = f"the run in {trained.directory} keeps no tokenizer, which text needs"
         fix = "train on text, or continue token ids with shardtrain.generate"

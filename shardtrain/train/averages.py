@@ -50,6 +50,11 @@ def averaged(model: ModelDef, state: TrainState) -> TrainState:
     return dataclasses.replace(state, params=merged(average, state.params))
 
 
+def keeps_average(opt_state: Any) -> bool:
+    """Whether the state of an optimizer, of arrays or abstract, has an average of the weights for `averaged`."""
+    return _schedule_free(opt_state) is not None
+
+
 def _schedule_free(opt_state: Any) -> ScheduleFreeState | None:
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, ScheduleFreeState))
     return next((node for node in nodes if isinstance(node, ScheduleFreeState)), None)

@@ -9,6 +9,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from shardtrain.data import Loader, SyntheticTokens, split
+from shardtrain.data.rows import counted_targets
 from shardtrain.errors import UserError
 
 GOOD = SyntheticTokens(seq_len=4, vocab_size=64, seed=0, rows=20)
@@ -84,6 +85,13 @@ def test_a_row_that_is_not_as_the_others(name):
     spoil, message = OTHER[name]
     with pytest.raises(UserError, match=re.escape(f"source Mine, row 5: {message}")):
         load(Mine(spoil, 5))
+
+
+def test_targets_count_unless_a_mask_leaves_them_out():
+    targets = np.array([3, -1, 5], np.int32)
+    assert counted_targets({"targets": targets}).tolist() == [3, 5]
+    assert counted_targets({"targets": targets, "loss_mask": np.array([0, 1, 0.5])}).tolist() == [5]
+    assert counted_targets({"x": targets}).tolist() == []
 
 
 def test_masked_targets_are_negative():

@@ -5,6 +5,8 @@ import pytest
 from commands import CONFIG, compiled_once, fit, metrics  # noqa: F401
 from shardtrain import UserError, load_config
 from shardtrain.metrics.logger import LoggedRun, grouped, open_logger
+from shardtrain.run import Job
+from shardtrain.run.start import open_log
 
 KEPT: list[tuple] = []
 
@@ -42,6 +44,25 @@ def test_a_logger_of_ones_own_gets_everything_and_may_fail(tmp_path, caplog):
     assert len(metrics(tmp_path / "run")) == 4
 
 
+def test_a_logger_that_cannot_be_opened_is_a_warning(tmp_path, caplog):
+    logger = open_logger(f"{__name__}:away", LoggedRun(tmp_path, "small", {}))
+    logger.write(1, {})
+    logger.close()
+    (record,) = caplog.records
+    assert "ConnectionError: the server is away" in record.getMessage()
+
+
+def away(run):
+    raise ConnectionError("the server is away")
+
+
+def test_tensorboard_twice_is_once(tmp_path):
+    config = load_config(CONFIG, ["log.also=[tensorboard]"])
+    with open_log(config, tmp_path, -1):
+        pass
+    assert len([*(tmp_path / "tensorboard").iterdir()]) == 1
+
+
 def test_names_are_grouped():
     assert [*map(grouped, ("loss", "eval_loss", "mfu", "a/b"))] == ["train/loss", "held_out/loss", "system/mfu", "a/b"]
 
@@ -75,3 +96,6 @@ def test_a_package_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(UserError, match=r"pip install 'shardtrain\[wandb\]'"):
         open_logger("wandb", LoggedRun(tmp_path, "small", {}))
+    monkeypatch.setattr(Job, "init_state", None)  # it is told before a state is made
+    with pytest.raises(UserError, match=r"pip install 'shardtrain\[wandb\]'"):
+        fit(tmp_path / "run", "log.also=[wandb]")

@@ -13,6 +13,8 @@ from typing import Any
 from shardtrain.host.files import write_text
 from shardtrain.metrics.logger import LoggedRun, required
 
+#: Without which a run with this logger does not start.
+PACKAGE = "mlflow"
 _EXPERIMENT = "shardtrain"
 _LONGEST = 500  # characters of a parameter
 
@@ -52,7 +54,7 @@ class MlflowLogger:
 
 def open_logger(run: LoggedRun) -> MlflowLogger:
     """Start a run of MLflow, or go on with the one of this directory."""
-    mlflow = required("mlflow")
+    mlflow = required(PACKAGE)
     beside = run.directory.parent
     client = mlflow.MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{beside / 'mlflow.db'}"))
     file = run.directory / "mlflow.id"

@@ -13,6 +13,9 @@ from typing import Any
 from shardtrain.host.files import write_text
 from shardtrain.metrics.logger import LoggedRun, required
 
+#: Without which a run with this logger does not start.
+PACKAGE = "wandb"
+
 
 class WandbLogger:
     """One run of Weights & Biases.
@@ -46,7 +49,7 @@ class WandbLogger:
 
 def open_logger(run: LoggedRun) -> WandbLogger:
     """Start a session, or go on with that of the run."""
-    wandb = required("wandb")
+    wandb = required(PACKAGE)
     file = run.directory / "wandb.id"
     if not file.exists():
         write_text(file, uuid.uuid4().hex[:12])
