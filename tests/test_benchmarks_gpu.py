@@ -203,6 +203,7 @@ def test_the_flops_counted_are_xlas_too():
     assert sum(work.flops for work in square(SHAPES["tiny"], 2, 64).values()) == pytest.approx(by_xla, rel=0.05)
 
 
+@pytest.mark.full
 def test_a_loss_in_chunks_makes_its_logits_twice():
     whole, chunked = bench(loss_chunk=None), bench(loss_chunk=16)
     assert (whole.chunks, chunked.chunks, bench("1b", 4096, 4).chunks) == (1, 4, 32)
@@ -225,6 +226,7 @@ def constants_warned_of():
     jax.config.update("jax_captured_constants_warn_bytes", bytes)
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("constants_warned_of")
 def test_no_part_has_its_arrays_as_constants_of_the_program():
     assert min(bench().isolated().values()) > 0

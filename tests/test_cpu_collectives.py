@@ -81,7 +81,7 @@ def test_a_process_of_several_has_them_with_one_device_too():
     assert threads(join.format(port)) == max(os.cpu_count() or 1, THREADS)
 
 
-QUICK = {"data x fsdp x tensor accumulate", "zb_h1"}
+QUICK = {"data x fsdp x tensor accumulate", "zb_h1 without tensor"}
 MESHES = {name: mesh for name, mesh in PARITY.items() if mesh} | {
     "fsdp x context x tensor": {"fsdp": 2, "context": 2, "tensor": 2}
 }

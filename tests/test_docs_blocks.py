@@ -37,6 +37,7 @@ LONG = {
     "docs/howto/profiling.md",
     "docs/howto/sample.md",
     "docs/howto/tokens.md",
+    "docs/tutorials/first-model.md",
     "docs/tutorials/first-run.md",
     "docs/tutorials/gpus.md",
     "examples/shards.ipynb",

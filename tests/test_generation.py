@@ -24,12 +24,12 @@ KINDS = {
     "scaled": {"n_layers": 5, "rope_scaling": {"type": "linear", "factor": 2.0}, "qkv_bias": True, "scan": False},
 }
 CASES = [
-    ("grouped", {}, None),
     ("sliding", {"context": 2, "tensor": 2}, None),
-    ("grouped", {"fsdp": 2, "expert": 2, "tensor": 2}, None),
     ("sliding", {"pipe": 2, "fsdp": 2, "tensor": 2}, ("1f1b", 2, 4, 1)),
 ]
 FULL = [
+    ("grouped", {}, None),
+    ("grouped", {"fsdp": 2, "expert": 2, "tensor": 2}, None),
     ("scaled", {}, None),
     ("sliding", {}, None),
     ("scaled", {"data": 4, "tensor": 2}, None),

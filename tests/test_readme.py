@@ -66,6 +66,7 @@ def test_every_option_that_a_page_names_exists():
     assert [key for key in named if key[1] not in known[key[0]]] == []
 
 
+@pytest.mark.full
 def test_every_pytest_command_of_the_table_selects_tests():
     claims = (ROOT / "docs/claims.md").read_text()
     commands = re.findall(r"`(pytest [^`]+)`", README + claims)

@@ -155,6 +155,7 @@ def test_the_state_is_donated():
     assert all(leaf.is_deleted() for leaf in leaves)
 
 
+@pytest.mark.full
 def test_bfloat16_compute_keeps_float32_masters_and_float32_gradients():
     place = tiny.partitioner(data=2, fsdp=2)
     half = nn.Precision(jnp.float32, jnp.bfloat16, jnp.float32)

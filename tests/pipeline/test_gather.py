@@ -25,13 +25,11 @@ from shardtrain.train.state import abstract_state, init_state
 from shardtrain.train.step import make_train_step
 from shardtrain.weights.paths import flatten
 
-#: Together: each backward mode; pipe 2 and 4, beside data and tensor; uneven layers; auxiliary terms; tied embeddings.
-QUICK = [
+#: With a second axis, uneven layers, auxiliary terms and tied embeddings.
+QUICK = [case("interleaved 4 2", "save", "pipe2 fsdp2 tensor2", "tied", 6)]
+FULL = [
     case("1f1b 4 1", "remat", "pipe4 fsdp2", "tied", 6),
     case("zb_h1 4 1", "split", "pipe2 data2 fsdp2", "tied", 6),
-    case("interleaved 4 2", "save", "pipe2 fsdp2 tensor2", "tied", 6),
-]
-FULL = [
     *(
         case(f"{schedule} {chunks}", backward, mesh, kind, int(mesh[4]) * chunks + 1)
         for mesh, kind in (("pipe2 data2 fsdp2", "tied"), ("pipe2 fsdp2 tensor2", "llama"), ("pipe4 fsdp2", "llama"))

@@ -99,6 +99,7 @@ def test_collectives_that_join_ranks_are_refused():
         check_branches(program("tensor").replace("all-reduce(", "all-new(", 1), mesh)
 
 
+@pytest.mark.full
 def test_a_skipping_step_compiles_once_and_trains_as_one_that_computes(caplog):
     place = tiny.partitioner(pipe=2)
     tx = optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.1))  # a norm over all ranks, in the guard's branch

@@ -46,7 +46,7 @@ def gradients(place, attention, schedule=None, compute=jnp.float32):
         pytest.param(
             {"context": 2, "tensor": 2}, None, {"seq": None, "kv_heads": "context"}, marks=pytest.mark.full
         ),  # as many pieces, other axes
-        ({"pipe": 2, "data": 2, "tensor": 2}, "1f1b", {}),
+        pytest.param({"pipe": 2, "data": 2, "tensor": 2}, "1f1b", {}, marks=pytest.mark.full),
         pytest.param({"pipe": 2}, "1f1b", {}, marks=pytest.mark.full),
         pytest.param({"pipe": 2, "data": 2, "tensor": 2}, "zb_h1", {}, marks=pytest.mark.full),
         pytest.param({"pipe": 2, "fsdp": 2, "context": 2}, "gpipe", {}, marks=pytest.mark.full),
@@ -60,7 +60,7 @@ def test_gradients_equal_those_of_one_device_without_a_kernel(mesh, schedule, ru
     assert tiny.relative_error(gradients(place, "xla", table), wanted) < 2e-5
 
 
-@pytest.mark.parametrize("attention", ["einsum", "xla"])
+@pytest.mark.parametrize("attention", [pytest.param("einsum", marks=pytest.mark.full), "xla"])
 def test_bfloat16_crosses_tensor_within_a_pipeline(attention):
     """XLA's CPU compiler ended the process here: of a sum over devices that does more than add (JAX 0.10.2, 0.12)."""
     table = schedules.make("1f1b", 2, 2, 1)

@@ -49,19 +49,19 @@ def temporaries(*args, **options) -> int:
     return compiled(*args, **options).memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("idle", ["compute", "skip"])
+@pytest.mark.parametrize("idle", [pytest.param("compute", marks=pytest.mark.full), "skip"])
 def test_memory_of_1f1b_does_not_grow_with_the_microbatches(idle):
     few, many = (temporaries("1f1b", microbatches, "activations", idle=idle) for microbatches in (8, 64))
     assert abs(many - few) <= 0.01 * few
 
 
+@pytest.mark.full
 def test_a_vmap_and_roll_pipeline_needs_five_times_as_much():
     assert temporaries("roll", 64, "activations") >= 5 * temporaries("1f1b", 64, "activations")
 
 
-@pytest.mark.parametrize(
-    "schedule", ["zb_h1", *(pytest.param(name, marks=pytest.mark.full) for name in ("gpipe", "interleaved", "zb_v"))]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("schedule", ["zb_h1", "gpipe", "interleaved", "zb_v"])
 def test_where_weights_dominate_no_schedule_needs_much_more_than_1f1b(schedule):
     chunks = CHUNKS[schedule]
     assert temporaries(schedule, 8, "parameters", chunks) <= 1.5 * temporaries("1f1b", 8, "parameters", 1)
