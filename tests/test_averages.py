@@ -145,6 +145,7 @@ def evaluated(run, state) -> float:
     return run.evaluate()["eval_loss"]
 
 
+@pytest.mark.full
 def test_an_old_run_starts_its_average_from_its_weights(tmp_path, caplog):
     without = fit(tmp_path / "without")
     fit(tmp_path / "run", stop_after=11)

@@ -36,7 +36,7 @@ class Polls:
 
 
 @pytest.mark.parametrize("poll", [1, 2, 4])
-@pytest.mark.parametrize("step", [4, 12])
+@pytest.mark.parametrize("step", [pytest.param(4, marks=pytest.mark.full), 12])
 def test_a_stop_ends_an_evaluation_at_its_next_batch(undisturbed, tmp_path, step, poll):
     """At poll 1 it has not begun; polls 2, 3 and 4 come before its three batches."""
     polls = Polls(step, poll)

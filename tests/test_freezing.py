@@ -104,9 +104,8 @@ def test_a_mesh_changes_nothing(sizes, accumulate):
         assert tiny.relative_error(got[1:3], one_device()[1:3]) < 1e-12
 
 
-@pytest.mark.parametrize(
-    "way", ["split", *(pytest.param(way, marks=pytest.mark.full) for way in PIPES if way != "split")]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("way", PIPES)
 def test_a_pipeline_changes_nothing(way):
     name, backward, gather = PIPES[way]
     with jax.enable_x64(True):

@@ -64,6 +64,7 @@ def test_ranks_that_skip_their_work_may_meet_in_the_norms():
     step.lower(abstract_state(piped, tx, place), tiny.batch(place)).compile()  # refuses what is not safe
 
 
+@pytest.mark.full
 def test_norms_take_next_to_no_memory():
     model, place = tiny.llama(d_model=64, d_ff=128), tiny.partitioner(fsdp=4, tensor=2)
     sizes = []

@@ -60,7 +60,8 @@ def test_gradients_equal_those_of_one_device_without_a_kernel(mesh, schedule, ru
     assert tiny.relative_error(gradients(place, "xla", table), wanted) < 2e-5
 
 
-@pytest.mark.parametrize("attention", [pytest.param("einsum", marks=pytest.mark.full), "xla"])
+@pytest.mark.full
+@pytest.mark.parametrize("attention", ["einsum", "xla"])
 def test_bfloat16_crosses_tensor_within_a_pipeline(attention):
     """XLA's CPU compiler ended the process here: of a sum over devices that does more than add (JAX 0.10.2, 0.12)."""
     table = schedules.make("1f1b", 2, 2, 1)

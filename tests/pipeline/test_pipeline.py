@@ -60,15 +60,12 @@ CASES = [
     ({"pipe": 2, "island": 2, "data": 2}, ("1f1b", 4, 1), {"remat": "none"}),
     ({"pipe": 2, "context": 2, "tensor": 2}, ("1f1b", 4, 1), {"loss_chunk": 8}),
 ]
-_quick = (("1f1b", 8, 1),)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("mesh", "schedule", "options"),
-    [
-        pytest.param(*case, id=f"{case[0]} {case[1]}", marks=() if case[1] in _quick else pytest.mark.full)
-        for case in CASES
-    ],
+    [pytest.param(*case, id=f"{case[0]} {case[1]}") for case in CASES],
 )
 def test_loss_and_gradients_equal_the_single_device_ones(mesh, schedule, options):
     with jax.enable_x64(True):
@@ -190,6 +187,7 @@ def test_messages_move_at_the_top_of_the_tick_loop_as_open_chains_and_nothing_is
         assert {a for a, _ in move.groups} != {b for _, b in move.groups}, "a closed ring"
 
 
+@pytest.mark.full
 def test_each_gradient_is_reduced_over_data_once_per_step():
     _, found = program(4, "data")
     weights = flatten(llama({}, n_layers=8).weights)
