@@ -65,6 +65,20 @@ def test_a_damaged_line_is_left_out(tmp_path):
     assert "1.0000" in listed.out
 
 
+@pytest.mark.parametrize(("file", "content"), [("config.yaml", "run: null"), ("config.yaml", "[]"), ("lock", "{}")])
+def test_a_damaged_run_is_listed_with_the_others(tmp_path, file, content):
+    for name in ("torn", "whole"):
+        directory = tmp_path / "runs" / name
+        directory.mkdir(parents=True)
+        (directory / "config.yaml").write_text("run: {steps: 6}")
+        (directory / "metrics.jsonl").write_text('{"step": 6, "loss": 1.5}\n')
+    (tmp_path / "runs/torn" / file).write_text(content)
+    listed = shardtrain("runs", tmp_path / "runs")
+    assert listed.code == 0, listed.err
+    assert "torn" in listed.out
+    assert "whole" in listed.out
+
+
 @pytest.mark.full
 def test_watch_follows_a_run_of_another_process_until_it_ends(tmp_path):
     directory = tmp_path / "runs/live"

@@ -54,7 +54,7 @@ class RunStatus:
     @classmethod
     def of(cls, directory: Path) -> RunStatus:
         """Read the state of a run, which may be running."""
-        section = _config(directory).get("run", {})
+        section = _run_section(directory)
         lines = tail(directory)
         speeds = [line["tokens_per_s"] for line in lines if "tokens_per_s" in line]
         last = dict(lines[-1]) if lines else {}
@@ -79,8 +79,9 @@ class RunStatus:
 def read_holder(directory: Path) -> dict[str, Any] | None:
     """The process that has the lock of a run, `{pid, host}`; `None` if it was released."""
     try:
-        return json.loads((directory / "lock").read_text())
-    except (OSError, ValueError):  # there is none, or its process has not written its name yet
+        holder = json.loads((directory / "lock").read_text())
+        return holder if holder.keys() >= {"pid", "host"} else None
+    except (OSError, ValueError, AttributeError):  # there is none, or its process has not written its name yet
         return None
 
 
@@ -100,9 +101,10 @@ def _lives(pid: int, since: float) -> bool:
         return False
 
 
-def _config(directory: Path) -> dict[str, Any]:
+def _run_section(directory: Path) -> dict[str, Any]:
+    """What a stored config says of `run`; nothing if it cannot be read."""
     try:
-        content = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        section = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))["run"]
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
         return {}
-    return content if isinstance(content, dict) else {}
+    return section if isinstance(section, dict) else {}
