@@ -1,11 +1,16 @@
 """Several values for a key: which runs they make, and that these are trained, resumed and compared."""
 
 import shlex
+import signal
+import subprocess
+import sys
 
 import pytest
 
 from commands import CONFIG, compiled_once, metrics, shardtrain  # noqa: F401
+from shardtrain.config import dump
 from shardtrain.config.grid import chosen, grid, label
+from shardtrain.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -22,6 +27,13 @@ from shardtrain.config.grid import chosen, grid, label
 )
 def test_a_grid_has_one_choice_for_each_combination(overrides, choices):
     assert grid(overrides) == choices
+
+
+@pytest.mark.parametrize("later", ["optimizer.lr=1e-3", "optimizer={lr: 5e-3}", "optimizer.lr=1,2"])
+def test_a_later_override_of_a_swept_key_is_refused(later):
+    with pytest.raises(UserError, match=r"optimizer\.lr = 1e-4,3e-4: .* later one would win") as refused:
+        grid(["optimizer.lr=1e-4,3e-4", later])
+    assert later in str(refused.value)
 
 
 def test_a_choice_becomes_overrides_and_a_name():
@@ -58,16 +70,16 @@ def test_a_sweep_goes_on_after_a_break_and_a_failing_run_keeps_no_other_from_run
     codes = {"lr=1": 0, "lr=2": 1, "lr=3": 0}
     trained, broken = [], ["lr=3"]
 
-    def train(run):
+    def train(signals, run):
         assert run.words[-1] == "--debug"
         trained.append(run.label)
         run.directory.mkdir(parents=True, exist_ok=True)
-        (run.directory / "config.yaml").write_text("run: {steps: 6}")
+        (run.directory / "config.yaml").write_text(dump(run.config.to_dict()))
         done = codes[run.label] == 0 and run.label not in broken
         (run.directory / "metrics.jsonl").write_text(f'{{"step": {6 if done else 3}, "loss": 1.5}}\n')
         return codes[run.label]
 
-    monkeypatch.setattr("shardtrain.cli.sweep._train", train)
+    monkeypatch.setattr("shardtrain.cli.sweep._Signals.train", train)
     first = shardtrain(*words)
     assert (first.code, trained) == (0, ["lr=1", "lr=2", "lr=3"])
     assert first.out.splitlines()[-1] == "the sweep was stopped; the same command goes on with it"
@@ -78,6 +90,22 @@ def test_a_sweep_goes_on_after_a_break_and_a_failing_run_keeps_no_other_from_run
     assert sorted(row[:2] for row in rows) == [["lr=1", "6/6"], ["lr=2", "3/6"], ["lr=3", "6/6"]]
     codes["lr=2"] = 0
     assert (shardtrain(*words).code, trained[5:]) == (0, ["lr=2"])
+    assert (shardtrain(*words).code, trained[6:]) == (0, [])
+    assert shardtrain(*words[:-1], "optimizer.clip_norm=2", "--debug").code == 0
+    assert trained[6:] == ["lr=1", "lr=2", "lr=3"], "another config than that of the finished runs"
+
+
+@pytest.mark.parametrize(("number", "times"), [(signal.SIGINT, 2), (signal.SIGTERM, 1)])
+def test_a_signal_ends_a_sweep(tmp_path, number, times):
+    words = ["train", str(CONFIG), f"run.dir={tmp_path / 'run'}", "run.seed=1,2", "run.steps=4000"]
+    with subprocess.Popen([sys.executable, "-m", "shardtrain", *words], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "--- run 1 of 2: seed=1\n"
+        for _ in range(times):
+            process.send_signal(number)
+        out, _ = process.communicate(timeout=60)
+    assert (process.returncode, out.splitlines()[-1]) == (0, "the sweep was stopped; the same command goes on with it")
+    assert "run 2" not in out
 
 
 def test_jobs_are_written_for_an_engine(tmp_path):

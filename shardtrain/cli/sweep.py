@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import typer
 
@@ -18,7 +18,10 @@ from shardtrain.cli.table import print_table
 from shardtrain.errors import UserError
 
 if TYPE_CHECKING:
+    from shardtrain.config import RunConfig
     from shardtrain.metrics.status import RunStatus
+
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class SweptRun(NamedTuple):
@@ -28,11 +31,25 @@ class SweptRun(NamedTuple):
       label: the values that are its own, as a name.
       directory: its run directory.
       words: the command line that trains it, without the program.
+      config: what these words say.
     """
 
     label: str
     directory: Path
     words: list[str]
+    config: RunConfig
+
+    def status(self) -> RunStatus:
+        """How far it is."""
+        from shardtrain.metrics.status import RunStatus
+
+        return RunStatus.of(self.directory)
+
+    def is_done(self) -> bool:
+        """Whether it is finished, with this config; what a difference means is for `train` to say."""
+        from shardtrain.config.files import read_file
+
+        return self.status().state == "finished" and read_file(self.directory / "config.yaml") == self.config.to_dict()
 
 
 def sweep(file: str, overrides: Sequence[str], options: Sequence[str], write_jobs: Path | None) -> None:
@@ -57,16 +74,17 @@ def sweep(file: str, overrides: Sequence[str], options: Sequence[str], write_job
             f"{len(found)} jobs in {write_jobs}, one per line; `shardtrain compare {folder}/*` shows them side by side"
         )
         return
-    for number, run in enumerate(found, 1):
-        if _status(run).state == "finished":
-            continue
-        print(f"--- run {number} of {len(found)}: {run.label}", flush=True)
-        code = _train(run)
-        if code == 0 and _status(run).state != "finished":
-            print("the sweep was stopped; the same command goes on with it")
-            return
+    with _Signals() as signals:
+        for number, run in enumerate(found, 1):
+            if run.is_done():
+                continue
+            print(f"--- run {number} of {len(found)}: {run.label}", flush=True)
+            code = signals.train(run)
+            if signals.stopped or (code == 0 and not run.is_done()):
+                print("the sweep was stopped; the same command goes on with it")
+                return
     _show(folder, found)
-    if any(_status(run).state != "finished" for run in found):
+    if not all(run.is_done() for run in found):
         raise typer.Exit(1)
 
 
@@ -84,33 +102,47 @@ def swept_runs(file: str, overrides: Sequence[str], options: Sequence[str] = ())
         own = chosen(overrides, choice)
         folder = Path(f"{load_config(file, own).run.directory}.sweep")
         directory = folder / label(choice)
-        found.append(SweptRun(label(choice), directory, ["train", file, *own, f"run.dir={directory}", *options]))
+        own.append(f"run.dir={directory}")
+        found.append(SweptRun(label(choice), directory, ["train", file, *own, *options], load_config(file, own)))
     if len({run.directory for run in found}) < len(found):
         raise UserError(f"two runs of this sweep would share a directory in {folder}; name each value once")
     return folder, found
 
 
-def _train(run: SweptRun) -> int:
-    """Train a run in a process of its own, to which signals that end the sweep are passed on; its exit code."""
-    process = subprocess.Popen([sys.executable, "-m", "shardtrain", *run.words])
-    # Ctrl-C reaches the run by itself, as it is sent to all processes of a terminal.
-    handlers = {
-        signal.SIGINT: lambda number, frame: None,
-        signal.SIGTERM: lambda number, frame: process.send_signal(number),
-    }
-    old = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        return process.wait()
-    finally:
-        for number, handler in old.items():
+class _Signals:
+    """While in use, pass signals on to the run under way, and remember whether one told the sweep to stop."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        self._old = {number: signal.signal(number, self) for number in _PASSED_ON}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._old.items():
             signal.signal(number, handler)
+
+    def __call__(self, number: int, frame: object) -> None:
+        self.stopped |= number != signal.SIGUSR1
+        if self._process is not None:
+            self._process.send_signal(number)
+
+    def train(self, run: SweptRun) -> int:
+        """Train a run in a process of its own; its exit code."""
+        # In a group of its own, or a terminal's Ctrl-C would reach it twice, which ends it at once.
+        self._process = subprocess.Popen([sys.executable, "-m", "shardtrain", *run.words], process_group=0)
+        if self.stopped:  # before there was a process
+            self._process.terminate()
+        return self._process.wait()
 
 
 def _show(folder: Path, found: list[SweptRun]) -> None:
     """The runs of a sweep, the best first."""
     from shardtrain.metrics.plot import plot_runs
 
-    ranked = sorted(((_status(run), run) for run in found), key=lambda pair: _loss(pair[0]))
+    ranked = sorted(((run.status(), run) for run in found), key=lambda pair: _loss(pair[0]))
     rows = [(run.label, *cells(status)) for status, run in ranked]
     print_table(("run", *CELLS), rows, numbers=CELLS[:-1])
     started = {run.label: run.directory for status, run in ranked if status.last}
@@ -121,9 +153,3 @@ def _show(folder: Path, found: list[SweptRun]) -> None:
 def _loss(status: RunStatus) -> float:
     loss = status.last.get("eval_loss", status.last.get("loss", math.inf))
     return loss if math.isfinite(loss) else math.inf
-
-
-def _status(run: SweptRun) -> RunStatus:
-    from shardtrain.metrics.status import RunStatus
-
-    return RunStatus.of(run.directory)

@@ -6,6 +6,8 @@ import itertools
 import re
 from collections.abc import Sequence
 
+from shardtrain.errors import UserError
+
 #: Keys that are free text, where a comma is part of the value.
 TEXT = ("run.name", "run.dir", "run.compile_cache", "init_from", "data.path", "sample.prompt")
 _OPEN, _CLOSE = "[{(", "]})"
@@ -17,11 +19,22 @@ def grid(overrides: Sequence[str]) -> list[dict[str, str]]:
     Args:
       overrides: of the command line. Commas within brackets, braces or quotes separate nothing.
 
+    Raises:
+      UserError: an override after one with several values is of the same key, or of a section that has it.
+
     Example:
       >>> grid(["a.x=1,2", "a.y=[1,2]"])
       [{'a.x': '1'}, {'a.x': '2'}]
     """
-    several = {key: values for key, values in map(_values, overrides) if len(values) > 1}
+    several: dict[str, list[str]] = {}
+    for override in overrides:
+        key, values = _values(override)
+        for swept in several:
+            if f"{swept}.".startswith(f"{key}."):
+                fix = f"drop one of them; the later one is {override}"
+                raise UserError(swept, ",".join(several[swept]), "has several values, but a later one would win", fix)
+        if len(values) > 1:
+            several[key] = values
     return [dict(zip(several, choice, strict=True)) for choice in itertools.product(*several.values())]
 
 
