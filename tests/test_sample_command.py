@@ -127,6 +127,27 @@ def test_mistakes_are_one_clear_error(run, tmp_path, words, message):
     assert "Traceback" not in result.err
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"prompt": "a", "completion": "gold"}, "line 1: its key completion would be replaced: rename it"),
+        ({"prompt": "\ud83d"}, "line 1: its prompt has half of a surrogate pair, which is no text"),
+        ({"prompt": "a", "sample": "gold"}, None),
+        ({"prompt": "a", "text": "b\u2028\x85c"}, None),
+    ],
+)
+def test_a_line_of_prompts_is_kept_whole_or_refused(run, tmp_path, line, message):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\ufeff" + json.dumps(line, ensure_ascii=message is not None) + "\n", encoding="utf-8")
+    result = shardtrain("sample", run, "--batch", path, *GREEDY, "--tokens", 1, "devices.emulate=1")
+    if message is None:
+        assert result.code == 0, result.err
+        assert json.loads(result.out) == {**line, "completion": "b", "finish": "length"}
+    else:
+        assert (result.code, result.out) == (2, "")
+        assert message in result.err
+
+
 def test_a_run_without_a_tokenizer_or_with_damage_is_refused(run, tmp_path):
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     shutil.rmtree(copy / "data")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from shardtrain.run.writer import Writer
 
 _TOGETHER = 16  # texts of a file that are continued at once
+_ADDED = ("completion", "finish", "sample")  # keys of a completion; the last one where a prompt has several
 
 
 def sample(
@@ -53,7 +54,7 @@ def sample(
     logging.getLogger("shardtrain.train.sampler").setLevel(logging.INFO)
     options: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
     Sampling(1.0 if temperature is None else temperature, **options)  # refuses them before anything is loaded
-    records = None if batch is None else [*_records(batch)]
+    records = None if batch is None else [*_records(batch, _ADDED if count > 1 else _ADDED[:2])]
     if records is not None and prompt is not None:  # they bring the prompts, so this is an override
         overrides = [prompt, *(overrides or ())]
     options |= {"tokens": tokens, "temperature": temperature, "stop": stop or (), "seed": seed}
@@ -93,10 +94,10 @@ def _write_batch(writer: Writer, records: Sequence[dict[str, Any]], count: int, 
             print(json.dumps({**record, **more, "completion": text, "finish": finish}, ensure_ascii=False), flush=True)
 
 
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a file of JSON lines, each with its text under `prompt`."""
+def _records(path: Path, added: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The records of a file of JSON lines, each with its text under `prompt` and nothing under what will be added."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON may have the other ends of lines in its strings
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise UserError("--batch", str(path), f"it cannot be read: {reason}", "name a file of JSON lines") from error
@@ -109,6 +110,10 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
             raise _bad_line(path, number, f"it is not JSON: {error}") from error
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
             raise _bad_line(path, number, f"it is {described(record)}, without a text under prompt")
+        if any("\ud800" <= sign <= "\udfff" for sign in record["prompt"]):
+            raise _bad_line(path, number, "its prompt has half of a surrogate pair, which is no text")
+        if taken := record.keys() & added:
+            raise _bad_line(path, number, f"its key {min(taken)} would be replaced: rename it")
         yield record
 
 
