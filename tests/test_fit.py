@@ -119,11 +119,24 @@ def test_sections_are_checked_as_in_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("directory", "name"),
+    [("lr=1e-3", "lr_1e-3"), ("my run", "my_run"), ("é", "_"), (".hidden", "hidden"), (".", "here")],
+)
+def test_any_directory_will_do(tmp_path, monkeypatch, directory, name):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    trainer = fit(lambda rngs: Line(rngs), TABLE, square, directory=directory, **PLAIN)
+    assert (trainer.job.config.run.name, trainer.directory) == (name, (tmp_path / "here" / directory).absolute())
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"global_batch": 0, "held_out": 0.2}, r"data.global_batch = 0\n"),
         ({"steps": "6"}, "steps = 6: must be a whole number, not '6'"),
         ({"optimizer": 3}, "optimizer"),
+        ({"held_out": -0.1}, r"data.held_out = -0.1\n"),
+        ({"held_out": float("nan")}, "data.held_out = nan"),
         ({"global_batch": 40, "held_out": 0.2}, "held_out = 0.2: whole batches of 40, .* are over half of 64 rows"),
     ],
     ids=str,

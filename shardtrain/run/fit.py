@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,10 +64,10 @@ def fit(
     definition = ModelDef(model)
     rows = as_source(source, _vocab_size(definition))
     first = rows[0]
-    if held_out and global_batch > 0 and "loss_mask" not in first:
+    if held_out > 0 and global_batch > 0 and "loss_mask" not in first:
         held_out = _in_whole_batches(held_out, rows, global_batch)
     basics = {
-        "run": {"name": Path(directory).name, "dir": str(directory), "steps": steps},
+        "run": {"name": _name(directory), "dir": str(directory), "steps": steps},
         "mesh": {"data": -1},
         "model": _described(definition),
         "data": {
@@ -83,6 +84,11 @@ def fit(
     with progress(steps, trainer.step) if show else contextlib.nullcontext() as display:
         trainer.fit(display)
     return trainer
+
+
+def _name(directory: Path | str) -> str:
+    """The name of a run in this directory, in the letters that a name may have."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", Path(directory).absolute().name).lstrip(".-") or "run"
 
 
 def _in_whole_batches(held_out: float, rows: Source, global_batch: int) -> float:
