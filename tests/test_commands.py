@@ -17,6 +17,7 @@ import pytest
 from commands import CONFIG, compiled_once, fit, metrics, saved, shardtrain, start  # noqa: F401
 from shardtrain.config import load_config
 from shardtrain.data import TokenWindows, open_tokens, split
+from shardtrain.run.data import rows_of
 from shardtrain.run.report import report
 from shardtrain.run.trained import Trained, build_here
 
@@ -173,6 +174,15 @@ def test_a_dry_run_tells_all_and_makes_no_step(trained, tmp_path):
         assert refused.code == 2
         assert message in refused.err
     assert saved(trained.directory) == [3, 6]
+
+
+def test_a_dry_run_of_a_growing_batch_tells_the_memory_of_its_last_size(tmp_path):
+    words = ("train", CONFIG, f"run.dir={tmp_path / 'dry'}", "data.global_batch=16", "--dry-run")
+    constant, growing = (shardtrain(*words, *more).out for more in ([], ["data.first_batch=4", "data.growth_rows=64"]))
+    memory = [next(line for line in out.splitlines() if "memory of a step" in line) for out in (constant, growing)]
+    assert memory[0] == memory[1]
+    data = load_config(CONFIG, ["data.global_batch=16", "data.first_batch=4", "data.growth_rows=64"]).data
+    assert [rows_of(data, steps) for steps in (1, 8, 10, 12, 14)] == [4, 32, 48, 64, 96]
 
 
 def test_a_new_project_trains_at_once(tmp_path):

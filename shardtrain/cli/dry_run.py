@@ -40,7 +40,7 @@ def dry_run(config: RunConfig, allow_changes: bool = False, processes: int = 1) 
     from shardtrain.host.agree import on_process_zero
     from shardtrain.launch.compile_cache import cache_folder, use_cache
     from shardtrain.run import build
-    from shardtrain.run.data import open_data, training_batches
+    from shardtrain.run.data import open_data, rows_of, training_batches
     from shardtrain.run.start import check_start
 
     directory = config.run.directory.absolute()
@@ -53,7 +53,7 @@ def dry_run(config: RunConfig, allow_changes: bool = False, processes: int = 1) 
         data = open_data(config, directory)
         with training_batches(config, data.train, job.batch_sharding, None, False) as batches:
             batch = next(batches)
-        compiled = job.train_step().lower(job.abstract_state(), batch).compile()
+        compiled = job.train_step().lower(job.abstract_state(), _largest(batch, config)).compile()
     finally:
         if lock is not None:
             lock.release()
@@ -63,7 +63,7 @@ def dry_run(config: RunConfig, allow_changes: bool = False, processes: int = 1) 
     if resumes is not None:
         print(f"it would resume from the checkpoint of step {resumes}, if that verifies")
     held_out = "none held out" if data.held_out is None else f"{len(data.held_out):,} held out"
-    epochs = config.run.steps * config.data.global_batch / len(data.train)
+    epochs = rows_of(config.data, config.run.steps) / len(data.train)
     print(f"data: {len(data.train):,} rows to train on, {held_out}; {config.run.steps:,} steps are {epochs:.3g} epochs")
     _weights(job)
     _batch(batch, data.tokenizer)
@@ -80,6 +80,17 @@ def _would_resume(directory: Path) -> int | None:
         return None
     steps = [record.step for record in list_steps(directory, hashes=False) if record.status == "unchecked"]
     return steps[-1] if steps else None
+
+
+def _largest(batch: Batch, config: RunConfig) -> Any:
+    """The shapes of the last size of a batch that grows."""
+    import jax
+
+    rows = config.data.global_batch
+    return {
+        name: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype, sharding=leaf.sharding)
+        for name, leaf in batch.items()
+    }
 
 
 def _weights(job: Job) -> None:

@@ -176,6 +176,15 @@ def training_batches(
     )
 
 
+def rows_of(data: Data, steps: int) -> int:
+    """The number of rows that the first steps of a run train on."""
+    rows, growth = 0, _growth(data)
+    while growth is not None and steps and rows < growth.rows:
+        rows += growth.size(rows)
+        steps -= 1
+    return rows + steps * data.global_batch
+
+
 def _growth(data: Data) -> BatchGrowth | None:
     if data.first_batch is None or data.growth_rows is None:
         return None
